@@ -1,0 +1,65 @@
+"""Foveate: the published ways of letting a LLaVA-style multimodal LLM see fine detail, side by side.
+
+Importing this package is cheap: torch and transformers load when a public name is first used. The classes
+register with transformers' Auto classes as soon as those are imported, before or after this package.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from foveate.ask import Answer, Foveate, load
+    from foveate.compose import compose
+    from foveate.config import FoveateConfig
+    from foveate.errors import FoveateError
+    from foveate.modeling import FoveateForConditionalGeneration
+    from foveate.processing import FoveateImageProcessor, FoveateProcessor
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Answer": "foveate.ask",
+    "Foveate": "foveate.ask",
+    "load": "foveate.ask",
+    "compose": "foveate.compose",
+    "FoveateConfig": "foveate.config",
+    "FoveateError": "foveate.errors",
+    "FoveateForConditionalGeneration": "foveate.modeling",
+    "FoveateImageProcessor": "foveate.processing",
+    "FoveateProcessor": "foveate.processing",
+}
+
+__all__ = [
+    "Answer",
+    "Foveate",
+    "FoveateConfig",
+    "FoveateError",
+    "FoveateForConditionalGeneration",
+    "FoveateImageProcessor",
+    "FoveateProcessor",
+    "compose",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+@wrapt.when_imported("transformers.models.auto")
+def _register(_: ModuleType) -> None:
+    # Each of these registers when it is done, and may be what is importing transformers right now.
+    if not {"foveate.config", "foveate.modeling", "foveate.processing"} & sys.modules.keys():
+        import_module("foveate.registration")

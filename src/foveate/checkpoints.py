@@ -1,0 +1,304 @@
+"""Other people's checkpoints -> Foveate's names, without ever unpickling code.
+
+A method's file says what its released checkpoints look like (`Layout`); this file reads them. Two families
+share most of their names: `hf`, as transformers saves its own LLaVA classes, and `original`, as the training
+code of haotian-liu/LLaVA and its many forks does (a flat LLM config with `mm_*` keys, the tower kept apart).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+from foveate.errors import FoveateError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a released checkpoint of a method looks.
+
+    Attributes:
+        name: whose checkpoints these are, for messages.
+        family: which common names apply besides `keys`.
+        recognises: whether a config.json, read as plain JSON, is of this layout.
+        options: (config.json, preprocessor_config.json) -> the method's options.
+        keys: regular expression on a checkpoint's key -> Foveate's key; tried before the family's own.
+        drops: keys that have no counterpart because nothing reads them.
+    """
+
+    name: str
+    family: Literal["hf", "original"]
+    recognises: Callable[[Json], bool]
+    options: Callable[[Json, Json], Json]
+    keys: Mapping[str, str]
+    drops: tuple[str, ...] = ()
+
+
+FAMILY_KEYS: dict[str, dict[str, str]] = {
+    "hf": {
+        r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
+        r"^language_model\.": "language_model.",
+        r"^model\.language_model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+    },
+    "original": {
+        r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
+        r"^model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+    },
+}
+BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
+ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}
+
+
+@dataclass
+class Released:
+    """A checkpoint folder of a known layout, not yet read."""
+
+    folder: Path
+    config: Json
+    layout: Layout
+    method: str
+    vision_tower: Path | None = None  # where the tower is, if not in the folder
+    preprocessor: Json = field(default_factory=dict)
+
+    @property
+    def template(self) -> str:
+        """Name of the chat template that checkpoints of this kind were trained with."""
+        return ORIGINAL_TEMPLATES.get(_original_text_type(self.config), "vicuna_v1")
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a model given as a path or as an id on the Hugging Face hub.
+
+    Raises `FoveateError` where there is neither, or where the folder has no config.json.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        folder = _download(str(name))
+    if not folder.is_dir():
+        raise FoveateError(f"{name} is a file: give the model's folder")
+    if not (folder / "config.json").is_file():
+        raise FoveateError(f"{folder} has no config.json: it is not a model folder")
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from httpx import HTTPError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FoveateError(f"no model folder at {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise FoveateError(
+            f"no model folder at {name}, and the Hugging Face hub did not give it ({type(error).__name__})"
+        ) from error
+
+
+def read_json(path: Path) -> Json:
+    """A JSON file as a dictionary; {} where the file does not exist. Raises `FoveateError` when broken."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FoveateError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FoveateError(f"{path} should hold a JSON object")
+    return value
+
+
+def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released | None:
+    """The released layout of a model folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
+    from foveate.methods import METHODS, method_class
+
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == "foveate":
+        return None
+    for method in METHODS:
+        for layout in method_class(method).layouts:
+            if _family(config) == layout.family and layout.recognises(config):
+                released = Released(folder, config, layout, method)
+                released.vision_tower = _tower_folder(released, vision_tower)
+                released.preprocessor = read_json(folder / "preprocessor_config.json") or read_json(
+                    (released.vision_tower or folder) / "preprocessor_config.json"
+                )
+                return released
+    known = [layout.name for method in METHODS for layout in method_class(method).layouts]
+    raise FoveateError(
+        f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
+        f"{config.get('architectures')} is of no layout known here ({', '.join(known)})"
+    )
+
+
+def _family(config: Json) -> str | None:
+    if "vision_config" in config:
+        return "hf"
+    return "original" if "mm_vision_tower" in config else None
+
+
+def _tower_folder(released: Released, given: str | Path | None) -> Path | None:
+    if given is not None:
+        return local_folder(given)
+    if released.layout.family == "hf":
+        return None
+    return local_folder(released.config["mm_vision_tower"])
+
+
+def _original_text_type(config: Json) -> str:
+    return ORIGINAL_MODEL_TYPES.get(config.get("model_type", ""), "llama")
+
+
+def convert_config(released: Released) -> Any:
+    """The `FoveateConfig` of a released checkpoint."""
+    from transformers import CONFIG_MAPPING
+
+    from foveate.config import FoveateConfig
+
+    config, options = released.config, released.layout.options(released.config, released.preprocessor)
+    if released.layout.family == "hf":
+        if config.get("vision_feature_select_strategy", "default") != "default":
+            raise FoveateError(f"{released.folder}: vision_feature_select_strategy 'full' is not supported")
+        if not isinstance(config.get("vision_feature_layer", -2), int):
+            raise FoveateError(f"{released.folder}: several vision_feature_layer are not supported")
+        return FoveateConfig(
+            vision_config=config["vision_config"],
+            text_config=config["text_config"],
+            method=released.method,
+            options=options,
+            vision_feature_layer=config.get("vision_feature_layer", -2),
+            image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        )
+    text = {k: v for k, v in config.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")}
+    text_config = CONFIG_MAPPING[_original_text_type(config)].from_dict(text)
+    image_token_id = _image_token_id(released.folder, text_config.vocab_size)
+    text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
+    assert released.vision_tower is not None
+    return FoveateConfig(
+        vision_config=vision_config_of(released.vision_tower),
+        text_config=text_config,
+        method=released.method,
+        options=options,
+        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        image_token_id=image_token_id,
+    )
+
+
+def _image_token_id(folder: Path, vocab_size: int) -> int:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return vocab_size
+    from foveate.processing import load_tokenizer
+
+    return load_tokenizer(folder)[1]
+
+
+def vision_config_of(folder: Path) -> Any:
+    """The vision part of a tower's folder: a vision model's own config, or that of a CLIP-like pair."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a folder's weights. Raises `FoveateError` where there are none."""
+    index = read_json(folder / "model.safetensors.index.json") or read_json(folder / "pytorch_model.bin.index.json")
+    if index:
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        names = [n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()][:1]
+    if not names:
+        raise FoveateError(f"{folder} holds no weights: no model.safetensors, pytorch_model.bin or index of shards")
+    for name in names:
+        if not (folder / name).is_file():
+            raise FoveateError(f"{folder / name} is missing, though the index of shards names it")
+    return names
+
+
+def read_tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder's safetensors or .bin shards, memory-mapped. Never unpickles code."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for name in weight_files(folder):
+        path = folder / name
+        try:
+            if path.suffix == ".safetensors":
+                tensors |= load_file(path)
+            else:
+                tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except UnpicklingError as error:
+            raise FoveateError(f"{path} is broken or holds more than tensors, and is not read") from error
+        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+            raise FoveateError(f"{path} is broken: {error}") from error
+    return tensors
+
+
+def convert_keys(released: Released, tensors: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
+    """Renames a checkpoint's tensors to Foveate's keys.
+
+    Raises `FoveateError` that names missing and unexpected keys, so that no weight is silently random.
+    """
+    expected = set(expected)
+    rules = {**released.layout.keys, **FAMILY_KEYS[released.layout.family]}
+    unused = (*BUFFERS, *released.layout.drops)
+    renamed: dict[str, Any] = {}
+    unexpected: list[str] = []
+    for key, tensor in tensors.items():
+        if any(re.search(pattern, key) for pattern in unused):
+            continue
+        new = next((re.sub(p, r, key, count=1) for p, r in rules.items() if re.search(p, key)), key)
+        if new in expected:
+            renamed[new] = tensor
+        elif not new.startswith("vision_tower."):  # layers of the tower that nothing reads are left out
+            unexpected.append(key)
+    report_keys(released.folder, expected - renamed.keys(), unexpected)
+    return renamed
+
+
+def released_tensors(released: Released, expected: Iterable[str]) -> dict[str, Any]:
+    """All weights of a released checkpoint under Foveate's keys, its tower included where that lies apart."""
+    tensors = read_tensors(released.folder)
+    if released.vision_tower and not any(key.startswith("model.vision_tower.") for key in tensors):
+        tensors |= {
+            f"model.vision_tower.vision_tower.{key}": tensor
+            for key, tensor in read_tensors(released.vision_tower).items()
+            if not key.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale"))
+        }
+    return convert_keys(released, tensors, expected)
+
+
+def report_keys(folder: Path | str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises `FoveateError` that names keys a checkpoint lacks or has too many of."""
+    problems = []
+    for what, keys in (("lacks", sorted(missing)), ("has unexpected", sorted(unexpected))):
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            problems.append(f"{what} {', '.join(keys[:4])}{more}")
+    if problems:
+        raise FoveateError(f"the checkpoint in {folder} {'; it '.join(problems)}")
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template that a released folder brings itself."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None

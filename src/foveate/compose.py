@@ -1,0 +1,123 @@
+"""A new model from any Hugging Face vision tower and any causal LM."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from foveate import checkpoints
+from foveate.config import FoveateConfig
+from foveate.encoders import VisionTower
+from foveate.errors import FoveateError
+from foveate.modeling import FoveateForConditionalGeneration
+from foveate.processing import (
+    FoveateProcessor,
+    chat_template,
+    image_processor_for,
+    load_tokenizer,
+    prepare_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from foveate.ask import Foveate
+
+Part = str | Path | PreTrainedConfig | PreTrainedModel
+
+
+def compose(
+    vision: Part,
+    text: Part,
+    method: str = "llava",
+    options: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    template: str = "vicuna_v1",
+    vision_feature_layer: int = -2,
+    dtype: torch.dtype = torch.float32,
+    preprocessor: Mapping[str, Any] | None = None,
+) -> Foveate:
+    """Builds a model with pretrained (or, from a configuration, random) parts and a fresh connector.
+
+    Args:
+        vision: folder, hub id, configuration or model of a vision tower; of CLIP-like pairs the vision part.
+        text: folder, hub id, configuration or model of a causal LM.
+        method: a name in `foveate.methods.METHODS`.
+        options: the method's options.
+        tokenizer: needed where `text` is no folder or id.
+        template: one of `foveate.processing.TEMPLATES`.
+        vision_feature_layer: hidden state of the tower that is used, -1 the last.
+        dtype: of all weights.
+        preprocessor: mean and std of the tower, where `vision` is no folder or id.
+
+    Raises:
+        FoveateError: parts that cannot be found or do not fit.
+    """
+    vision_config, tower, found = _vision(vision, dtype)
+    text_config, language_model = _text(text, dtype)
+    if tokenizer is None:
+        if not isinstance(text, (str, Path)):
+            raise FoveateError("compose needs a tokenizer where text is not a folder or a hub id")
+        tokenizer, image_token_id = load_tokenizer(checkpoints.local_folder(text))
+    else:
+        image_token_id = prepare_tokenizer(tokenizer)
+    text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
+    config = FoveateConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        method=method,
+        options=dict(options or {}),
+        vision_feature_layer=vision_feature_layer,
+        image_token_id=image_token_id,
+    )
+    config.dtype = dtype
+    model = FoveateForConditionalGeneration(config).to(dtype)
+    if tower is not None:
+        _fill_tower(model.vision_tower, tower)
+    if language_model is not None:
+        language_model.resize_token_embeddings(text_config.vocab_size)
+        model.language_model.load_state_dict(language_model.state_dict())
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    processor = FoveateProcessor(
+        image_processor_for(config, preprocessor or found), tokenizer, chat_template=chat_template(template)
+    )
+    from foveate.ask import Foveate
+
+    return Foveate(model.eval(), processor)
+
+
+def _vision(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None, Mapping[str, Any]]:
+    if isinstance(part, PreTrainedModel):
+        return copy.deepcopy(part.config), part, {}
+    if isinstance(part, PreTrainedConfig):
+        return copy.deepcopy(part), None, {}
+    folder = checkpoints.local_folder(part)
+    config = checkpoints.vision_config_of(folder)
+    tower = type(AutoModel.from_config(config)).from_pretrained(folder, config=config, dtype=dtype)
+    return config, tower, checkpoints.read_json(folder / "preprocessor_config.json")
+
+
+def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
+    if isinstance(part, PreTrainedModel):
+        return copy.deepcopy(part.config), part
+    if isinstance(part, PreTrainedConfig):
+        return copy.deepcopy(part), None
+    folder = checkpoints.local_folder(part)
+    checkpoints.weight_files(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
+    return copy.deepcopy(model.config), model
+
+
+def _fill_tower(place: torch.nn.Module, tower: PreTrainedModel) -> None:
+    """Copies a pretrained tower's weights; layers that are never run have no place and are left out."""
+    if not isinstance(place, VisionTower):
+        raise FoveateError("this method builds its own tower: give vision as a configuration")
+    wanted, given = place.model.state_dict(), tower.state_dict()
+    checkpoints.report_keys("the vision tower", wanted.keys() - given.keys(), ())
+    place.model.load_state_dict({key: given[key] for key in wanted})

@@ -1,0 +1,52 @@
+"""FoveateConfig: a vision tower, a causal LM, and the method that connects them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class FoveateConfig(PreTrainedConfig):
+    """Configuration of a `FoveateForConditionalGeneration`.
+
+    Args:
+        vision_config: configuration of any Hugging Face vision tower, or its dictionary.
+        text_config: configuration of any Hugging Face causal LM, or its dictionary.
+        method: a name in `foveate.methods.METHODS`.
+        options: the method's own options; unknown ones are an error.
+        vision_feature_layer: which hidden state of the tower is used, counted as transformers does
+            (-1: the last layer's output, -2: the one before; never the final norm).
+        image_token_id: id of the placeholder that stands once per visual token in `input_ids`.
+    """
+
+    model_type = "foveate"
+    # AutoConfig would be the class here, but importing it imports all of transformers.models.
+    sub_configs = {"vision_config": PreTrainedConfig, "text_config": PreTrainedConfig}  # noqa: RUF012
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    method: str = "llava"
+    options: dict[str, Any] | None = None
+    vision_feature_layer: int = -2
+    image_token_id: int = 32000
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
+        self.text_config = _sub_config(self.text_config, "llama")
+        self.options = dict(self.options or {})
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    from transformers import CONFIG_MAPPING
+
+    config = dict(config or {})
+    return CONFIG_MAPPING[config.pop("model_type", default)](**config)
+
+
+import foveate.registration  # noqa: E402, F401  the Auto classes learn of this one

@@ -1,0 +1,57 @@
+"""Any Hugging Face vision tower behind one signature: (V, 3, h, w) -> (V, N, C)."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from foveate.errors import FoveateError
+
+# Towers of which only the layers up to the selected one are built: model type -> name of the norm after
+# the last layer, which hidden states come before. Other towers run whole and have a hidden state picked.
+FINAL_NORM = {
+    "clip_vision_model": "post_layernorm",
+    "siglip_vision_model": "post_layernorm",
+    "dinov2": "layernorm",
+    "dinov2_with_registers": "layernorm",
+}
+
+
+class VisionTower(nn.Module):
+    """A vision transformer that stops at the hidden state a LLaVA-style model reads.
+
+    Layers after the selected one, the final norm and a pooling head are not built for the towers listed in
+    `FINAL_NORM`: they would cost time and memory and never be used.
+
+    Args:
+        config: the tower's own configuration, with all its layers.
+        layer: hidden state to return, counted as transformers does (-1 last layer, -2 the one before).
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer: int) -> None:
+        super().__init__()
+        depth = config.num_hidden_layers
+        self.index = layer if layer >= 0 else depth + 1 + layer
+        if not 0 < self.index <= depth:
+            raise FoveateError(f"vision_feature_layer {layer} of a tower with {depth} layers")
+        self.truncated = config.model_type in FINAL_NORM
+        if self.truncated:
+            config = copy.deepcopy(config)
+            config.num_hidden_layers = self.index
+            if config.model_type == "siglip_vision_model":
+                config.vision_use_head = False
+        self.model = AutoModel.from_config(config)
+        if self.truncated:
+            setattr(self.model, FINAL_NORM[config.model_type], nn.Identity())
+        self.patches = (config.image_size // config.patch_size) ** 2
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(V, 3, h, w) -> (V, N, C), class and register tokens dropped."""
+        pixel_values = pixel_values.to(dtype=next(self.parameters()).dtype)
+        if self.truncated:
+            hidden = self.model(pixel_values).last_hidden_state  # (V, 1 + N, C)
+        else:
+            hidden = self.model(pixel_values, output_hidden_states=True).hidden_states[self.index]
+        return hidden[:, hidden.shape[1] - self.patches :]  # (V, N, C)

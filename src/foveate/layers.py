@@ -1,0 +1,19 @@
+"""Parts that two or more methods use."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
+    """LLaVA's projector: `depth` linear layers with exact GELU between, vision width C -> LLM width D.
+
+    LLaVA-1.5 section 3.2; depth 2 is its `mlp2x_gelu`, depth 1 the linear projection of the first LLaVA.
+    """
+    layers: list[nn.Module] = []
+    for i, (wide_in, wide_out) in enumerate(pairwise([vision] + [text] * depth)):
+        layers += [nn.GELU()] if i else []
+        layers += [nn.Linear(wide_in, wide_out)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,144 @@
+"""LLaVA-NeXT AnyRes: the whole picture squashed to one view, and a grid of tiles cut from a larger canvas.
+
+Paper: Liu et al., LLaVA-NeXT: Improved reasoning, OCR, and world knowledge, blog of 2024-01-30
+(no arXiv number); the AnyRes technique is described there under "Dynamic High Resolution".
+Authors' code: haotian-liu/LLaVA (Apache-2.0), `spatial_unpad` with newline tokens, as in llava-hf/llava-v1.6-*.
+
+    grid choice, letterbox, tiles           plan
+    which feature lands where in the LLM    token_sources   [global view, then the grid row by row, a newline per row]
+    patch tokens -> MLP -> that order       AnyResConnector.forward, one gather for the whole batch
+
+Where versions differ: the authors cut the padding of the feature grid with `int(h * scale)`, Hugging Face's
+port rounds to 7 digits first (`geometry.unpadded`); they differ by one row on rare sizes. We follow the port,
+whose processor counts the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveate.checkpoints import Layout
+from foveate.errors import FoveateError
+from foveate.geometry import Size, View, ViewPlan, best_fit, letterboxed, squashed, tiled, unpadded, whole
+from foveate.layers import mlp_projector
+from foveate.methods.base import (
+    Connector,
+    Method,
+    MethodOptions,
+    Query,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+    flat,
+)
+
+NEWLINE = -1
+
+
+@dataclass(frozen=True)
+class AnyResOptions(MethodOptions):
+    # Rows and columns of tiles that may be chosen: the five of LLaVA-1.6.
+    grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    projector_depth: int = 2  # linear layers of the projector
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.grids or any(len(grid) != 2 or min(grid) < 1 for grid in self.grids):
+            raise FoveateError("grids must be pairs of rows and columns, each at least 1")
+
+
+def token_sources(plan: ViewPlan, grid: Size) -> np.ndarray:
+    """Which feature each LLM token is: view * N + patch, or NEWLINE. Shape (plan.tokens,), int64.
+
+    `grid` is the tower's patch grid per view. The tiles' grids join to one large one in raster order, the
+    letterbox padding is cut off, and a newline ends each row.
+    """
+    per_view = grid.height * grid.width
+    tiles = np.arange(per_view, (1 + plan.tiles.height * plan.tiles.width) * per_view)
+    tiles = tiles.reshape(plan.tiles.height, plan.tiles.width, grid.height, grid.width)
+    joined = tiles.transpose(0, 2, 1, 3)  # (tile rows, tile cols, h, w) -> (tile rows, h, tile cols, w)
+    joined = joined.reshape(plan.tiles.height * grid.height, plan.tiles.width * grid.width)
+    rows, columns = unpadded(Size(*joined.shape), plan.picture)
+    lines = np.pad(joined[rows, columns], ((0, 0), (0, 1)), constant_values=NEWLINE)
+    return np.concatenate([np.arange(per_view), lines.reshape(-1)])
+
+
+class AnyResConnector(Connector):
+    def __init__(self, widths: Widths, depth: int, grid: Size) -> None:
+        super().__init__()
+        self.grid = grid
+        self.projector = mlp_projector(widths.vision, widths.text, depth)
+        self.newline = nn.Parameter(torch.randn(widths.text) * widths.text**-0.5)
+        self._sources = lru_cache(maxsize=4096)(token_sources)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        tokens = flat(self.projector(features))  # (V, N, C) -> (V N, D)
+        rows = torch.cat([tokens, self.newline[None].to(tokens)])  # newline last: index -1
+        per_view = features.shape[1]
+        first_view = [0, *accumulate(len(plan.views) for plan in plans)]
+        sources = [self._sources(plan, self.grid) for plan in plans]
+        offset = [np.where(s == NEWLINE, len(tokens), s + v * per_view) for s, v in zip(sources, first_view, strict=False)]
+        return VisualTokens(rows[torch.from_numpy(np.concatenate(offset)).to(rows.device)])
+
+
+class AnyRes(Method):
+    title = "AnyRes"
+    idea = "the whole picture and 2 to 4 tiles of a larger canvas, every token kept"
+    paper = "LLaVA-NeXT, 2024"
+    Options = AnyResOptions
+    options: AnyResOptions
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture, side = Size(height, width), self.tower.side
+        plans = {grid: self._plan(picture, Size(*grid)) for grid in self.options.grids}
+        fitting = {grid: plan for grid, plan in plans.items() if self._within_budget(plan.tokens)}
+        if not fitting:
+            raise self._refuse_budget(min(plan.tokens for plan in plans.values()))
+        canvases = {Size(r * side.height, c * side.width): (r, c) for r, c in fitting}
+        return fitting[canvases[best_fit(picture, canvases)]]
+
+    def _plan(self, picture: Size, tiles: Size) -> ViewPlan:
+        side, grid = self.tower.side, self.tower.grid
+        canvas = Size(tiles.height * side.height, tiles.width * side.width)
+        rows, columns = unpadded(Size(tiles.height * grid.height, tiles.width * grid.width), picture)
+        lines, columns_kept = rows.stop - rows.start, columns.stop - columns.start
+        return ViewPlan(
+            picture=picture,
+            canvases=(squashed(picture, side), letterboxed(picture, canvas)),
+            views=(View(0, whole(side), "global"), *tiled(1, tiles, side)),
+            tokens=self.tower.tokens + lines * (columns_kept + 1),
+            tiles=tiles,
+        )
+
+    def build_connector(self, widths: Widths) -> AnyResConnector:
+        return AnyResConnector(widths, self.options.projector_depth, self.tower.grid)
+
+
+def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    side = config["vision_config"]["image_size"]
+    pinpoints = preprocessor.get("image_grid_pinpoints") or config["image_grid_pinpoints"]
+    return {"grids": [[height // side, width // side] for height, width in pinpoints]}
+
+
+AnyRes.layouts = (
+    Layout(
+        name="llava-hf/llava-v1.6-*",
+        family="hf",
+        recognises=lambda config: config.get("model_type") == "llava_next",
+        options=_hf_options,
+        keys={
+            r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
+            r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
+            r"^(?:model\.)?image_newline$": "connector.newline",
+        },
+    ),
+)

@@ -1,0 +1,200 @@
+"""What a method is: options, a plan from a picture's size, a connector, and how it converses.
+
+Everything else (reading pictures, running towers, placing visual tokens in the LLM, generating, training,
+loading checkpoints) is the same for all methods and lives outside this folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size, ViewPlan
+from foveate.options import build_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from foveate.checkpoints import Layout
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Options that every method has."""
+
+    max_visual_tokens: int | None = None  # upper bound of `ViewPlan.tokens`, for comparisons at equal budget
+
+    def __post_init__(self) -> None:
+        if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
+            raise FoveateError(f"max_visual_tokens must be at least 1, not {self.max_visual_tokens}")
+
+
+@dataclass(frozen=True)
+class TowerGeometry:
+    """Side of the tower's square input and of its patches, in pixels."""
+
+    image_size: int
+    patch_size: int
+
+    def __post_init__(self) -> None:
+        if self.image_size < self.patch_size or self.patch_size < 1:
+            raise FoveateError(
+                f"a vision tower with image_size {self.image_size} and patch_size {self.patch_size} has no patches"
+            )
+
+    @property
+    def side(self) -> Size:
+        return Size(self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of patch tokens per view."""
+        return Size(self.image_size // self.patch_size, self.image_size // self.patch_size)
+
+    @property
+    def tokens(self) -> int:
+        return self.grid.height * self.grid.width
+
+    @classmethod
+    def of(cls, vision_config: PreTrainedConfig) -> TowerGeometry:
+        """Reads it off a vision tower's configuration. Raises `FoveateError` where it has no square input."""
+        sides = {}
+        for name in ("image_size", "patch_size"):
+            value = vision_config.to_dict().get(name)
+            if isinstance(value, (list, tuple)):
+                value = value[0] if len(set(value)) == 1 else None
+            if not isinstance(value, int):
+                raise FoveateError(f"vision tower {vision_config.model_type!r} has no square {name}")
+            sides[name] = value
+        return cls(**sides)
+
+
+class Widths(NamedTuple):
+    """Channels of the vision features and of the LLM."""
+
+    vision: int  # C
+    text: int  # D
+
+
+class Query(NamedTuple):
+    """The question about each picture, without system prompt, image or answer."""
+
+    embeds: Tensor  # (P, T, D), rows of the LLM's input embedding
+    mask: Tensor  # (P, T), 1 where there is a token
+
+
+@dataclass
+class VisualTokens:
+    """What a connector hands to the LLM, all pictures of the batch after each other.
+
+    Attributes:
+        tokens: (T, D); picture p has `plans[p].tokens` rows.
+        kept: (T,) bool, False where the LLM must not see a token; None keeps all.
+        injection: whatever the method's injectors read in the LLM's layers.
+        regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
+    """
+
+    tokens: Tensor
+    kept: Tensor | None = None
+    injection: Any = None
+    regions: list[list[Box]] | None = None
+
+
+class Injector(nn.Module):
+    """Changes the hidden states that leave one decoder layer during prefill."""
+
+    def forward(self, hidden: Tensor, injection: Any, visual: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D). `visual` (B, T) marks the places of visual tokens."""
+        raise NotImplementedError
+
+
+class Connector(nn.Module):
+    """Vision features -> visual tokens of the LLM. The trainable part of a method."""
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        """features (V, N, C) of all views of the batch, picture after picture, in the order of their plans."""
+        raise NotImplementedError
+
+    def injectors(self) -> Mapping[int, Injector]:
+        """Decoder layer (0-based) -> module that changes its output. Empty for most methods."""
+        return {}
+
+
+@dataclass
+class Turn:
+    """One thing to ask the model: pictures (one placeholder each, before the text) and a text."""
+
+    text: str
+    pictures: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass
+class Reply:
+    """The end of a conversation: the answer, and where the method looked, in original pixels."""
+
+    text: str
+    regions: list[Box] | None = None  # None: where the views lie, or what the connector says
+
+
+class Method(ABC):
+    """Base class of all methods; the subclass's file stands beside its paper."""
+
+    title: ClassVar[str]
+    idea: ClassVar[str]  # one line for the table of methods
+    paper: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    layouts: ClassVar[tuple[Layout, ...]] = ()  # other people's checkpoints of this method
+    uses_query: ClassVar[bool] = False  # whether the connector reads the question
+
+    def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
+        self.tower = tower
+        self.options = build_options(self.Options, options or {}, where=f"options of method {self.title}")
+
+    @abstractmethod
+    def plan(self, height: int, width: int) -> ViewPlan:
+        """The plan for a picture of this size, in whole numbers, before any pixel is touched."""
+
+    def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> nn.Module:
+        """What turns views (V, 3, h, w) into features (V, N, C)."""
+        from foveate.encoders import VisionTower
+
+        return VisionTower(vision_config, layer)
+
+    @abstractmethod
+    def build_connector(self, widths: Widths) -> Connector:
+        """A fresh connector."""
+
+    def converse(self, picture: Image.Image, question: str) -> Generator[Turn, str, Reply]:
+        """The conversation about one picture: yields turns, is sent the model's replies, returns the end.
+
+        A method that asks twice (first where to look, then the question) overrides this; earlier turns stay
+        in the context of later ones.
+        """
+        text = yield Turn(question, [picture])
+        return Reply(text)
+
+    def describe_options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.options)
+
+    def _within_budget(self, tokens: int) -> bool:
+        budget = self.options.max_visual_tokens
+        return budget is None or tokens <= budget
+
+    def _refuse_budget(self, least: int) -> FoveateError:
+        return FoveateError(
+            f"{self.title} needs at least {least} visual tokens for this picture, "
+            f"max_visual_tokens allows {self.options.max_visual_tokens}"
+        )
+
+
+def flat(features: Tensor) -> Tensor:
+    """(V, N, C) -> (V N, C)"""
+    return torch.flatten(features, 0, 1)

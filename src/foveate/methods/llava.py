@@ -1,0 +1,109 @@
+"""LLaVA-1.5: one view of the whole picture, every patch token through a two-layer MLP.
+
+Paper: Liu et al., Improved Baselines with Visual Instruction Tuning, arXiv 2310.03744, section 3.
+Authors' code: haotian-liu/LLaVA (Apache-2.0).
+
+    picture -> one square view              plan      section 3.3 (336 x 336, padded to keep the aspect ratio)
+    patch tokens -> MLP -> LLM              LlavaConnector   section 3.2 (the MLP), 576 tokens
+
+Where versions differ: the authors train and run with the picture padded to a square in the mean colour
+(`fit: pad`, done at original resolution before resizing); their pretraining stage and the image processor
+that Hugging Face ships with its converted checkpoints cut out the centre (`fit: crop`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from torch import Tensor
+
+from foveate.checkpoints import Layout
+from foveate.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
+from foveate.layers import mlp_projector
+from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
+
+
+@dataclass(frozen=True)
+class LlavaOptions(MethodOptions):
+    fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture becomes a square
+    projector_depth: int = 2  # linear layers of the projector
+
+
+class LlavaConnector(Connector):
+    def __init__(self, widths: Widths, depth: int) -> None:
+        super().__init__()
+        self.projector = mlp_projector(widths.vision, widths.text, depth)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        return VisualTokens(flat(self.projector(features)))  # (V, N, C) -> (V N, D)
+
+
+class Llava(Method):
+    title = "LLaVA-1.5"
+    idea = "one view of the whole picture at the tower's own size"
+    paper = "arXiv 2310.03744"
+    Options = LlavaOptions
+    options: LlavaOptions
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture, side = Size(height, width), self.tower.image_size
+        if not self._within_budget(self.tower.tokens):
+            raise self._refuse_budget(self.tower.tokens)
+        canvas = {
+            "pad": lambda: padded_square(picture, side),
+            "crop": lambda: centre_cropped(picture, side),
+            "squash": lambda: squashed(picture, self.tower.side),
+        }[self.options.fit]()
+        view = View(0, whole(self.tower.side), "global")
+        return ViewPlan(picture, (canvas,), (view,), self.tower.tokens)
+
+    def build_connector(self, widths: Widths) -> LlavaConnector:
+        return LlavaConnector(widths, self.options.projector_depth)
+
+
+def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    if preprocessor.get("do_pad"):
+        return {"fit": "pad"}
+    return {"fit": "crop" if preprocessor.get("do_center_crop", True) else "squash"}
+
+
+def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
+    }
+
+
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # `mm_projector_type` of original checkpoints
+
+Llava.layouts = (
+    Layout(
+        name="llava-hf/llava-1.5-*",
+        family="hf",
+        recognises=lambda config: config.get("model_type") == "llava" and "vision_config" in config,
+        options=_hf_options,
+        keys={
+            r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
+            r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
+        },
+    ),
+    Layout(
+        name="liuhaotian/llava-v1.5-*",
+        family="original",
+        recognises=lambda config: (
+            config.get("mm_projector_type", "linear") in PROJECTORS
+            and config.get("image_aspect_ratio") in (None, "pad", "square")
+            and not config.get("mm_resampler_type")
+            and "vision_tower_slow" not in config
+        ),
+        options=_original_options,
+        keys={
+            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+        },
+    ),
+)

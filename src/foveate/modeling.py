@@ -1,0 +1,347 @@
+"""FoveateForConditionalGeneration: the one forward, and the one place where visual tokens enter the LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+from foveate import checkpoints
+from foveate.config import FoveateConfig
+from foveate.errors import FoveateError
+from foveate.geometry import Box, ViewPlan
+from foveate.methods import method_class
+from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
+
+
+@dataclass
+class EncodedPictures(BaseModelOutputWithPooling):
+    """Pictures as the LLM takes them; what `get_image_features` returns and `mm_encoder_outputs` carries.
+
+    Attributes:
+        pooler_output: per picture (n, D) visual tokens, one for each of its placeholders.
+        kept: per picture (n,) bool, False for tokens that the LLM must not see; None: all are seen.
+        injection: what the method's injectors read in the LLM's layers.
+        regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
+    """
+
+    pooler_output: list[Tensor] | None = None  # type: ignore[assignment]
+    kept: list[Tensor] | None = None
+    injection: Any = None
+    regions: list[list[Box]] | None = None
+
+
+@dataclass
+class FoveateOutput(ModelOutput):
+    """Loss (with labels), logits (B, T, vocabulary) and the LLM's cache and optional states."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class _Injection:
+    """Travels as a keyword argument through the decoder's layers to the hooks on some of them."""
+
+    content: Any
+    visual: Tensor  # (B, T) bool
+    done: set[int]
+
+
+class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Vision tower, a method's connector, and a causal LM.
+
+    `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the
+    original heights and widths, from which the plans follow. `input_ids` has one `config.image_token_id` for
+    each visual token. All three come from `FoveateProcessor`.
+    """
+
+    config_class = FoveateConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: FoveateConfig) -> None:
+        super().__init__(config)
+        geometry = TowerGeometry.of(config.vision_config)
+        self.method: Method = method_class(config.method)(geometry, config.options)
+        self.vision_tower = self.method.build_tower(config.vision_config, config.vision_feature_layer)
+        self.connector = self.method.build_connector(
+            Widths(config.vision_config.hidden_size, config.text_config.hidden_size)
+        )
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+        layers = self.language_model.get_decoder().layers
+        for index, injector in self.connector.injectors().items():
+            layers[index].register_forward_hook(partial(_inject, injector, index), with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        vision_tower: str | Path | None = None,
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads Foveate's own folders, and released ones of every layout that a method knows.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            vision_tower: folder of the tower for original checkpoints that keep it apart; by default the
+                one that their config.json names.
+            options: changes to the method's options.
+            **kwargs: as for any `PreTrainedModel`.
+
+        Raises:
+            FoveateError: unknown layout, missing or unexpected keys, no weights.
+        """
+        if pretrained_model_name_or_path is None or "config" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        folder = checkpoints.local_folder(pretrained_model_name_or_path)
+        released = checkpoints.recognise(folder, vision_tower)
+        with_info = kwargs.pop("output_loading_info", False)
+        if released is None:
+            config = FoveateConfig.from_pretrained(folder)
+            config.options.update(options or {})
+            checkpoints.weight_files(folder)
+            model, info = super().from_pretrained(folder, *args, config=config, output_loading_info=True, **kwargs)
+        else:
+            config = checkpoints.convert_config(released)
+            config.options.update(options or {})
+            with torch.device("meta"):
+                expected = cls(config).state_dict()
+            state = checkpoints.released_tensors(released, expected)
+            for key, place in expected.items():
+                state[key] = _grown(state[key], len(place)) if place.ndim == 2 and "vision_tower" not in key else state[key]
+            model, info = super().from_pretrained(
+                None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs
+            )
+        mismatched = [str(key) for key, *_ in info["mismatched_keys"]]
+        checkpoints.report_keys(folder, info["missing_keys"], {*info["unexpected_keys"], *mismatched})
+        return (model, info) if with_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def plans(self, image_sizes: Tensor | Sequence[Sequence[int]]) -> list[ViewPlan]:
+        """The plans of pictures of these sizes, (P, 2) heights and widths."""
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        return [self.method.plan(height, width) for height, width in sizes]
+
+    def encode_views(self, pixel_values: Tensor) -> Tensor:
+        """All views of the batch in one call, (V, 3, h, w) -> (V, N, C)."""
+        return self.vision_tower(pixel_values)
+
+    def connect(
+        self,
+        features: Tensor,
+        image_sizes: Tensor,
+        query_ids: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> EncodedPictures:
+        """Vision features (V, N, C) -> visual tokens per picture. `query_ids` (P, T): each picture's question."""
+        plans = self.plans(image_sizes)
+        views = sum(len(plan.views) for plan in plans)
+        if views != len(features):
+            raise FoveateError(f"image_sizes call for {views} views, pixel_values hold {len(features)}")
+        query = None
+        if self.method.uses_query and query_ids is not None:
+            query = Query(self.get_input_embeddings()(query_ids), query_mask)
+        visual = self.connector(features, plans, query)
+        counts = [plan.tokens for plan in plans]
+        return EncodedPictures(
+            pooler_output=list(visual.tokens.split(counts)),
+            kept=None if visual.kept is None else list(visual.kept.split(counts)),
+            injection=visual.injection,
+            regions=visual.regions,
+        )
+
+    # `generate` calls this with every argument of the same name and takes those away from `forward`: none may
+    # share its name with an argument of the LLM.
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor,
+        query_ids: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EncodedPictures:
+        """Pictures -> visual tokens: `encode_views`, then `connect`."""
+        return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, EncodedPictures] | None = None,
+        **kwargs: Any,
+    ) -> FoveateOutput:
+        """One pass through the LLM, with visual tokens in place of their placeholders.
+
+        Args:
+            input_ids: (B, T).
+            pixel_values: (V, 3, h, w), views of all pictures; or give `mm_encoder_outputs`.
+            image_sizes: (P, 2) original heights and widths.
+            query_ids: (P, Tq) question of each picture, for methods that read it.
+            query_mask: (P, Tq).
+            labels: (B, T), -100 where there is no loss.
+            mm_encoder_outputs: {"image": EncodedPictures} where the pictures are encoded already.
+
+        Raises:
+            FoveateError: placeholders and visual tokens differ in number.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        pictures = (mm_encoder_outputs or {}).get("image")
+        if pictures is None and pixel_values is not None and len(pixel_values):
+            pictures = self.get_image_features(pixel_values, image_sizes, query_ids, query_mask)
+        if pictures is not None:
+            visual = self._placeholders(input_ids, inputs_embeds)  # (B, T)
+            tokens = torch.cat(pictures.pooler_output).to(inputs_embeds)  # (sum of n, D)
+            if int(visual.sum()) != len(tokens):
+                raise FoveateError(f"{int(visual.sum())} image placeholders for {len(tokens)} visual tokens")
+            inputs_embeds = inputs_embeds.masked_scatter(visual[..., None], tokens)
+            if pictures.kept is not None:
+                attention_mask = _without_dropped(attention_mask, visual, pictures.kept)
+            if pictures.injection is not None:
+                kwargs["injection"] = _Injection(pictures.injection, visual, set())
+        elif self.training:
+            inputs_embeds = inputs_embeds + self._in_step_with_other_ranks()
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if "injection" in kwargs and kwargs["injection"].done != set(self.connector.injectors()):
+            raise FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return FoveateOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`; tokens that the connector drops leave the sequence before the prefill.
+
+        The output still starts with the whole prompt, so that callers can cut it off by its length.
+        """
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        names = ("pixel_values", "image_sizes", "query_ids", "query_mask")
+        if kwargs.get("pixel_values") is not None:
+            pictures = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
+            kwargs["mm_encoder_outputs"] = {"image": pictures}
+        pictures = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if pictures is None or pictures.kept is None:
+            return super().generate(**kwargs)
+        prompt = kwargs["input_ids"]
+        visual = prompt == self.config.image_token_id
+        short, mask = _compacted(prompt, _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept))
+        kept = [tokens[keep] for tokens, keep in zip(pictures.pooler_output, pictures.kept, strict=True)]
+        image = EncodedPictures(pooler_output=kept, injection=pictures.injection, regions=pictures.regions)
+        kwargs |= {"input_ids": short, "attention_mask": mask, "mm_encoder_outputs": {"image": image}}
+        output = super().generate(**kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        copies = len(sequences) // len(prompt)
+        whole = torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, short.shape[1] :]], dim=1)
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, T) bool. Without ids, a placeholder is known by its embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _in_step_with_other_ranks(self) -> Tensor | float:
+        """Zero, but with a gradient path to what trains, so that ranks without pictures do not hang the others."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return 0.0
+        if not any(p.requires_grad for m in (self.vision_tower, self.connector) for p in m.parameters()):
+            return 0.0
+        size = torch.tensor([[self.method.tower.image_size] * 2])
+        views = [view.size for view in self.plans(size)[0].views]
+        blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
+        return 0.0 * torch.cat(self.get_image_features(blank, size).pooler_output).sum()
+
+
+def _inject(injector: Injector, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    injection = kwargs.get("injection")
+    if injection is None:  # decoding, or a text-only batch
+        return None
+    injection.done.add(index)
+    return injector(output, injection.content, injection.visual)
+
+
+def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """The attention mask (B, T) with dropped visual tokens masked out: the same as removing them."""
+    mask = torch.ones_like(visual, dtype=torch.long) if attention_mask is None else attention_mask
+    return mask.masked_scatter(visual, torch.cat(list(kept)).to(mask))
+
+
+def _compacted(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Removes masked positions and pads the rows on the left to one length, (B, T) -> (B, longest)."""
+    length = int(mask.sum(1).max())
+    order = mask.long().argsort(dim=1, stable=True)[:, -length:]  # masked positions first, the rest in order
+    return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def _grown(tensor: Tensor, rows: int) -> Tensor:
+    """An embedding or head with rows added for new tokens, each the mean of the others."""
+    if len(tensor) >= rows:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
+
+
+import foveate.registration  # noqa: E402, F401  the Auto classes learn of this one

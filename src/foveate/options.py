@@ -1,0 +1,88 @@
+"""Plain mappings -> frozen dataclasses, with every wrong key and value named. Used for options and recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from foveate.errors import FoveateError
+
+T = TypeVar("T")
+
+
+def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass `cls` from a mapping.
+
+    Nested dataclasses, lists, unions with None, literals, numbers, strings and booleans are understood.
+    Raises `FoveateError` that names the key for unknown keys, missing ones and values of a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise FoveateError(f"{where}: expected keys and values, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
+    types_of = typing.get_type_hints(cls)
+    built = {key: _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in built:
+            raise FoveateError(f"{where}: {name!r} is missing")
+    try:
+        return cls(**built)
+    except FoveateError as error:
+        raise FoveateError(f"{where}: {error}") from None
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        problems = []
+        for arg in args:
+            if arg is not type(None):
+                try:
+                    return _convert(value, arg, where)
+                except FoveateError as error:
+                    problems.append(error)
+        raise problems[0] if len(problems) == 1 else FoveateError(f"{where}: {value!r} is not {_name(kind)}")
+    if origin is typing.Literal:
+        if value not in args:
+            raise FoveateError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise FoveateError(f"{where}: expected a list, got {value!r}")
+        inner = args[0] if args else Any
+        return origin(_convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise FoveateError(f"{where}: expected keys and values, got {value!r}")
+        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else build_options(kind, value, where)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise FoveateError(f"{where}: expected {_name(kind)}, got {value!r}")
+
+
+def _name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
+    if typing.get_args(kind) and typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_name(arg) for arg in typing.get_args(kind) if arg is not type(None))
+    return names.get(kind) or str(kind)

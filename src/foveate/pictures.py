@@ -1,0 +1,81 @@
+"""Reading pictures: a path, bytes, an array or a PIL image all become the same upright RGB image."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from foveate.errors import FoveateError
+
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+def read_picture(picture: Picture | Any) -> Image.Image:
+    """An upright RGB `PIL.Image` from a path, URL, bytes, array (H, W), (H, W, 3 or 4) or PIL image.
+
+    EXIF orientation is applied; 16-bit and floating-point greys are scaled to 8 bits.
+    Raises `FoveateError` for missing, empty or broken files and for arrays that are no pictures.
+    """
+    if isinstance(picture, Image.Image):
+        image, name = picture, "picture"
+    elif isinstance(picture, np.ndarray):
+        image, name = _from_array(picture), "array"
+    elif isinstance(picture, (bytes, bytearray)):
+        image, name = _open(io.BytesIO(picture), "the bytes given"), "bytes"
+    elif isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
+        from transformers.image_utils import load_image
+
+        image, name = load_image(picture), picture[:60]
+    elif isinstance(picture, (str, os.PathLike)):
+        path = Path(picture)
+        if path.is_dir():
+            raise FoveateError(f"{path} is a folder: give one picture")
+        if not path.is_file():
+            raise FoveateError(f"no picture at {path}")
+        image, name = _open(path, str(path)), str(path)
+    else:
+        raise FoveateError(f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FoveateError(f"{name} is broken and cannot be read as a picture: {error}") from error
+
+
+def _open(source: Any, name: str) -> Image.Image:
+    try:
+        image = Image.open(source)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise FoveateError(f"{name} cannot be read as a picture: {error}") from error
+    return image
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise FoveateError(f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)")
+    if array.dtype != np.uint8:
+        array = _to_bytes(array)
+    return Image.fromarray(array)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which PIL would clip at 255
+        image = Image.fromarray(_to_bytes(np.asarray(image)))
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """0..1 floats and 16-bit integers keep their scale; other ranges are stretched from 0 to their maximum."""
+    values = np.nan_to_num(values.astype(np.float64))
+    top = float(values.max(initial=0.0))
+    scale = 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else 65535.0 if top <= 65535.0 else top
+    return np.clip(values / scale * 255.0, 0, 255).round().astype(np.uint8)

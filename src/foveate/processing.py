@@ -1,0 +1,277 @@
+"""Pictures and messages -> tensors. The number of placeholders comes from the plan and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
+
+from foveate import checkpoints
+from foveate.errors import FoveateError
+from foveate.geometry import Canvas, ViewPlan
+from foveate.methods import method_class
+from foveate.methods.base import Method, TowerGeometry
+from foveate.pictures import Picture, read_picture
+
+IMAGE_TOKEN = "<image>"
+TEMPLATES = ("plain", "vicuna_v1", "llama3", "mistral", "chatml")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def chat_template(name: str) -> str:
+    """The Jinja source of one of `TEMPLATES`. Assistant tokens are marked, so that training can find them."""
+    if name not in TEMPLATES:
+        raise FoveateError(f"unknown chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    return resources.files("foveate").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+class FoveateImageProcessor(BaseImageProcessor):
+    """Pictures -> plans -> normalised views.
+
+    Args:
+        method: a name in `foveate.methods.METHODS`.
+        options: the method's options.
+        image_size: side of the tower's input, pixels.
+        patch_size: side of its patches, pixels.
+        image_mean: per channel, of pixels in 0..1.
+        image_std: per channel.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        method: str = "llava",
+        options: Mapping[str, Any] | None = None,
+        image_size: int = 336,
+        patch_size: int = 14,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.method = method
+        self.options = dict(options or {})
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+
+    def planner(self) -> Method:
+        """The method, for its plans."""
+        key = (self.method, self.image_size, self.patch_size, repr(sorted(self.options.items())))
+        cached = self.__dict__.get("_planner")
+        if cached is None or cached[0] != key:
+            method = method_class(self.method)(TowerGeometry(self.image_size, self.patch_size), self.options)
+            cached = self.__dict__["_planner"] = (key, method)
+        return cached[1]
+
+    def plan(self, height: int, width: int) -> ViewPlan:
+        """The plan for a picture of this size in pixels."""
+        return self.planner().plan(height, width)
+
+    def fetch_images(self, images: Any) -> Any:
+        """Reads pictures wherever they are, keeping the nesting of lists."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return read_picture(images)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+        """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2)."""
+        pictures = list(_flat(self.fetch_images(images)))
+        plans = [self.plan(picture.height, picture.width) for picture in pictures]
+        views = [self.views(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
+        data = {
+            "pixel_values": np.concatenate(views),
+            "image_sizes": np.array([plan.picture for plan in plans], dtype=np.int64),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def views(self, picture: Image.Image, plan: ViewPlan) -> np.ndarray:
+        """All views of one picture, normalised: (V, 3, h, w) float32."""
+        canvases = [self._normalise(self.paint(picture, canvas)) for canvas in plan.canvases]
+        cut = []
+        for view in plan.views:
+            left, top, right, bottom = (int(n) for n in view.box)
+            cut.append(canvases[view.canvas][:, top : bottom : view.stride, left : right : view.stride])
+        return np.stack(cut)
+
+    def paint(self, picture: Image.Image, canvas: Canvas) -> Image.Image:
+        """The picture as it lies on a canvas, 8 bits, before normalisation."""
+        fill = tuple(int(255 * m) for m in self.image_mean) if canvas.fill == "mean" else (0, 0, 0)
+        left, top, right, bottom = (int(n) for n in canvas.source)
+        if (left, top, right, bottom) != (0, 0, *picture.size):
+            part = Image.new("RGB", (right - left, bottom - top), fill)
+            part.paste(picture, (-left, -top))
+            picture = part
+        content = canvas.content
+        picture = picture.resize((int(content.width), int(content.height)), Image.Resampling.BICUBIC)
+        if (content.left, content.top) == (0, 0) and picture.size == (canvas.size.width, canvas.size.height):
+            return picture
+        whole = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
+        whole.paste(picture, (int(content.left), int(content.top)))
+        return whole
+
+    def _normalise(self, image: Image.Image) -> np.ndarray:
+        """(H, W, 3) bytes -> (3, H, W) float32, through a table of the 256 possible values."""
+        values = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+        table = [(values - np.float32(m)) / np.float32(s) for m, s in zip(self.image_mean, self.image_std, strict=True)]
+        pixels = np.asarray(image)
+        return np.stack([t[pixels[..., channel]] for channel, t in enumerate(table)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "_planner"}
+
+
+class FoveateProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one; made for `apply_chat_template`.
+
+    Every `<image>` in a text is replaced by as many placeholder tokens as the picture's plan says. For methods
+    that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: the text
+    of the user's message that shows it, or what is passed as `queries`.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        tokenizer.padding_side = "left"  # what generate needs; training pads on the right by itself
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vision_tower: str | Path | None = None,
+        template: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> FoveateProcessor:
+        """Reads the processor of Foveate's own folders and of released ones.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            vision_tower: as for the model.
+            template: name of a chat template to use instead of the folder's own.
+            options: changes to the method's options.
+            **kwargs: as for any processor.
+        """
+        folder = checkpoints.local_folder(pretrained_model_name_or_path)
+        released = checkpoints.recognise(folder, vision_tower)
+        if released is None:
+            processor = super().from_pretrained(folder, **kwargs)
+        else:
+            processor = cls._of_released(released)
+        if template is not None:
+            processor.chat_template = chat_template(template)
+        processor.image_processor.options.update(options or {})
+        return processor
+
+    @classmethod
+    def _of_released(cls, released: checkpoints.Released) -> FoveateProcessor:
+        config = checkpoints.convert_config(released)
+        tokenizer, _ = load_tokenizer(released.folder)
+        template = checkpoints.read_template(released.folder) or chat_template(released.template)
+        return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        height, width = (int(n) for n in image_inputs["image_sizes"][image_idx])
+        return self.image_token * self.image_processor.plan(height, width).tokens
+
+    def __call__(self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order."""
+        if kwargs.get("truncation"):
+            raise FoveateError("truncation would cut visual tokens: shorten the text, or set max_visual_tokens")
+        if isinstance(images, (list, tuple)) and not list(_flat(images)):
+            images = None
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        if queries and self.image_processor.planner().uses_query:
+            if len(queries) != len(inputs["image_sizes"]):
+                raise FoveateError(f"{len(queries)} queries for {len(inputs['image_sizes'])} pictures")
+            tokens = self.tokenizer(list(queries), add_special_tokens=False, padding=True, return_tensors="pt")
+            inputs["query_ids"], inputs["query_mask"] = tokens["input_ids"], tokens["attention_mask"]
+        return inputs
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """As in transformers; message contents may be plain strings, and batches may mix text-only ones in."""
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = [normalise_messages(c) for c in (conversation if batched else [conversation])]
+        if kwargs.get("tokenize") and self.image_processor.planner().uses_query:
+            queries = [query for messages in conversations for query in picture_queries(messages)]
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "queries": queries}
+        return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copies messages with every content as a list of parts."""
+    normal = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+        normal.append({**message, "content": parts})
+    return normal
+
+
+def picture_queries(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Per picture of a conversation, the user's text of the message that shows it. Never an answer."""
+    queries = []
+    for message in messages:
+        text = " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
+        queries += [text for part in message["content"] if part["type"] == "image"]
+    return queries
+
+
+def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = None) -> FoveateImageProcessor:
+    """The image processor that fits a model's configuration; mean and std from a tower's preprocessor_config."""
+    geometry = TowerGeometry.of(config.vision_config)
+    preprocessor = preprocessor or {}
+    return FoveateImageProcessor(
+        method=config.method,
+        options=config.options,
+        image_size=geometry.image_size,
+        patch_size=geometry.patch_size,
+        image_mean=preprocessor.get("image_mean", CLIP_MEAN),
+        image_std=preprocessor.get("image_std", CLIP_STD),
+    )
+
+
+def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
+    """A folder's tokenizer with the image token added, ready for padding, and the image token's id."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FoveateError(f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}") from error
+    return tokenizer, prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: Any) -> int:
+    """Adds the image token where it is missing and a padding token; returns the image token's id."""
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def _flat(images: Any) -> Any:
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _flat(image)
+    else:
+        yield images
+
+
+import foveate.registration  # noqa: E402, F401  the Auto classes learn of this one
