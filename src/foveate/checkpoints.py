@@ -119,6 +119,12 @@ def read_json(path: Path) -> Json:
     return value
 
 
+def read_preprocessor(folder: Path) -> Json:
+    """How a folder's pictures are prepared, from either place where transformers has saved that; {} if nowhere."""
+    own = read_json(folder / "processor_config.json").get("image_processor", {})
+    return own or read_json(folder / "preprocessor_config.json")
+
+
 def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released | None:
     """The released layout of a model folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
     from foveate.methods import METHODS, method_class
@@ -131,9 +137,9 @@ def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released 
             if _family(config) == layout.family and layout.recognises(config):
                 released = Released(folder, config, layout, method)
                 released.vision_tower = _tower_folder(released, vision_tower)
-                released.preprocessor = read_json(folder / "preprocessor_config.json") or read_json(
-                    (released.vision_tower or folder) / "preprocessor_config.json"
-                )
+                released.preprocessor = read_preprocessor(folder)
+                if not released.preprocessor and released.vision_tower:
+                    released.preprocessor = read_preprocessor(released.vision_tower)
                 return released
     known = [layout.name for method in METHODS for layout in method_class(method).layouts]
     raise FoveateError(

@@ -100,7 +100,7 @@ def _vision(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None
     folder = checkpoints.local_folder(part)
     config = checkpoints.vision_config_of(folder)
     tower = type(AutoModel.from_config(config)).from_pretrained(folder, config=config, dtype=dtype)
-    return config, tower, checkpoints.read_json(folder / "preprocessor_config.json")
+    return config, tower, checkpoints.read_preprocessor(folder)
 
 
 def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:

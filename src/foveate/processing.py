@@ -121,7 +121,7 @@ class FoveateImageProcessor(BaseImageProcessor):
 
     def _normalise(self, image: Image.Image) -> np.ndarray:
         """(H, W, 3) bytes -> (3, H, W) float32, through a table of the 256 possible values."""
-        values = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+        values = (np.arange(256) / 255).astype(np.float32)
         table = [(values - np.float32(m)) / np.float32(s) for m, s in zip(self.image_mean, self.image_std, strict=True)]
         pixels = np.asarray(image)
         return np.stack([t[pixels[..., channel]] for channel, t in enumerate(table)])
