@@ -93,14 +93,17 @@ def local_folder(name: str | Path) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FoveateError(f"no model folder at {name}")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise FoveateError(
             f"no model folder at {name}, and the Hugging Face hub did not give it ({type(error).__name__})"
         ) from error
@@ -186,7 +189,11 @@ def convert_config(released: Released) -> Any:
             vision_feature_layer=config.get("vision_feature_layer", -2),
             image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
         )
-    text = {k: v for k, v in config.items() if not k.startswith("mm_") and k not in ("model_type", "architectures")}
+    text = {
+        k: v
+        for k, v in config.items()
+        if not k.startswith("mm_") and k not in ("model_type", "architectures")
+    }
     text_config = CONFIG_MAPPING[_original_text_type(config)].from_dict(text)
     image_token_id = _image_token_id(released.folder, text_config.vocab_size)
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
@@ -199,6 +206,15 @@ def convert_config(released: Released) -> Any:
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         image_token_id=image_token_id,
     )
+
+
+def read_config(name: str | Path, vision_tower: str | Path | None = None) -> Any:
+    """The `FoveateConfig` of a model folder or hub id of any known layout, without its weights."""
+    from foveate.config import FoveateConfig
+
+    folder = local_folder(name)
+    released = recognise(folder, vision_tower)
+    return FoveateConfig.from_pretrained(folder) if released is None else convert_config(released)
 
 
 def _image_token_id(folder: Path, vocab_size: int) -> int:
@@ -219,13 +235,17 @@ def vision_config_of(folder: Path) -> Any:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a folder's weights. Raises `FoveateError` where there are none."""
-    index = read_json(folder / "model.safetensors.index.json") or read_json(folder / "pytorch_model.bin.index.json")
+    index = read_json(folder / "model.safetensors.index.json") or read_json(
+        folder / "pytorch_model.bin.index.json"
+    )
     if index:
         names = sorted(set(index["weight_map"].values()))
     else:
         names = [n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()][:1]
     if not names:
-        raise FoveateError(f"{folder} holds no weights: no model.safetensors, pytorch_model.bin or index of shards")
+        raise FoveateError(
+            f"{folder} holds no weights: no model.safetensors, pytorch_model.bin or index of shards"
+        )
     for name in names:
         if not (folder / name).is_file():
             raise FoveateError(f"{folder / name} is missing, though the index of shards names it")

@@ -110,7 +110,9 @@ def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
         return copy.deepcopy(part), None
     folder = checkpoints.local_folder(part)
     checkpoints.weight_files(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(folder), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=AutoConfig.from_pretrained(folder), dtype=dtype
+    )
     return copy.deepcopy(model.config), model
 
 

@@ -158,8 +158,12 @@ class _Axis(NamedTuple):
 def _axes(canvas: Canvas) -> tuple[_Axis, _Axis]:
     source, content = canvas.source, canvas.content
     return (
-        _Axis(Fraction(source.left), Fraction(content.left), Fraction(source.width) / Fraction(content.width)),
-        _Axis(Fraction(source.top), Fraction(content.top), Fraction(source.height) / Fraction(content.height)),
+        _Axis(
+            Fraction(source.left), Fraction(content.left), Fraction(source.width) / Fraction(content.width)
+        ),
+        _Axis(
+            Fraction(source.top), Fraction(content.top), Fraction(source.height) / Fraction(content.height)
+        ),
     )
 
 

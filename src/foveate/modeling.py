@@ -121,7 +121,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = FoveateConfig.from_pretrained(folder)
             config.options.update(options or {})
             checkpoints.weight_files(folder)
-            model, info = super().from_pretrained(folder, *args, config=config, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                folder, *args, config=config, output_loading_info=True, **kwargs
+            )
         else:
             config = checkpoints.convert_config(released)
             config.options.update(options or {})
@@ -129,7 +131,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 expected = cls(config).state_dict()
             state = checkpoints.released_tensors(released, expected)
             for key, place in expected.items():
-                state[key] = _grown(state[key], len(place)) if place.ndim == 2 and "vision_tower" not in key else state[key]
+                state[key] = (
+                    _grown(state[key], len(place))
+                    if place.ndim == 2 and "vision_tower" not in key
+                    else state[key]
+                )
             model, info = super().from_pretrained(
                 None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs
             )
@@ -282,7 +288,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return super().generate(**kwargs)
         prompt = kwargs["input_ids"]
         visual = prompt == self.config.image_token_id
-        short, mask = _compacted(prompt, _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept))
+        short, mask = _compacted(
+            prompt, _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept)
+        )
         kept = [tokens[keep] for tokens, keep in zip(pictures.pooler_output, pictures.kept, strict=True)]
         image = EncodedPictures(pooler_output=kept, injection=pictures.injection, regions=pictures.regions)
         kwargs |= {"input_ids": short, "attention_mask": mask, "mm_encoder_outputs": {"image": image}}
@@ -315,7 +323,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return 0.0 * torch.cat(self.get_image_features(blank, size).pooler_output).sum()
 
 
-def _inject(injector: Injector, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+def _inject(
+    injector: Injector, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Tensor | None:
     injection = kwargs.get("injection")
     if injection is None:  # decoding, or a text-only batch
         return None

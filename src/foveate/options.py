@@ -31,7 +31,11 @@ def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     types_of = typing.get_type_hints(cls)
     built = {key: _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
     for name, f in fields.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in built:
+        if (
+            f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+            and name not in built
+        ):
             raise FoveateError(f"{where}: {name!r} is missing")
     try:
         return cls(**built)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from foveate.errors import FoveateError
+from foveate.geometry import Size
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -39,11 +40,29 @@ def read_picture(picture: Picture | Any) -> Image.Image:
             raise FoveateError(f"no picture at {path}")
         image, name = _open(path, str(path)), str(path)
     else:
-        raise FoveateError(f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}")
+        raise FoveateError(
+            f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}"
+        )
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError) as error:
         raise FoveateError(f"{name} is broken and cannot be read as a picture: {error}") from error
+
+
+def read_size(path: str | os.PathLike[str]) -> Size:
+    """Height and width of a picture's file as it is shown, without reading its pixels."""
+    path = Path(path)
+    if not path.is_file():
+        raise FoveateError(
+            f"{path} is a folder: give one picture" if path.is_dir() else f"no picture at {path}"
+        )
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise FoveateError(f"{path} cannot be read as a picture: {error}") from error
+    return Size(width, height) if turned else Size(height, width)
 
 
 def _open(source: Any, name: str) -> Image.Image:
@@ -61,7 +80,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise FoveateError(f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)")
+        raise FoveateError(
+            f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)"
+        )
     if array.dtype != np.uint8:
         array = _to_bytes(array)
     return Image.fromarray(array)

@@ -122,7 +122,10 @@ class FoveateImageProcessor(BaseImageProcessor):
     def _normalise(self, image: Image.Image) -> np.ndarray:
         """(H, W, 3) bytes -> (3, H, W) float32, through a table of the 256 possible values."""
         values = (np.arange(256) / 255).astype(np.float32)
-        table = [(values - np.float32(m)) / np.float32(s) for m, s in zip(self.image_mean, self.image_std, strict=True)]
+        table = [
+            (values - np.float32(m)) / np.float32(s)
+            for m, s in zip(self.image_mean, self.image_std, strict=True)
+        ]
         pixels = np.asarray(image)
         return np.stack([t[pixels[..., channel]] for channel, t in enumerate(table)])
 
@@ -138,7 +141,13 @@ class FoveateProcessor(ProcessorMixin):
     of the user's message that shows it, or what is passed as `queries`.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         tokenizer.padding_side = "left"  # what generate needs; training pads on the right by itself
@@ -185,17 +194,23 @@ class FoveateProcessor(ProcessorMixin):
         height, width = (int(n) for n in image_inputs["image_sizes"][image_idx])
         return self.image_token * self.image_processor.plan(height, width).tokens
 
-    def __call__(self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order."""
         if kwargs.get("truncation"):
-            raise FoveateError("truncation would cut visual tokens: shorten the text, or set max_visual_tokens")
+            raise FoveateError(
+                "truncation would cut visual tokens: shorten the text, or set max_visual_tokens"
+            )
         if isinstance(images, (list, tuple)) and not list(_flat(images)):
             images = None
         inputs = super().__call__(images=images, text=text, **kwargs)
         if queries and self.image_processor.planner().uses_query:
             if len(queries) != len(inputs["image_sizes"]):
                 raise FoveateError(f"{len(queries)} queries for {len(inputs['image_sizes'])} pictures")
-            tokens = self.tokenizer(list(queries), add_special_tokens=False, padding=True, return_tensors="pt")
+            tokens = self.tokenizer(
+                list(queries), add_special_tokens=False, padding=True, return_tensors="pt"
+            )
             inputs["query_ids"], inputs["query_mask"] = tokens["input_ids"], tokens["attention_mask"]
         return inputs
 
@@ -218,7 +233,11 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     normal = []
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+        parts = (
+            [{"type": "text", "text": content}]
+            if isinstance(content, str)
+            else [dict(part) for part in content]
+        )
         normal.append({**message, "content": parts})
     return normal
 
@@ -253,7 +272,9 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FoveateError(f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}") from error
+        raise FoveateError(
+            f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
+        ) from error
     return tokenizer, prepare_tokenizer(tokenizer)
 
 

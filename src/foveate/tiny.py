@@ -38,7 +38,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_vision(**changes: Any) -> CLIPVisionConfig:
     """A CLIP tower of 3 layers: views of 56 x 56 pixels, 16 tokens each."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return CLIPVisionConfig(**{**sizes, "image_size": 56, "patch_size": 14, "initializer_factor": 4.0, **changes})
+    return CLIPVisionConfig(
+        **{**sizes, "image_size": 56, "patch_size": 14, "initializer_factor": 4.0, **changes}
+    )
 
 
 def tiny_text(**changes: Any) -> LlamaConfig:
@@ -49,9 +51,12 @@ def tiny_text(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **ids, **more, **changes})
 
 
-def tiny_model(method: str = "llava", options: Mapping[str, Any] | None = None, seed: int = 0, template: str = "vicuna_v1") -> Foveate:
+def tiny_model(
+    method: str = "llava",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    template: str = "vicuna_v1",
+) -> Foveate:
     """A random model of any method, the same for the same seed. Its answers mean nothing."""
     set_seed(seed)
-    return compose(
-        tiny_vision(), tiny_text(), method, options, tokenizer=tiny_tokenizer(), template=template
-    )
+    return compose(tiny_vision(), tiny_text(), method, options, tokenizer=tiny_tokenizer(), template=template)

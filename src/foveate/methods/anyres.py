@@ -85,7 +85,10 @@ class AnyResConnector(Connector):
         per_view = features.shape[1]
         first_view = [0, *accumulate(len(plan.views) for plan in plans)]
         sources = [self._sources(plan, self.grid) for plan in plans]
-        offset = [np.where(s == NEWLINE, len(tokens), s + v * per_view) for s, v in zip(sources, first_view, strict=False)]
+        offset = [
+            np.where(s == NEWLINE, len(tokens), s + v * per_view)
+            for s, v in zip(sources, first_view, strict=False)
+        ]
         return VisualTokens(rows[torch.from_numpy(np.concatenate(offset)).to(rows.device)])
 
 

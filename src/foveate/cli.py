@@ -1,0 +1,316 @@
+"""The command line. Every command imports what it needs when it runs, so that `foveate --help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    from foveate.ask import Answer, Foveate
+
+app = typer.Typer(
+    name="foveate",
+    help="Ask multimodal LLMs about fine detail in high-resolution pictures; compare, train and price the methods.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Model folder or Hugging Face hub id.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")
+]
+Tower = Annotated[
+    str | None, typer.Option(help="Vision tower folder, for original LLaVA checkpoints without one.")
+]
+Template = Annotated[str | None, typer.Option(help="plain, vicuna_v1, llama3, mistral or chatml.")]
+Option = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
+
+
+@app.command()
+def ask(
+    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
+    questions: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Write a picture of what the model saw.")] = None,
+    as_json: AsJson = False,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    vision_tower: Tower = None,
+    template: Template = None,
+    option: Option = None,
+) -> None:
+    """Answer questions about a picture."""
+    if any(not question.strip() for question in questions):
+        raise FoveateError("the question is empty")
+    from foveate.pictures import read_picture
+
+    image = read_picture(picture)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FoveateError(f"{out}: there is no folder {out.parent}")
+    foveate = _load(model, device, dtype, vision_tower, template, option)
+    answers = [foveate.ask(image, question, max_new_tokens=max_new_tokens) for question in questions]
+    if out is not None:
+        for i, answer in enumerate(answers):
+            answer.show(out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}"))
+    if as_json:
+        values = [answer.to_dict() for answer in answers]
+        _print_json(values[0] if len(values) == 1 else values)
+        return
+    console = Console()
+    for answer in answers:
+        _print_answer(console, answer)
+
+
+@app.command()
+def chat(
+    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
+    model: Model,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    vision_tower: Tower = None,
+    template: Template = None,
+    option: Option = None,
+) -> None:
+    """Talk about a picture, line by line; an empty line or the end of input stops."""
+    from foveate.pictures import read_picture
+
+    image = read_picture(picture)
+    foveate = _load(model, device, dtype, vision_tower, template, option)
+    from transformers import TextStreamer
+
+    talk, console = foveate.chat(image), Console()
+    streamer = TextStreamer(foveate.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            question = console.input("[bold]> [/bold]")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not question.strip():
+            break
+        answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
+        console.print(_costs(answer), style="dim")
+
+
+@app.command()
+def inspect(
+    picture: Annotated[Path, typer.Argument(help="The picture's file; its size is all that is read.")],
+    method: Annotated[str, typer.Option(help="A method's name, or all.")] = "all",
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id whose shapes are used.")] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Length of the text around the picture.")] = 64,
+    option: Option = None,
+    as_json: AsJson = False,
+) -> None:
+    """Price a picture before any weights load: views, tokens, TFLOP, KV memory, effective resolution.
+
+    Without --model, the shapes are those of a 7B model: CLIP ViT-L/14-336 and Vicuna-7B, bfloat16.
+    """
+    from foveate.pictures import read_size
+
+    size = read_size(picture)
+    _quiet()
+    from foveate.methods import METHODS, method_class
+
+    names = list(METHODS) if method == "all" else [method]
+    rows: dict[str, Any] = {}
+    for name in names:
+        title = method_class(name).title
+        pricer = _pricer(name, model, _options(option))
+        rows[name] = {"title": title, **pricer.price(size, text_tokens).to_dict()}
+    if as_json:
+        _print_json({"width": size.width, "height": size.height, "text_tokens": text_tokens, "methods": rows})
+        return
+    table = Table(title=f"{picture.name}: {size.width} x {size.height} pixels, {text_tokens} text tokens")
+    columns = (
+        "method",
+        "views",
+        "visual\ntokens",
+        "seen at",
+        "vision\nTFLOP",
+        "prefill\nTFLOP",
+        "GFLOP\na token",
+        "KV\nMB",
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows.values():
+        table.add_row(
+            row["title"],
+            str(row["views"]),
+            str(row["visual_tokens"]),
+            f"{row['effective_width']} x {row['effective_height']}",
+            f"{row['encode_flops'] / 1e12:.2f}",
+            f"{row['prefill_flops'] / 1e12:.2f}",
+            f"{row['decode_flops'] / 1e9:.1f}",
+            f"{row['kv_bytes'] / 1e6:.0f}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def compose(
+    out: Annotated[Path, typer.Argument(help="The new model's folder.")],
+    vision: Annotated[str | None, typer.Option(help="Vision tower: folder or hub id.")] = None,
+    text: Annotated[str | None, typer.Option(help="Causal LM: folder or hub id.")] = None,
+    method: Annotated[str, typer.Option(help="A method's name.")] = "llava",
+    template: Annotated[str, typer.Option(help="plain, vicuna_v1, llama3, mistral or chatml.")] = "vicuna_v1",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Tiny random parts, to try commands without weights.")
+    ] = False,
+    option: Option = None,
+) -> None:
+    """Make a new model from a vision tower and a causal LM, with an untrained connector between them."""
+    _refuse_existing(out)
+    _quiet()
+    if tiny == bool(vision or text) or bool(vision) != bool(text):
+        raise FoveateError("give --vision and --text, or --tiny alone")
+    if tiny:
+        from foveate.tiny import tiny_model
+
+        made = tiny_model(method, _options(option), template=template)
+    else:
+        from foveate.compose import compose as compose_parts
+
+        assert vision is not None and text is not None
+        made = compose_parts(vision, text, method, _options(option), template=template)
+    _save(made, out)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a released checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, in Foveate's own layout.")],
+    vision_tower: Tower = None,
+    template: Template = None,
+    dtype: Dtype = None,
+    option: Option = None,
+) -> None:
+    """Rewrite a released checkpoint in Foveate's own layout."""
+    _refuse_existing(out)
+    _save(_load(model, "cpu", dtype or "float32", vision_tower, template, option), out)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Changes as key=value, for example stages.pretrain.lr=1e-4.")
+    ] = None,
+) -> None:
+    """Train by a recipe. Started again after an interruption, it goes on where it was."""
+    _quiet()
+    from foveate.train.run import train as run
+
+    console = Console()
+    folder = run(recipe, changes or [], console=console)
+    console.print(f"model written to {folder}")
+
+
+def main() -> None:
+    """Entry point: wrong input ends with one sentence and exit code 2."""
+    try:
+        app()
+    except FoveateError as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error:", style="red", end=" ")
+        console.print(str(error), markup=False)
+        sys.exit(2)
+
+
+def _load(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    tower: str | None,
+    template: str | None,
+    option: list[str] | None,
+) -> Foveate:
+    _quiet()
+    from foveate.ask import load
+
+    return load(
+        model, device=device, dtype=dtype, vision_tower=tower, template=template, options=_options(option)
+    )
+
+
+def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
+    from foveate.cost import Pricer, reference_config
+
+    if model is None:
+        return Pricer(reference_config(method, options))
+    from foveate.checkpoints import read_config
+
+    config = read_config(model)
+    if config.method != method:
+        config.method, config.options = method, {}
+    config.options.update(options)
+    return Pricer(config)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise FoveateError(f"--option {pair}: expected key=value")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise FoveateError(f"--option {pair}: the value is not valid YAML") from error
+    return options
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FoveateError(f"{out} exists already: choose a new folder")
+
+
+def _save(foveate: Foveate, out: Path) -> None:
+    foveate.save(out)
+    Console().print(f"model written to {out}")
+
+
+def _quiet() -> None:
+    """Keeps transformers' notices and progress bars out of the commands' output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_answer(console: Console, answer: Answer) -> None:
+    console.print(answer.question, style="dim", highlight=False, markup=False)
+    console.print(answer.text or "(no text)", style="bold", highlight=False, markup=False)
+    regions = "  ".join(str(list(box.rounded())) for box in answer.regions)
+    console.print(f"looked at {regions}", style="dim", highlight=False, markup=False)
+    console.print(_costs(answer), style="dim", highlight=False, markup=False)
+
+
+def _costs(answer: Answer) -> str:
+    ledger = answer.ledger
+    return (
+        f"{ledger.views} views ({ledger.encoded_views} encoded now), {ledger.visual_tokens} visual tokens, "
+        f"{ledger.prompt_tokens} prompt tokens, {ledger.new_tokens} new, {ledger.tflop:.3g} TFLOP, "
+        f"KV {ledger.kv_megabytes:.3g} MB, {ledger.total_seconds:.2f} s"
+    )

@@ -1,0 +1,120 @@
+"""What a picture costs before any weights load: views, tokens, FLOPs and KV memory.
+
+FLOPs are counted by torch's own counter on a model without weights (device `meta`), so that every method and
+every LLM is priced by the code that will run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from foveate.config import FoveateConfig
+from foveate.geometry import Size, ViewPlan
+from foveate.modeling import FoveateForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of one question about one picture.
+
+    Attributes:
+        views: pictures that the vision tower encodes.
+        visual_tokens: of them in the LLM's sequence.
+        effective_height, effective_width: the finest resolution at which the whole picture is seen, pixels.
+        encode_flops: vision tower and connector.
+        prefill_flops: LLM over the visual tokens and `text_tokens` of text.
+        decode_flops: LLM per generated token.
+        kv_bytes: key and value cache after the prefill.
+    """
+
+    views: int
+    visual_tokens: int
+    effective_height: int
+    effective_width: int
+    encode_flops: int
+    prefill_flops: int
+    decode_flops: int
+    kv_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def reference_config(method: str, options: dict[str, Any] | None = None) -> FoveateConfig:
+    """The shapes of LLaVA-1.5-7B: CLIP ViT-L/14 at 336 pixels and Vicuna-7B."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+    )
+    return FoveateConfig(vision_config=vision, text_config=text, method=method, options=options)
+
+
+class Pricer:
+    """Counts FLOPs on a weightless copy of a model.
+
+    Args:
+        config: the model's configuration.
+        dtype: of the weights; decides the size of the KV cache.
+    """
+
+    def __init__(self, config: FoveateConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        with torch.device("meta"):
+            self.model = FoveateForConditionalGeneration(config).to(dtype).eval()
+        self.dtype = dtype
+        self._encode = lru_cache(maxsize=256)(self._count_encode)
+        self._language = lru_cache(maxsize=256)(self._count_language)
+
+    def plan(self, height: int, width: int) -> ViewPlan:
+        return self.model.method.plan(height, width)
+
+    def price(self, picture: Size, text_tokens: int = 64) -> Cost:
+        """The cost of a question of `text_tokens` tokens (template included) about a picture of this size."""
+        plan = self.plan(*picture)
+        prefill, decode, kv = self._language(plan.tokens + text_tokens)
+        return Cost(len(plan.views), plan.tokens, *plan.effective, self._encode(picture), prefill, decode, kv)
+
+    def language(self, tokens: int) -> tuple[int, int, int]:
+        """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them."""
+        return self._language(tokens)
+
+    def encode(self, picture: Size) -> int:
+        """FLOPs of the vision tower and connector for one picture."""
+        return self._encode(picture)
+
+    def _count_encode(self, picture: Size) -> int:
+        views = [view.size for view in self.plan(*picture).views]
+        blank = torch.zeros(len(views), 3, *views[0], device="meta", dtype=self.dtype)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.model.get_image_features(blank, torch.tensor([picture]))
+        return counter.get_total_flops()
+
+    def _count_language(self, tokens: int) -> tuple[int, int, int]:
+        width = self.model.config.text_config.hidden_size
+        embeds = torch.zeros(1, tokens, width, device="meta", dtype=self.dtype)
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as prefill:
+                cache = self.model.language_model(
+                    inputs_embeds=embeds, use_cache=True, logits_to_keep=1
+                ).past_key_values
+            kv = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+            with FlopCounterMode(display=False) as decode:
+                self.model.language_model(inputs_embeds=embeds[:, :1], past_key_values=cache)
+        return prefill.get_total_flops(), decode.get_total_flops(), kv

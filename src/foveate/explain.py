@@ -1,0 +1,124 @@
+"""Draws what a model saw: the picture with the regions that were looked at, and the views as it got them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from foveate.geometry import Box, View
+
+if TYPE_CHECKING:
+    from foveate.ask import Answer
+
+PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
+COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))
+MARGIN, GAP, LINE = 24, 10, 22
+PICTURE_SIDE, VIEWS_WIDTH = 620, 560
+
+
+def draw_answer(answer: Answer, canvases: Sequence[Image.Image]) -> Image.Image:
+    """The original with the answer's regions on the left, all views on the right, question and costs below.
+
+    `canvases`: the picture as it lies on each canvas of the answer's plan, 8-bit RGB.
+    """
+    views = [cut_view(canvases[view.canvas], view) for view in answer.plan.views]
+    left = mark_regions(answer.picture, answer.regions, PICTURE_SIDE)
+    right = contact_sheet(views, [view.role for view in answer.plan.views], VIEWS_WIDTH)
+    lines = _caption(answer)
+    width = 3 * MARGIN + left.width + right.width
+    top = 2 * MARGIN + max(left.height, right.height)
+    page = Image.new("RGB", (width, top + LINE * len(lines) + MARGIN), PAPER)
+    page.paste(left, (MARGIN, MARGIN))
+    page.paste(right, (2 * MARGIN + left.width, MARGIN))
+    draw = ImageDraw.Draw(page)
+    for i, (text, colour) in enumerate(lines):
+        draw.text((MARGIN, top + i * LINE), text, colour, font=_font(16))
+    return page
+
+
+def mark_regions(picture: Image.Image, regions: Sequence[Box], side: int) -> Image.Image:
+    """The picture, at most `side` pixels long, with numbered boxes."""
+    scale = min(side / max(picture.size), 8.0)
+    marked = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    draw = ImageDraw.Draw(marked)
+    for i, box in enumerate(regions):
+        colour = COLOURS[i % len(COLOURS)]
+        left, top, right, bottom = (float(n) * scale for n in box)
+        inset = min(2.0 * (i % 4), max(right - left - 4, 0) / 2, max(bottom - top - 4, 0) / 2)
+        edges = (
+            left + inset,
+            top + inset,
+            max(right - 1 - inset, left + inset),
+            max(bottom - 1 - inset, top + inset),
+        )
+        draw.rectangle(edges, outline=colour, width=3)
+        _label(draw, (left + 4 + 22 * _same_corner(regions, i), top + 4), str(i + 1), colour)
+    return marked
+
+
+def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int) -> Image.Image:
+    """All views side by side in rows, as the vision tower got them, numbered like the regions."""
+    columns = next(n for n in range(1, len(views) + 1) if n * n >= len(views) or n == 6)
+    side = (width - (columns - 1) * GAP) // columns
+    rows = -(-len(views) // columns)
+    sheet = Image.new("RGB", (width, rows * (side + LINE + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, (view, role) in enumerate(zip(views, roles, strict=True)):
+        x, y = (i % columns) * (side + GAP), (i // columns) * (side + LINE + GAP)
+        sheet.paste(
+            view.resize((side, side), Image.Resampling.NEAREST if view.width < side else None), (x, y)
+        )
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=COLOURS[i % len(COLOURS)], width=2)
+        text = f"{i + 1}  {role}  {view.width} x {view.height}"
+        draw.text((x, y + side + 2), text, FAINT, font=_font(14 if side > 150 else 10))
+    return sheet
+
+
+def cut_view(canvas: Image.Image, view: View) -> Image.Image:
+    """One view out of its canvas, interleaved ones included."""
+    part = canvas.crop(tuple(int(n) for n in view.box))
+    if view.stride == 1:
+        return part
+    size = (view.size.width, view.size.height)
+    scale = 1 / view.stride
+    # The affine map reads pixel (stride x, stride y), sampled at its centre.
+    return part.transform(
+        size, Image.Transform.AFFINE, (1 / scale, 0, 0.5 - 0.5 / scale, 0, 1 / scale, 0.5 - 0.5 / scale)
+    )
+
+
+def _caption(answer: Answer) -> list[tuple[str, tuple[int, int, int]]]:
+    ledger, plan = answer.ledger, answer.plan
+    lines = [(line, FAINT) for line in textwrap.wrap(f"Q  {answer.question}", 130) or [""]]
+    lines += [(line, INK) for line in textwrap.wrap(f"A  {answer.text or '(no text)'}", 130)[:6]]
+    height, width = plan.effective
+    lines.append(
+        (
+            f"{plan.picture.width} x {plan.picture.height} pixels, seen at {width} x {height}   |   "
+            f"{ledger.views} views, {ledger.visual_tokens} visual tokens, {ledger.tflop:.3g} TFLOP, "
+            f"{ledger.total_seconds:.2f} s",
+            FAINT,
+        )
+    )
+    return lines
+
+
+def _same_corner(regions: Sequence[Box], index: int) -> int:
+    """How many earlier regions start at the same corner, so that their numbers do not cover each other."""
+    corner = regions[index].rounded()[:2]
+    return sum(box.rounded()[:2] == corner for box in regions[:index])
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: tuple[int, int, int]
+) -> None:
+    box = draw.textbbox(at, text, font=_font(16))
+    draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill=colour)
+    draw.text(at, text, PAPER, font=_font(16))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
