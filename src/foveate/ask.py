@@ -18,7 +18,7 @@ from transformers import BatchFeature
 
 from foveate.cost import Pricer
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, ViewPlan
+from foveate.geometry import Box, ViewPlan
 from foveate.methods.base import Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.pictures import Picture, read_picture
@@ -127,7 +127,7 @@ class Answer:
 
     Attributes:
         text: the answer.
-        regions: parts of the picture that were looked at, in pixels of the original: left, top, right, bottom.
+        regions: parts of the picture that were looked at (left, top, right, bottom), original pixels.
         ledger: the costs.
         question: what was asked.
         picture: what it was asked about.
@@ -143,7 +143,7 @@ class Answer:
     _draw: Callable[[Answer], Image.Image] = field(repr=False)
 
     def show(self, out: str | Path | None = None) -> Image.Image:
-        """A picture of what the model saw: the regions on the original, and every view. Written to `out` if given."""
+        """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
         drawing = self._draw(self)
         if out is not None:
             path = Path(out)

@@ -123,13 +123,13 @@ def read_json(path: Path) -> Json:
 
 
 def read_preprocessor(folder: Path) -> Json:
-    """How a folder's pictures are prepared, from either place where transformers has saved that; {} if nowhere."""
+    """How a folder's pictures are prepared, from either place where transformers saves it; or {}."""
     own = read_json(folder / "processor_config.json").get("image_processor", {})
     return own or read_json(folder / "preprocessor_config.json")
 
 
 def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released | None:
-    """The released layout of a model folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
+    """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
     from foveate.methods import METHODS, method_class
 
     config = read_json(folder / "config.json")

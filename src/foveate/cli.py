@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="foveate",
-    help="Ask multimodal LLMs about fine detail in high-resolution pictures; compare, train and price the methods.",
+    help="Ask multimodal LLMs about fine detail in pictures; compare, train and price the methods.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -26,7 +26,7 @@ from foveate.processing import (
 if TYPE_CHECKING:
     from foveate.ask import Foveate
 
-Part = str | Path | PreTrainedConfig | PreTrainedModel
+Part: TypeAlias = str | Path | PreTrainedConfig | PreTrainedModel
 
 
 def compose(

@@ -24,10 +24,10 @@ class FoveateConfig(PreTrainedConfig):
     # AutoConfig would be the class here, but importing it imports all of transformers.models.
     sub_configs = {"vision_config": PreTrainedConfig, "text_config": PreTrainedConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     method: str = "llava"
-    options: dict[str, Any] | None = None
+    options: Any = None
     vision_feature_layer: int = -2
     image_token_id: int = 32000
     tie_word_embeddings: bool = False

@@ -79,7 +79,7 @@ def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int
 
 def cut_view(canvas: Image.Image, view: View) -> Image.Image:
     """One view out of its canvas, interleaved ones included."""
-    part = canvas.crop(tuple(int(n) for n in view.box))
+    part = canvas.crop(view.box.rounded())
     if view.stride == 1:
         return part
     size = (view.size.width, view.size.height)

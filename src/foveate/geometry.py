@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-Number = int | float | Fraction
-Fill = Literal["black", "mean"]
+Number: TypeAlias = int | float | Fraction
+Fill: TypeAlias = Literal["black", "mean"]
 
 
 class Size(NamedTuple):
@@ -28,7 +28,7 @@ class Size(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Left, top, right, bottom; right and bottom lie outside. May reach beyond the picture where it is padded."""
+    """Left, top, right, bottom; right and bottom outside. Reaches beyond the picture where it is padded."""
 
     left: Number
     top: Number
@@ -55,6 +55,9 @@ class Box(NamedTuple):
     def rounded(self) -> tuple[int, int, int, int]:
         """Nearest whole pixels, for drawing and for JSON."""
         return round(self.left), round(self.top), round(self.right), round(self.bottom)
+
+
+NO_TILES = Size(0, 0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class ViewPlan:
     canvases: tuple[Canvas, ...]
     views: tuple[View, ...]
     tokens: int
-    tiles: Size = Size(0, 0)
+    tiles: Size = NO_TILES
 
     def to_picture(self, view: int, box: Iterable[Number]) -> Box:
         """Carries a box from pixels of view number `view` to pixels of the original picture, exactly."""
@@ -196,7 +199,7 @@ def centre_cropped(picture: Size, side: int) -> Canvas:
 def letterboxed(picture: Size, canvas: Size, fill: Fill = "black") -> Canvas:
     """The picture scaled to fit inside the canvas and centred on it (LLaVA-NeXT).
 
-    The side that does not touch the border is rounded up in floating point, as the released models were trained.
+    The side that does not touch the border is rounded up in floating point, as in the released models.
     """
     scale_w, scale_h = canvas.width / picture.width, canvas.height / picture.height
     if scale_w < scale_h:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
 from foveate import checkpoints
 from foveate.config import FoveateConfig
@@ -22,7 +22,7 @@ from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
 
 
 @dataclass
-class EncodedPictures(BaseModelOutputWithPooling):
+class EncodedPictures(ModelOutput):
     """Pictures as the LLM takes them; what `get_image_features` returns and `mm_encoder_outputs` carries.
 
     Attributes:
@@ -32,7 +32,7 @@ class EncodedPictures(BaseModelOutputWithPooling):
         regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
     """
 
-    pooler_output: list[Tensor] | None = None  # type: ignore[assignment]
+    pooler_output: list[Tensor]  # the name that `generate` looks for
     kept: list[Tensor] | None = None
     injection: Any = None
     regions: list[list[Box]] | None = None
@@ -92,7 +92,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             layers[index].register_forward_hook(partial(_inject, injector, index), with_kwargs=True)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None,
         *args: Any,
@@ -171,13 +171,13 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         query_ids: Tensor | None = None,
         query_mask: Tensor | None = None,
     ) -> EncodedPictures:
-        """Vision features (V, N, C) -> visual tokens per picture. `query_ids` (P, T): each picture's question."""
+        """Vision features (V, N, C) -> visual tokens per picture. `query_ids` (P, T): their questions."""
         plans = self.plans(image_sizes)
         views = sum(len(plan.views) for plan in plans)
         if views != len(features):
             raise FoveateError(f"image_sizes call for {views} views, pixel_values hold {len(features)}")
         query = None
-        if self.method.uses_query and query_ids is not None:
+        if self.method.uses_query and query_ids is not None and query_mask is not None:
             query = Query(self.get_input_embeddings()(query_ids), query_mask)
         visual = self.connector(features, plans, query)
         counts = [plan.tokens for plan in plans]
@@ -235,6 +235,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         pictures = (mm_encoder_outputs or {}).get("image")
         if pictures is None and pixel_values is not None and len(pixel_values):
+            if image_sizes is None:
+                raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
             pictures = self.get_image_features(pixel_values, image_sizes, query_ids, query_mask)
         if pictures is not None:
             visual = self._placeholders(input_ids, inputs_embeds)  # (B, T)
@@ -281,9 +283,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["input_ids"] = inputs
         names = ("pixel_values", "image_sizes", "query_ids", "query_mask")
         if kwargs.get("pixel_values") is not None:
-            pictures = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
-            kwargs["mm_encoder_outputs"] = {"image": pictures}
-        pictures = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            encoded = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
+        pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None or pictures.kept is None:
             return super().generate(**kwargs)
         prompt = kwargs["input_ids"]
@@ -311,7 +313,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _in_step_with_other_ranks(self) -> Tensor | float:
-        """Zero, but with a gradient path to what trains, so that ranks without pictures do not hang the others."""
+        """Zero, with a gradient path to what trains: ranks without pictures must not hang the others."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_world_size() == 1:
             return 0.0

@@ -1,4 +1,4 @@
-"""Plain mappings -> frozen dataclasses, with every wrong key and value named. Used for options and recipes."""
+"""Plain mappings -> frozen dataclasses, with every wrong key and value named."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise FoveateError(f"{where}: expected keys and values, got {value!r}")
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build_options(kind, value, where)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)

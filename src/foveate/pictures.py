@@ -95,7 +95,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """0..1 floats and 16-bit integers keep their scale; other ranges are stretched from 0 to their maximum."""
+    """Floats in 0..1 and 16-bit integers keep their scale; wider ranges are divided by their maximum."""
     values = np.nan_to_num(values.astype(np.float64))
     top = float(values.max(initial=0.0))
     scale = 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else 65535.0 if top <= 65535.0 else top

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
@@ -17,7 +16,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Canvas, ViewPlan
 from foveate.methods import method_class
 from foveate.methods.base import Method, TowerGeometry
-from foveate.pictures import Picture, read_picture
+from foveate.pictures import read_picture
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "vicuna_v1", "llama3", "mistral", "chatml")
@@ -29,7 +28,9 @@ def chat_template(name: str) -> str:
     """The Jinja source of one of `TEMPLATES`. Assistant tokens are marked, so that training can find them."""
     if name not in TEMPLATES:
         raise FoveateError(f"unknown chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    return resources.files("foveate").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    return (
+        resources.files("foveate").joinpath("templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+    )
 
 
 class FoveateImageProcessor(BaseImageProcessor):
@@ -136,7 +137,7 @@ class FoveateImageProcessor(BaseImageProcessor):
 class FoveateProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
-    Every `<image>` in a text is replaced by as many placeholder tokens as the picture's plan says. For methods
+    Every `<image>` in a text is replaced by as many placeholders as the picture's plan says. For methods
     that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: the text
     of the user's message that shows it, or what is passed as `queries`.
     """
@@ -154,7 +155,7 @@ class FoveateProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -215,7 +216,7 @@ class FoveateProcessor(ProcessorMixin):
         return inputs
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """As in transformers; message contents may be plain strings, and batches may mix text-only ones in."""
+        """As in transformers; contents may be plain strings, and batches may have text-only conversations."""
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = [normalise_messages(c) for c in (conversation if batched else [conversation])]
         if kwargs.get("tokenize") and self.image_processor.planner().uses_query:
@@ -252,7 +253,7 @@ def picture_queries(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = None) -> FoveateImageProcessor:
-    """The image processor that fits a model's configuration; mean and std from a tower's preprocessor_config."""
+    """The image processor that fits a model; mean and std from its tower's preprocessor_config."""
     geometry = TowerGeometry.of(config.vision_config)
     preprocessor = preprocessor or {}
     return FoveateImageProcessor(

@@ -1,4 +1,4 @@
-"""Tiny random parts: a vision tower, an LLM and a byte tokenizer, to try commands and to test without weights."""
+"""Tiny random parts: a vision tower, an LLM and a byte tokenizer, for trying commands and for tests."""
 
 from __future__ import annotations
 

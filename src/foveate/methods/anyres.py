@@ -2,10 +2,10 @@
 
 Paper: Liu et al., LLaVA-NeXT: Improved reasoning, OCR, and world knowledge, blog of 2024-01-30
 (no arXiv number); the AnyRes technique is described there under "Dynamic High Resolution".
-Authors' code: haotian-liu/LLaVA (Apache-2.0), `spatial_unpad` with newline tokens, as in llava-hf/llava-v1.6-*.
+Authors' code: haotian-liu/LLaVA (Apache-2.0), `spatial_unpad` with newline tokens.
 
     grid choice, letterbox, tiles           plan
-    which feature lands where in the LLM    token_sources   [global view, then the grid row by row, a newline per row]
+    order in the LLM                        token_sources: global view, then the grid, a newline per row
     patch tokens -> MLP -> that order       AnyResConnector.forward, one gather for the whole batch
 
 Where versions differ: the authors cut the padding of the feature grid with `int(h * scale)`, Hugging Face's
@@ -34,7 +34,6 @@ from foveate.methods.base import (
     Method,
     MethodOptions,
     Query,
-    TowerGeometry,
     VisualTokens,
     Widths,
     flat,
@@ -62,8 +61,8 @@ def token_sources(plan: ViewPlan, grid: Size) -> np.ndarray:
     letterbox padding is cut off, and a newline ends each row.
     """
     per_view = grid.height * grid.width
-    tiles = np.arange(per_view, (1 + plan.tiles.height * plan.tiles.width) * per_view)
-    tiles = tiles.reshape(plan.tiles.height, plan.tiles.width, grid.height, grid.width)
+    patches = np.arange(per_view, (1 + plan.tiles.height * plan.tiles.width) * per_view)
+    tiles = patches.reshape(plan.tiles.height, plan.tiles.width, grid.height, grid.width)
     joined = tiles.transpose(0, 2, 1, 3)  # (tile rows, tile cols, h, w) -> (tile rows, h, tile cols, w)
     joined = joined.reshape(plan.tiles.height * grid.height, plan.tiles.width * grid.width)
     rows, columns = unpadded(Size(*joined.shape), plan.picture)

@@ -47,7 +47,7 @@ class TowerGeometry:
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size or self.patch_size < 1:
             raise FoveateError(
-                f"a vision tower with image_size {self.image_size} and patch_size {self.patch_size} has no patches"
+                f"a tower with image_size {self.image_size} and patch_size {self.patch_size} has no patches"
             )
 
     @property
@@ -120,7 +120,7 @@ class Connector(nn.Module):
     """Vision features -> visual tokens of the LLM. The trainable part of a method."""
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
-        """features (V, N, C) of all views of the batch, picture after picture, in the order of their plans."""
+        """features (V, N, C): all views of the batch, picture after picture, in the order of their plans."""
         raise NotImplementedError
 
     def injectors(self) -> Mapping[int, Injector]:
