@@ -273,30 +273,11 @@ def read_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def convert_keys(released: Released, tensors: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Any]:
-    """Renames a checkpoint's tensors to Foveate's keys.
+def released_tensors(released: Released, config: Any, expected: Iterable[str]) -> dict[str, Any]:
+    """All weights of a released checkpoint under Foveate's keys, its tower included where that lies apart.
 
-    Raises `FoveateError` that names missing and unexpected keys, so that no weight is silently random.
+    Raises `FoveateError` that names unexpected keys; missing ones are seen when the model takes the weights.
     """
-    expected = set(expected)
-    rules = {**released.layout.keys, **FAMILY_KEYS[released.layout.family]}
-    unused = (*BUFFERS, *released.layout.drops)
-    renamed: dict[str, Any] = {}
-    unexpected: list[str] = []
-    for key, tensor in tensors.items():
-        if any(re.search(pattern, key) for pattern in unused):
-            continue
-        new = next((re.sub(p, r, key, count=1) for p, r in rules.items() if re.search(p, key)), key)
-        if new in expected:
-            renamed[new] = tensor
-        elif not new.startswith("vision_tower."):  # layers of the tower that nothing reads are left out
-            unexpected.append(key)
-    report_keys(released.folder, expected - renamed.keys(), unexpected)
-    return renamed
-
-
-def released_tensors(released: Released, expected: Iterable[str]) -> dict[str, Any]:
-    """All weights of a released checkpoint under Foveate's keys, its tower included where that lies apart."""
     tensors = read_tensors(released.folder)
     if released.vision_tower and not any(key.startswith("model.vision_tower.") for key in tensors):
         tensors |= {
@@ -304,7 +285,37 @@ def released_tensors(released: Released, expected: Iterable[str]) -> dict[str, A
             for key, tensor in read_tensors(released.vision_tower).items()
             if not key.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale"))
         }
-    return convert_keys(released, tensors, expected)
+    expected = set(expected)
+    unused = {*_tower_keys(config.vision_config)} - expected  # of layers after the one that is read
+    renamed = {}
+    unexpected = []
+    for key, tensor in tensors.items():
+        new = convert_key(released.layout, key)
+        if new in expected:
+            renamed[new] = tensor
+        elif new is not None and new not in unused:
+            unexpected.append(key)
+    report_keys(released.folder, (), unexpected)
+    return renamed
+
+
+def convert_key(layout: Layout, key: str) -> str | None:
+    """Foveate's name of a released checkpoint's key; None for what nothing reads."""
+    if any(re.search(pattern, key) for pattern in (*BUFFERS, *layout.drops)):
+        return None
+    for pattern, replacement in {**layout.keys, **FAMILY_KEYS[layout.family]}.items():
+        if re.search(pattern, key):
+            return re.sub(pattern, replacement, key, count=1)
+    return key
+
+
+def _tower_keys(vision_config: Any) -> set[str]:
+    """Keys of a whole vision tower, all its layers built."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return {f"vision_tower.model.{key}" for key in AutoModel.from_config(vision_config).state_dict()}
 
 
 def report_keys(folder: Path | str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -128,14 +128,10 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = checkpoints.convert_config(released)
             config.options.update(options or {})
             with torch.device("meta"):
-                expected = cls(config).state_dict()
-            state = checkpoints.released_tensors(released, expected)
-            for key, place in expected.items():
-                state[key] = (
-                    _grown(state[key], len(place))
-                    if place.ndim == 2 and "vision_tower" not in key
-                    else state[key]
-                )
+                skeleton = cls(config)
+            state = checkpoints.released_tensors(released, config, skeleton.state_dict())
+            for key in skeleton.embedding_keys() & state.keys():
+                state[key] = _grown(state[key], config.text_config.vocab_size)
             model, info = super().from_pretrained(
                 None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs
             )
@@ -154,6 +150,14 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
+
+    def embedding_keys(self) -> set[str]:
+        """Names of the parameters with one row per token of the vocabulary."""
+        tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
+        return {key for key, p in self.named_parameters() if any(p is table for table in tables)}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leaves every part as it initialised itself."""
 
     def plans(self, image_sizes: Tensor | Sequence[Sequence[int]]) -> list[ViewPlan]:
         """The plans of pictures of these sizes, (P, 2) heights and widths."""
