@@ -119,8 +119,8 @@ class Injector(nn.Module):
 class Connector(nn.Module):
     """Vision features -> visual tokens of the LLM. The trainable part of a method.
 
-    Initialise parameters when they are made, and keep tables in persistent buffers: a checkpoint is loaded into
-    a model that was built without memory, and only what it holds is filled.
+    Initialise parameters when they are made, and keep tables in persistent buffers: a checkpoint is
+    loaded into a model that was built without memory, and only what it holds is filled.
     """
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
