@@ -6,12 +6,10 @@ register with transformers' Auto classes as soon as those are imported, before o
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import wrapt
+from foveate.registration import register
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate, load
@@ -58,8 +56,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-@wrapt.when_imported("transformers.models.auto")
-def _register(_: ModuleType) -> None:
-    # Each of these registers when it is done, and may be what is importing transformers right now.
-    if not {"foveate.config", "foveate.modeling", "foveate.processing"} & sys.modules.keys():
-        import_module("foveate.registration")
+register()

@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
+from foveate.chat import picture_queries
 from foveate.cost import Pricer
 from foveate.errors import FoveateError
+from foveate.explain import draw
 from foveate.geometry import Box, ViewPlan
 from foveate.methods.base import Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.pictures import Picture, read_picture
-from foveate.processing import FoveateProcessor, picture_queries
+from foveate.processing import FoveateProcessor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -353,11 +355,20 @@ class Chat:
         return reply, encoded
 
     def _draw(self, answer: Answer) -> Image.Image:
-        from foveate.explain import draw_answer
-
-        processor = self.foveate.processor.image_processor
-        canvases = [processor.paint(answer.picture, canvas) for canvas in answer.plan.canvases]
-        return draw_answer(answer, canvases)
+        processor, plan, ledger = self.foveate.processor.image_processor, answer.plan, answer.ledger
+        canvases = [processor.paint(answer.picture, canvas) for canvas in plan.canvases]
+        costs = (
+            f"{plan.picture.width} x {plan.picture.height} pixels, "
+            f"seen at {plan.effective.width} x {plan.effective.height}   |   "
+            f"{ledger.views} views, {ledger.visual_tokens} visual tokens, {ledger.tflop:.3g} TFLOP, "
+            f"{ledger.total_seconds:.2f} s"
+        )
+        caption = [
+            (f"Q  {answer.question}", False),
+            (f"A  {answer.text or '(no text)'}", True),
+            (costs, False),
+        ]
+        return draw(answer.picture, answer.regions, plan, canvases, caption)
 
 
 def _fingerprint(picture: Image.Image) -> str:

@@ -1,60 +1,20 @@
-"""Other people's checkpoints -> Foveate's names, without ever unpickling code.
-
-A method's file says what its released checkpoints look like (`Layout`); this file reads them. Two families
-share most of their names: `hf`, as transformers saves its own LLaVA classes, and `original`, as the training
-code of haotian-liu/LLaVA and its many forks does (a flat LLM config with `mm_*` keys, the tower kept apart).
-"""
+"""Reading model folders, Foveate's own and other people's, without ever unpickling code."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
+from foveate.chat import load_tokenizer
 from foveate.errors import FoveateError
+from foveate.layouts import Json, Layout, convert_key
+from foveate.methods import METHODS, method_class
 
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a released checkpoint of a method looks.
-
-    Attributes:
-        name: whose checkpoints these are, for messages.
-        family: which common names apply besides `keys`.
-        recognises: whether a config.json, read as plain JSON, is of this layout.
-        options: (config.json, preprocessor_config.json) -> the method's options.
-        keys: regular expression on a checkpoint's key -> Foveate's key; tried before the family's own.
-        drops: keys that have no counterpart because nothing reads them.
-    """
-
-    name: str
-    family: Literal["hf", "original"]
-    recognises: Callable[[Json], bool]
-    options: Callable[[Json, Json], Json]
-    keys: Mapping[str, str]
-    drops: tuple[str, ...] = ()
-
-
-FAMILY_KEYS: dict[str, dict[str, str]] = {
-    "hf": {
-        r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
-        r"^language_model\.": "language_model.",
-        r"^model\.language_model\.": "language_model.model.",
-        r"^lm_head\.": "language_model.lm_head.",
-    },
-    "original": {
-        r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
-        r"^model\.": "language_model.model.",
-        r"^lm_head\.": "language_model.lm_head.",
-    },
-}
-BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}
 
@@ -130,8 +90,6 @@ def read_preprocessor(folder: Path) -> Json:
 
 def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released | None:
     """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
-    from foveate.methods import METHODS, method_class
-
     config = read_json(folder / "config.json")
     if config.get("model_type") == "foveate":
         return None
@@ -220,8 +178,6 @@ def read_config(name: str | Path, vision_tower: str | Path | None = None) -> Any
 def _image_token_id(folder: Path, vocab_size: int) -> int:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return vocab_size
-    from foveate.processing import load_tokenizer
-
     return load_tokenizer(folder)[1]
 
 
@@ -297,16 +253,6 @@ def released_tensors(released: Released, config: Any, expected: Iterable[str]) -
             unexpected.append(key)
     report_keys(released.folder, (), unexpected)
     return renamed
-
-
-def convert_key(layout: Layout, key: str) -> str | None:
-    """Foveate's name of a released checkpoint's key; None for what nothing reads."""
-    if any(re.search(pattern, key) for pattern in (*BUFFERS, *layout.drops)):
-        return None
-    for pattern, replacement in {**layout.keys, **FAMILY_KEYS[layout.family]}.items():
-        if re.search(pattern, key):
-            return re.sub(pattern, replacement, key, count=1)
-    return key
 
 
 def _tower_keys(vision_config: Any) -> set[str]:

@@ -11,17 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from foveate import checkpoints
+from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer
 from foveate.config import FoveateConfig
 from foveate.encoders import VisionTower
 from foveate.errors import FoveateError
 from foveate.modeling import FoveateForConditionalGeneration
-from foveate.processing import (
-    FoveateProcessor,
-    chat_template,
-    image_processor_for,
-    load_tokenizer,
-    prepare_tokenizer,
-)
+from foveate.processing import FoveateProcessor, image_processor_for
 
 if TYPE_CHECKING:
     from foveate.ask import Foveate
@@ -49,7 +44,7 @@ def compose(
         method: a name in `foveate.methods.METHODS`.
         options: the method's options.
         tokenizer: needed where `text` is no folder or id.
-        template: one of `foveate.processing.TEMPLATES`.
+        template: one of `foveate.chat.TEMPLATES`.
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
         dtype: of all weights.
         preprocessor: mean and std of the tower, where `vision` is no folder or id.

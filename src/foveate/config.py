@@ -47,6 +47,3 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrai
 
     config = dict(config or {})
     return CONFIG_MAPPING[config.pop("model_type", default)](**config)
-
-
-import foveate.registration  # noqa: E402, F401  the Auto classes learn of this one

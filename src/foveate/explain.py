@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.geometry import Box, View
-
-if TYPE_CHECKING:
-    from foveate.ask import Answer
+from foveate.geometry import Box, View, ViewPlan
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))
@@ -19,23 +15,34 @@ MARGIN, GAP, LINE = 24, 10, 22
 PICTURE_SIDE, VIEWS_WIDTH = 620, 560
 
 
-def draw_answer(answer: Answer, canvases: Sequence[Image.Image]) -> Image.Image:
-    """The original with the answer's regions on the left, all views on the right, question and costs below.
+def draw(
+    picture: Image.Image,
+    regions: Sequence[Box],
+    plan: ViewPlan,
+    canvases: Sequence[Image.Image],
+    caption: Sequence[tuple[str, bool]],
+) -> Image.Image:
+    """The picture with numbered regions on the left, all views on the right, a caption below.
 
-    `canvases`: the picture as it lies on each canvas of the answer's plan, 8-bit RGB.
+    Args:
+        picture: the original.
+        regions: boxes in its pixels.
+        plan: the views.
+        canvases: the picture as it lies on each of the plan's canvases, 8-bit RGB.
+        caption: paragraphs, each with whether it stands out.
     """
-    views = [cut_view(canvases[view.canvas], view) for view in answer.plan.views]
-    left = mark_regions(answer.picture, answer.regions, PICTURE_SIDE)
-    right = contact_sheet(views, [view.role for view in answer.plan.views], VIEWS_WIDTH)
-    lines = _caption(answer)
+    left = mark_regions(picture, regions, PICTURE_SIDE)
+    views = [cut_view(canvases[view.canvas], view) for view in plan.views]
+    right = contact_sheet(views, [view.role for view in plan.views], VIEWS_WIDTH)
+    lines = [(line, INK if bold else FAINT) for text, bold in caption for line in textwrap.wrap(text, 130)]
     width = 3 * MARGIN + left.width + right.width
     top = 2 * MARGIN + max(left.height, right.height)
     page = Image.new("RGB", (width, top + LINE * len(lines) + MARGIN), PAPER)
     page.paste(left, (MARGIN, MARGIN))
     page.paste(right, (2 * MARGIN + left.width, MARGIN))
-    draw = ImageDraw.Draw(page)
+    pen = ImageDraw.Draw(page)
     for i, (text, colour) in enumerate(lines):
-        draw.text((MARGIN, top + i * LINE), text, colour, font=_font(16))
+        pen.text((MARGIN, top + i * LINE), text, colour, font=_font(16))
     return page
 
 
@@ -88,22 +95,6 @@ def cut_view(canvas: Image.Image, view: View) -> Image.Image:
     return part.transform(
         size, Image.Transform.AFFINE, (1 / scale, 0, 0.5 - 0.5 / scale, 0, 1 / scale, 0.5 - 0.5 / scale)
     )
-
-
-def _caption(answer: Answer) -> list[tuple[str, tuple[int, int, int]]]:
-    ledger, plan = answer.ledger, answer.plan
-    lines = [(line, FAINT) for line in textwrap.wrap(f"Q  {answer.question}", 130) or [""]]
-    lines += [(line, INK) for line in textwrap.wrap(f"A  {answer.text or '(no text)'}", 130)[:6]]
-    height, width = plan.effective
-    lines.append(
-        (
-            f"{plan.picture.width} x {plan.picture.height} pixels, seen at {width} x {height}   |   "
-            f"{ledger.views} views, {ledger.visual_tokens} visual tokens, {ledger.tflop:.3g} TFLOP, "
-            f"{ledger.total_seconds:.2f} s",
-            FAINT,
-        )
-    )
-    return lines
 
 
 def _same_corner(regions: Sequence[Box], index: int) -> int:

@@ -358,6 +358,3 @@ def _grown(tensor: Tensor, rows: int) -> Tensor:
         return tensor
     mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
-
-
-import foveate.registration  # noqa: E402, F401  the Auto classes learn of this one

@@ -44,7 +44,9 @@ def read_picture(picture: Picture | Any) -> Image.Image:
             f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}"
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return image if image.mode == "RGB" else _to_rgb(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise FoveateError(f"{name} is broken and cannot be read as a picture: {error}") from error
 

@@ -1,12 +1,74 @@
-"""Tells transformers' Auto classes, and with them its pipelines, about Foveate's classes."""
+"""Tells transformers' Auto classes, and with them its pipelines, about Foveate's classes.
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+Each pair is made known as soon as both of its modules are imported, whichever comes first: `import foveate`
+stays cheap, and no module of transformers is needed before it is complete.
+"""
 
-from foveate.config import FoveateConfig
-from foveate.modeling import FoveateForConditionalGeneration
-from foveate.processing import FoveateImageProcessor, FoveateProcessor
+from __future__ import annotations
 
-AutoConfig.register("foveate", FoveateConfig)
-AutoModelForImageTextToText.register(FoveateConfig, FoveateForConditionalGeneration)
-AutoImageProcessor.register(FoveateConfig, image_processor_classes={"pil": FoveateImageProcessor})
-AutoProcessor.register(FoveateConfig, FoveateProcessor)
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import wrapt
+
+if TYPE_CHECKING:
+    from foveate.config import FoveateConfig
+
+
+class Introduction:
+    """One Auto class, and what of Foveate's it should know.
+
+    Args:
+        auto: module of `transformers.models.auto`; importing it imports ours.
+        ours: module of `foveate`.
+        introduce: called once with both.
+    """
+
+    def __init__(self, auto: str, ours: str, introduce: Callable[[ModuleType, ModuleType], None]) -> None:
+        self.auto, self.ours = f"transformers.models.auto.{auto}", f"foveate.{ours}"
+        self.introduce = introduce
+        self.complete: dict[str, ModuleType] = {}
+        wrapt.register_post_import_hook(self._arrived, self.ours)
+        wrapt.register_post_import_hook(self._arrived, self.auto)
+
+    def _arrived(self, module: ModuleType) -> None:
+        self.complete[module.__name__] = module
+        if self.ours not in sys.modules:
+            import_module(self.ours)  # arrives in turn
+        elif len(self.complete) == 2:
+            self.introduce(self.complete[self.auto], self.complete[self.ours])
+
+
+def _config(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoConfig.register("foveate", ours.FoveateConfig)
+
+
+def _model(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoModelForImageTextToText.register(_config_class(), ours.FoveateForConditionalGeneration)
+
+
+def _image_processor(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoImageProcessor.register(
+        _config_class(), image_processor_classes={"pil": ours.FoveateImageProcessor}
+    )
+
+
+def _processor(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoProcessor.register(_config_class(), ours.FoveateProcessor)
+
+
+def _config_class() -> type[FoveateConfig]:
+    from foveate.config import FoveateConfig
+
+    return FoveateConfig
+
+
+def register() -> None:
+    """Called once, by the package."""
+    Introduction("configuration_auto", "config", _config)
+    Introduction("modeling_auto", "modeling", _model)
+    Introduction("image_processing_auto", "processing", _image_processor)
+    Introduction("processing_auto", "processing", _processor)

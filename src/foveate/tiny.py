@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
+from foveate.chat import IMAGE_TOKEN
 from foveate.compose import compose
-from foveate.processing import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from foveate.ask import Foveate

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.checkpoints import Layout
 from foveate.errors import FoveateError
 from foveate.geometry import Size, View, ViewPlan, best_fit, letterboxed, squashed, tiled, unpadded, whole
 from foveate.layers import mlp_projector
+from foveate.layouts import Layout
 from foveate.methods.base import (
     Connector,
     Method,

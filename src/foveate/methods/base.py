@@ -23,7 +23,7 @@ from foveate.options import build_options
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from foveate.checkpoints import Layout
+    from foveate.layouts import Layout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""How other people's checkpoints name things.
+
+A method's file says what its released checkpoints look like (`Layout`). Two families share most of their
+names: `hf`, as transformers saves its own LLaVA classes, and `original`, as the training code of
+haotian-liu/LLaVA and its many forks does (a flat LLM config with `mm_*` keys, the tower kept apart).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a released checkpoint of a method looks.
+
+    Attributes:
+        name: whose checkpoints these are, for messages.
+        family: which common names apply besides `keys`.
+        recognises: whether a config.json, read as plain JSON, is of this layout.
+        options: (config.json, preprocessor_config.json) -> the method's options.
+        keys: regular expression on a checkpoint's key -> Foveate's key; tried before the family's own.
+        drops: keys that have no counterpart because nothing reads them.
+    """
+
+    name: str
+    family: Literal["hf", "original"]
+    recognises: Callable[[Json], bool]
+    options: Callable[[Json, Json], Json]
+    keys: Mapping[str, str]
+    drops: tuple[str, ...] = ()
+
+
+FAMILY_KEYS: dict[str, dict[str, str]] = {
+    "hf": {
+        r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
+        r"^language_model\.": "language_model.",
+        r"^model\.language_model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+    },
+    "original": {
+        r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
+        r"^model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+    },
+}
+BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
+
+
+def convert_key(layout: Layout, key: str) -> str | None:
+    """Foveate's name of a released checkpoint's key; None for what nothing reads."""
+    if any(re.search(pattern, key) for pattern in (*BUFFERS, *layout.drops)):
+        return None
+    for pattern, replacement in {**layout.keys, **FAMILY_KEYS[layout.family]}.items():
+        if re.search(pattern, key):
+            return re.sub(pattern, replacement, key, count=1)
+    return key
