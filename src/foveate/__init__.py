@@ -13,7 +13,7 @@ from foveate.registration import register
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate, load
-    from foveate.compose import compose
+    from foveate.composing import compose
     from foveate.config import FoveateConfig
     from foveate.errors import FoveateError
     from foveate.modeling import FoveateForConditionalGeneration
@@ -25,7 +25,7 @@ _PUBLIC = {
     "Answer": "foveate.ask",
     "Foveate": "foveate.ask",
     "load": "foveate.ask",
-    "compose": "foveate.compose",
+    "compose": "foveate.composing",
     "FoveateConfig": "foveate.config",
     "FoveateError": "foveate.errors",
     "FoveateForConditionalGeneration": "foveate.modeling",

@@ -184,7 +184,7 @@ def compose(
 
         made = tiny_model(method, _options(option), template=template)
     else:
-        from foveate.compose import compose as compose_parts
+        from foveate.composing import compose as compose_parts
 
         assert vision is not None and text is not None
         made = compose_parts(vision, text, method, _options(option), template=template)

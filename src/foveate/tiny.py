@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from foveate.chat import IMAGE_TOKEN
-from foveate.compose import compose
+from foveate.composing import compose
 
 if TYPE_CHECKING:
     from foveate.ask import Foveate
