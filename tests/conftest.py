@@ -1,0 +1,61 @@
+"""Options and fixtures of the whole suite, and the table of largest errors at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.measuring import Measured, Measures, summarise
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURES = pytest.StashKey[Measures]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="folder of golden vectors for tests/parity (default: ../shared/golden beside the repository)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--golden")
+    if given is not None and not given.is_dir():
+        raise pytest.UsageError(f"--golden {given}: no such folder")
+    config.stash[MEASURES] = Measures()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def golden_folder(config: pytest.Config) -> Path | None:
+    """The folder of golden vectors; None where there is none."""
+    given = config.getoption("--golden") or ROOT.parent / "shared" / "golden"
+    return given.resolve() if given.is_dir() else None
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
+    """measure(what, error, tolerance): noted for the table at the end, and asserted."""
+    case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
+
+    def note(what: str, error: float, tolerance: float) -> None:
+        request.config.stash[MEASURES].add(Measured(case, what, error, tolerance))
+        assert error <= tolerance, f"{case}: {what} differs by {error:.2e}, more than {tolerance:.0e}"
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reasons = {
+        report.nodeid: report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and "test_golden" in report.nodeid
+    }
+    absent = {node.partition("[")[2].removesuffix("]"): reason for node, reason in reasons.items()}
+    for line in summarise(config.stash[MEASURES], absent):
+        terminalreporter.write_line(line)

@@ -1,0 +1,1 @@
+"""One file per method: its name is the beginning of the cases' names, it defines `FAMILY`."""

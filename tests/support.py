@@ -1,0 +1,58 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Random pixels, the same for the same seed and size."""
+    rng = np.random.default_rng((seed, height, width))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    """One random picture per (height, width)."""
+    return [picture(*size, seed=i) for i, size in enumerate(sizes)]
+
+
+def chat(question: str, *images: Any) -> list[dict[str, Any]]:
+    """One user message: pictures, then a question."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
+    return float((a.float() - b.float()).abs().max())
+
+
+def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch with its padding moved from the left to the right."""
+    mask = inputs["attention_mask"]
+    order = (1 - mask).argsort(dim=1, stable=True)  # real tokens first, in order
+    moved = {name: inputs[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+    return {**inputs, **moved}
+
+
+def rows(logits: Tensor, mask: Tensor) -> list[Tensor]:
+    """Per sample the logits at real tokens, (B, T, vocabulary) -> list of (T_b, vocabulary)."""
+    return [row[keep.bool()] for row, keep in zip(logits, mask, strict=True)]
+
+
+def largest_gap(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return max(gap(x, y) for x, y in zip(a, b, strict=True))
+
+
+@torch.no_grad()
+def greedy(model: Any, inputs: dict[str, Any], tokens: int = 8, **kwargs: Any) -> list[list[int]]:
+    """New tokens of greedy decoding, per sample; the end-of-sequence token does not stop it."""
+    out = model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **kwargs)
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
