@@ -30,12 +30,14 @@ class EncodedPictures(ModelOutput):
         kept: per picture (n,) bool, False for tokens that the LLM must not see; None: all are seen.
         injection: what the method's injectors read in the LLM's layers.
         regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
+        pictures: how many there are; `generate` repeats `pooler_output` for beams and several answers.
     """
 
     pooler_output: list[Tensor]  # the name that `generate` looks for
     kept: list[Tensor] | None = None
     injection: Any = None
     regions: list[list[Box]] | None = None
+    pictures: int | None = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class _Injection:
 
     content: Any
     visual: Tensor  # (B, T) bool
+    copies: int  # each row stands so many times in the batch, for beams and several answers
     done: set[int]
 
 
@@ -182,6 +185,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise FoveateError(f"image_sizes call for {views} views, pixel_values hold {len(features)}")
         query = None
         if self.method.uses_query and query_ids is not None and query_mask is not None:
+            if len(query_ids) != len(plans):
+                raise FoveateError(f"query_ids hold {len(query_ids)} questions for {len(plans)} pictures")
             query = Query(self.get_input_embeddings()(query_ids), query_mask)
         visual = self.connector(features, plans, query)
         counts = [plan.tokens for plan in plans]
@@ -190,6 +195,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kept=None if visual.kept is None else list(visual.kept.split(counts)),
             injection=visual.injection,
             regions=visual.regions,
+            pictures=len(plans),
         )
 
     # `generate` calls this with every argument of the same name and takes those away from `forward`: none may
@@ -250,8 +256,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = inputs_embeds.masked_scatter(visual[..., None], tokens)
             if pictures.kept is not None:
                 attention_mask = _without_dropped(attention_mask, visual, pictures.kept)
+                if position_ids is None:  # the rest moves up, as if the dropped tokens had never been there
+                    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
             if pictures.injection is not None:
-                kwargs["injection"] = _Injection(pictures.injection, visual, set())
+                copies = len(pictures.pooler_output) // (pictures.pictures or len(pictures.pooler_output))
+                kwargs["injection"] = _Injection(pictures.injection, visual, copies, set())
         elif self.training:
             inputs_embeds = inputs_embeds + self._in_step_with_other_ranks()
         outputs = self.language_model(
@@ -290,16 +299,26 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoded = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
             kwargs["mm_encoder_outputs"] = {"image": encoded}
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if pictures is None or pictures.kept is None:
+        if pictures is None:
             return super().generate(**kwargs)
+        image = EncodedPictures(
+            **pictures
+        )  # the caller's own stays as it is: beams repeat its tokens in place
+        kwargs["mm_encoder_outputs"] = {"image": image}
+        if pictures.kept is None:
+            return super().generate(**kwargs)
+        if kwargs.get("input_ids") is None:
+            raise FoveateError("generate needs input_ids, not only inputs_embeds, to drop visual tokens")
         prompt = kwargs["input_ids"]
         visual = prompt == self.config.image_token_id
-        short, mask = _compacted(
-            prompt, _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept)
-        )
-        kept = [tokens[keep] for tokens, keep in zip(pictures.pooler_output, pictures.kept, strict=True)]
-        image = EncodedPictures(pooler_output=kept, injection=pictures.injection, regions=pictures.regions)
-        kwargs |= {"input_ids": short, "attention_mask": mask, "mm_encoder_outputs": {"image": image}}
+        mask = _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept)
+        padding = int(self.config.image_token_id == 0)  # any token that is no placeholder
+        short, mask = _compacted(prompt, mask, padding)
+        image.pooler_output = [
+            tokens[keep] for tokens, keep in zip(pictures.pooler_output, pictures.kept, strict=True)
+        ]
+        image.kept = None
+        kwargs |= {"input_ids": short, "attention_mask": mask}
         output = super().generate(**kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         copies = len(sequences) // len(prompt)
@@ -336,7 +355,9 @@ def _inject(
     if injection is None:  # decoding, or a text-only batch
         return None
     injection.done.add(index)
-    return injector(output, injection.content, injection.visual)
+    n = injection.copies
+    injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
+    return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), each row's copies together
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:
@@ -345,11 +366,12 @@ def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequen
     return mask.masked_scatter(visual, torch.cat(list(kept)).to(mask))
 
 
-def _compacted(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _compacted(input_ids: Tensor, mask: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """Removes masked positions and pads the rows on the left to one length, (B, T) -> (B, longest)."""
     length = int(mask.sum(1).max())
     order = mask.long().argsort(dim=1, stable=True)[:, -length:]  # masked positions first, the rest in order
-    return input_ids.gather(1, order), mask.gather(1, order)
+    short = mask.gather(1, order)
+    return input_ids.gather(1, order).masked_fill(short == 0, padding), short
 
 
 def _grown(tensor: Tensor, rows: int) -> Tensor:
