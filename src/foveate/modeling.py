@@ -301,9 +301,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None:
             return super().generate(**kwargs)
-        image = EncodedPictures(
-            **pictures
-        )  # the caller's own stays as it is: beams repeat its tokens in place
+        image = EncodedPictures(**pictures)  # a copy: for beams, transformers repeats tokens in place
         kwargs["mm_encoder_outputs"] = {"image": image}
         if pictures.kept is None:
             return super().generate(**kwargs)

@@ -14,7 +14,7 @@ from tests.parity.checkpoints import load, prompt, tower_folder
 from tests.parity.golden import Comparison, Family
 from tests.support import greedy
 
-LOGITS = 1e-4  # float32 against float64 differs by 1.3e-5 here, on logits of about 3
+LOGITS = 5e-5  # float32 against float64 differs by 1.3e-5 here, on logits of about 3
 FEATURES = 2e-5
 
 

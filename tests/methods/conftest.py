@@ -1,0 +1,40 @@
+"""Every registered method, and the toy method beside them, as tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from foveate import Foveate
+from foveate.methods import METHODS
+from foveate.tiny import tiny_model
+
+# Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
+TINY_OPTIONS: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def toy() -> Iterator[None]:
+    """Registers the toy method as any other is: by one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "toy", "tests.methods.toy:Toy")
+        yield
+
+
+@pytest.fixture(scope="package")
+def tiny(toy: None) -> Callable[[str], Foveate]:
+    """Method -> its tiny model, made once. Tests that change a model make their own with `fresh`."""
+    made: dict[str, Foveate] = {}
+
+    def of(method: str) -> Foveate:
+        if method not in made:
+            made[method] = fresh(method)
+        return made[method]
+
+    return of
+
+
+def fresh(method: str, **options: Any) -> Foveate:
+    return tiny_model(method, {**TINY_OPTIONS.get(method, {}), **options})
