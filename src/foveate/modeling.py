@@ -91,8 +91,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
         layers = self.language_model.get_decoder().layers
-        for index, injector in self.connector.injectors().items():
-            layers[index].register_forward_hook(partial(_inject, injector, index), with_kwargs=True)
+        for index in self.connector.injectors():
+            layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
     @classmethod
     def from_pretrained(
@@ -326,6 +326,17 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.sequences = whole
         return output
 
+    def _inject(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Forward hook of decoder layer `index`. Finds its injector anew: PEFT may have replaced it."""
+        injection = kwargs.get("injection")
+        if injection is None:  # decoding, or a text-only batch
+            return None
+        injection.done.add(index)
+        injector: Injector = self.connector.injectors()[index]
+        n = injection.copies
+        injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
+        return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), a row's copies together
+
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, T) bool. Without ids, a placeholder is known by its embedding."""
         if input_ids is not None:
@@ -344,18 +355,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         views = [view.size for view in self.plans(size)[0].views]
         blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
         return 0.0 * torch.cat(self.get_image_features(blank, size).pooler_output).sum()
-
-
-def _inject(
-    injector: Injector, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> Tensor | None:
-    injection = kwargs.get("injection")
-    if injection is None:  # decoding, or a text-only batch
-        return None
-    injection.done.add(index)
-    n = injection.copies
-    injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
-    return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), each row's copies together
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:
