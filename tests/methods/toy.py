@@ -68,20 +68,16 @@ class ToyConnector(Connector):
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         tokens = flat(self.projector(features))  # (V, N, C) -> (n, D)
-        counts = torch.tensor([plan.tokens for plan in plans], device=tokens.device)
-        place = torch.cat([torch.arange(plan.tokens) for plan in plans]).to(
-            tokens.device
-        )  # within its picture
+        counts = [plan.tokens for plan in plans]
+        owner = torch.repeat_interleave(torch.tensor(counts)).to(tokens.device)  # (n,) its picture
+        place = torch.cat([torch.arange(count) for count in counts]).to(tokens.device)  # (n,) within it
         if query is None:
-            lengths, said = (
-                torch.zeros(len(plans), dtype=torch.long),
-                tokens.new_zeros(len(plans), tokens.shape[1]),
-            )
+            lengths = torch.zeros(len(plans), dtype=torch.long)
+            said = tokens.new_zeros(len(plans), tokens.shape[1])
         else:
             mask = query.mask[..., None].to(query.embeds)
             lengths = query.mask.sum(1)
             said = (query.embeds * mask).sum(1) / mask.sum(1)
-        owner = torch.arange(len(plans), device=tokens.device).repeat_interleave(counts)
         added = tokens * self.question(said.to(tokens))[owner]
         kept = (place + lengths.to(place)[owner]) % 2 == 0 if self.drop else None
         regions = [[plan.regions[int(n) % len(plan.regions)]] for plan, n in zip(plans, lengths, strict=True)]
