@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 from foveate.chat import load_tokenizer
 from foveate.errors import FoveateError
@@ -190,7 +191,7 @@ def vision_config_of(folder: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a folder's weights. Raises `FoveateError` where there are none."""
+    """Names of the files that hold a folder's weights. Raises `FoveateError` if one is missing or cut."""
     index = read_json(folder / "model.safetensors.index.json") or read_json(
         folder / "pytorch_model.bin.index.json"
     )
@@ -203,15 +204,28 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder} holds no weights: no model.safetensors, pytorch_model.bin or index of shards"
         )
     for name in names:
-        if not (folder / name).is_file():
-            raise FoveateError(f"{folder / name} is missing, though the index of shards names it")
+        path = folder / name
+        if not path.is_file():
+            raise FoveateError(f"{path} is missing, though the index of shards names it")
+        if path.suffix == ".safetensors":
+            _check_header(path)
     return names
+
+
+def _check_header(path: Path) -> None:
+    """Raises `FoveateError` unless a safetensors file is whole. Reads no tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise FoveateError(f"{path} is broken: {error}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a folder's safetensors or .bin shards, memory-mapped. Never unpickles code."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
@@ -221,11 +235,12 @@ def read_tensors(folder: Path) -> dict[str, Any]:
             if path.suffix == ".safetensors":
                 tensors |= load_file(path)
             else:
-                tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                mmap = is_zipfile(path)  # files of old versions of torch are none
+                tensors |= torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except UnpicklingError as error:
             raise FoveateError(f"{path} is broken or holds more than tensors, and is not read") from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise FoveateError(f"{path} is broken: {error}") from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise FoveateError(f"{path} is broken: {str(error).splitlines()[0]}") from error
     return tensors
 
 
@@ -264,13 +279,17 @@ def _tower_keys(vision_config: Any) -> set[str]:
         return {f"vision_tower.model.{key}" for key in AutoModel.from_config(vision_config).state_dict()}
 
 
-def report_keys(folder: Path | str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises `FoveateError` that names keys a checkpoint lacks or has too many of."""
+def report_keys(
+    folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
+) -> None:
+    """Raises `FoveateError` that names keys a checkpoint lacks, has too many of or in another shape."""
     problems = []
-    for what, keys in (("lacks", sorted(missing)), ("has unexpected", sorted(unexpected))):
-        if keys:
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            problems.append(f"{what} {', '.join(keys[:4])}{more}")
+    kinds = {"lacks": missing, "has unexpected": unexpected, "has another shape of": mismatched}
+    for what, keys in kinds.items():
+        names = sorted(keys)
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{what} {', '.join(names[:4])}{more}")
     if problems:
         raise FoveateError(f"the checkpoint in {folder} {'; it '.join(problems)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -94,8 +95,8 @@ def _vision(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None
         return copy.deepcopy(part), None, {}
     folder = checkpoints.local_folder(part)
     config = checkpoints.vision_config_of(folder)
-    tower = type(AutoModel.from_config(config)).from_pretrained(folder, config=config, dtype=dtype)
-    return config, tower, checkpoints.read_preprocessor(folder)
+    kind = type(AutoModel.from_config(config))
+    return config, _pretrained(kind, folder, config, dtype), checkpoints.read_preprocessor(folder)
 
 
 def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
@@ -104,11 +105,23 @@ def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
     if isinstance(part, PreTrainedConfig):
         return copy.deepcopy(part), None
     folder = checkpoints.local_folder(part)
-    checkpoints.weight_files(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=AutoConfig.from_pretrained(folder), dtype=dtype
-    )
+    model = _pretrained(AutoModelForCausalLM, folder, AutoConfig.from_pretrained(folder), dtype)
     return copy.deepcopy(model.config), model
+
+
+def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A part with its weights. Raises `FoveateError` where they are missing or broken."""
+    checkpoints.weight_files(folder)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
+    try:
+        model, info = kind.from_pretrained(folder, config=config, dtype=dtype, **options)
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise FoveateError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    # a pooling head is never read, and many towers are released without one
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    checkpoints.report_keys(folder, missing, mismatched=mismatched)
+    return model
 
 
 def _fill_tower(place: torch.nn.Module, tower: PreTrainedModel) -> None:
@@ -116,5 +129,5 @@ def _fill_tower(place: torch.nn.Module, tower: PreTrainedModel) -> None:
     if not isinstance(place, VisionTower):
         raise FoveateError("this method builds its own tower: give vision as a configuration")
     wanted, given = place.model.state_dict(), tower.state_dict()
-    checkpoints.report_keys("the vision tower", wanted.keys() - given.keys(), ())
+    checkpoints.report_keys("the vision tower", wanted.keys() - given.keys())
     place.model.load_state_dict({key: given[key] for key in wanted})

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from foveate.errors import FoveateError
+
 
 class FoveateConfig(PreTrainedConfig):
     """Configuration of a `FoveateForConditionalGeneration`.
@@ -46,4 +48,7 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrai
     from transformers import CONFIG_MAPPING
 
     config = dict(config or {})
-    return CONFIG_MAPPING[config.pop("model_type", default)](**config)
+    kind = config.pop("model_type", default)
+    if kind not in CONFIG_MAPPING:
+        raise FoveateError(f"transformers knows no model_type {kind!r}")
+    return CONFIG_MAPPING[kind](**config)

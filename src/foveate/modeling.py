@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from foveate import checkpoints
@@ -120,13 +120,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = checkpoints.local_folder(pretrained_model_name_or_path)
         released = checkpoints.recognise(folder, vision_tower)
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         if released is None:
             config = FoveateConfig.from_pretrained(folder)
             config.options.update(options or {})
             checkpoints.weight_files(folder)
-            model, info = super().from_pretrained(
-                folder, *args, config=config, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
             config = checkpoints.convert_config(released)
             config.options.update(options or {})
@@ -135,11 +134,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
-            model, info = super().from_pretrained(
-                None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs
-            )
-        mismatched = [str(key) for key, *_ in info["mismatched_keys"]]
-        checkpoints.report_keys(folder, info["missing_keys"], {*info["unexpected_keys"], *mismatched})
+            model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+            if (folder / "generation_config.json").is_file():  # above all the tokens that end an answer
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        mismatched = [key for key, *_ in info["mismatched_keys"]]
+        checkpoints.report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
         return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:
