@@ -23,7 +23,7 @@ from foveate.explain import draw
 from foveate.geometry import Box, ViewPlan
 from foveate.methods.base import Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
-from foveate.pictures import Picture, read_picture
+from foveate.pictures import Picture, drawing_path, read_picture
 from foveate.processing import FoveateProcessor
 
 if TYPE_CHECKING:
@@ -148,12 +148,7 @@ class Answer:
         """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
         drawing = self._draw(self)
         if out is not None:
-            path = Path(out)
-            if path.suffix.lower() not in Image.registered_extensions():
-                raise FoveateError(f"{path}: pictures are written as .png, .jpg or .webp")
-            if not path.parent.is_dir():
-                raise FoveateError(f"{path}: there is no folder {path.parent}")
-            drawing.save(path)
+            drawing.save(drawing_path(out))
         return drawing
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,11 +58,11 @@ def ask(
     """Answer questions about a picture."""
     if any(not question.strip() for question in questions):
         raise FoveateError("the question is empty")
-    from foveate.pictures import read_picture
+    from foveate.pictures import drawing_path, read_picture
 
     image = read_picture(picture)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FoveateError(f"{out}: there is no folder {out.parent}")
+    if out is not None:
+        drawing_path(out)  # before the model loads
     foveate = _load(model, device, dtype, vision_tower, template, option)
     answers = [foveate.ask(image, question, max_new_tokens=max_new_tokens) for question in questions]
     if out is not None:
@@ -280,6 +281,9 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 def _refuse_existing(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FoveateError(f"{out} exists already: choose a new folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FoveateError(f"{out} cannot be made: {parent} is not a folder that can be written to")
 
 
 def _save(foveate: Foveate, out: Path) -> None:

@@ -67,6 +67,18 @@ def read_size(path: str | os.PathLike[str]) -> Size:
     return Size(width, height) if turned else Size(height, width)
 
 
+def drawing_path(out: str | os.PathLike[str]) -> Path:
+    """`out` as the path of a picture that can be written there. Raises `FoveateError` if it cannot be."""
+    path = Path(out)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise FoveateError(f"{path}: pictures are written as .png, .jpg or .webp")
+    if not path.absolute().parent.is_dir():
+        raise FoveateError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise FoveateError(f"{path} is a folder or cannot be written: choose another file")
+    return path
+
+
 def _open(source: Any, name: str) -> Image.Image:
     try:
         image = Image.open(source)
