@@ -1,0 +1,186 @@
+"""Runs every command and every Python block of README and docs, in order, one folder a page."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import foveate.methods
+from tests.command import foveate as run_foveate
+from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, commands, parse
+from tests.docs.stand_ins import write_all
+
+# Commands that are not run here -> why. Nothing else may stay unrun.
+ELSEWHERE = {
+    "make install": "makes another virtual environment; continuous integration runs it in an empty clone",
+    "make test": "runs this very test",
+    "source .venv/bin/activate": "the tests run in an environment already",
+    ".venv/bin/pytest tests/docs": "runs this very test",
+}
+EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # behind a print: what it prints
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_all(tmp_path_factory.mktemp("hub"))
+
+
+class Page:
+    """One page's folder, with the repository's pictures and recipes in it, and its Python variables."""
+
+    def __init__(self, folder: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.stand_ins = stand_ins
+        self.monkeypatch = monkeypatch
+        self.variables: dict[str, Any] = {"__name__": "__main__"}
+        (folder / "docs").symlink_to(ROOT / "docs")
+        (folder / "recipes").symlink_to(ROOT / "recipes")
+        monkeypatch.chdir(folder)
+
+    def run(self, block: Block) -> None:
+        """Runs a block, or fails."""
+        if block.title is not None:
+            self.write(block)
+        elif block.language in ("bash", "console"):
+            for command, output in commands(block):
+                self.command(block, command, output)
+        elif block.language == "python":
+            self.python(block)
+        elif block.language == "yaml":
+            assert yaml.safe_load(block.text) is not None
+        else:
+            pytest.fail(
+                f"{block.place}: a {block.language or 'plain'} block is not run: make it bash, console or "
+                "python, or put <!-- not run: reason --> above it"
+            )
+
+    def local(self, text: str) -> str:
+        """The text with hub ids replaced by folders of the same layout."""
+        for name, folder in self.stand_ins.items():
+            text = text.replace(name, str(folder))
+        return text
+
+    def command(self, block: Block, command: str, output: str) -> None:
+        if command in ELSEWHERE:
+            return
+        words = shlex.split(self.local(command))
+        if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
+            result = run_foveate(*words[1:])
+            code, printed = result.code, result.stdout
+            problem = result.stderr
+        else:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", self.local(command)],
+                env={**os.environ, "PATH": path, "COLUMNS": "80"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            code, printed, problem = done.returncode, done.stdout, done.stderr
+        if output.startswith("error:"):
+            assert code == 2, f"{block.place}: {command} ends with {code}, not 2"
+            printed = problem
+        else:
+            assert code == 0, f"{block.place}: {command}\n{problem}"
+        if output:
+            assert _tidy(printed) == _tidy(output), (
+                f"{block.place}: {command} prints something else:\n{printed}"
+            )
+
+    def python(self, block: Block) -> None:
+        out = io.StringIO()
+        with redirect_stdout(out):
+            exec(compile(self.local(block.text), block.place, "exec"), self.variables)
+        printed = iter(out.getvalue().splitlines())
+        for expected in EXPECTED.findall(block.text):
+            assert expected in printed, f"{block.place}: {expected!r} is not printed:\n{out.getvalue()}"
+
+    def write(self, block: Block) -> None:
+        """A titled block is a file. Files of src/foveate/methods and lines of its registry take effect."""
+        assert block.title is not None
+        path = self.folder / block.title
+        if block.title == "src/foveate/methods/__init__.py":
+            for name, place in ast.literal_eval("{" + block.text + "}").items():
+                self.monkeypatch.setitem(foveate.methods.METHODS, name, place)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+        if block.title.startswith("src/foveate/methods/"):
+            self.monkeypatch.setattr(
+                foveate.methods, "__path__", [*foveate.methods.__path__, str(path.parent)]
+            )
+
+
+def _tidy(text: str) -> list[str]:
+    """Lines without the blanks at their ends, which editors strip, and without empty ones around them."""
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(
+    page: str, tmp_path: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Page(tmp_path, stand_ins, monkeypatch)
+    for block in blocks_of(page):
+        if block.not_run is None:
+            runner.run(block)
+
+
+def test_only_listings_and_samples_are_left_unrun() -> None:
+    """A block with a reason for not being run holds no command and no Python."""
+    for page in PAGES:
+        for block in blocks_of(page):
+            if block.not_run is not None:
+                assert block.language in ("text", "json", "yaml"), block.place
+                assert not re.search(r"^\s*(\$ |foveate |pip |make |import )", block.text, re.MULTILINE), (
+                    block.place
+                )
+
+
+def test_no_code_hides_from_the_runner() -> None:
+    """Indented code blocks and HTML <pre> would be shown as code and never run."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in blocks_of(page):
+            text = text.replace(block.text.rstrip("\n"), "")
+        hidden = re.search(r"(?:^|\n\n) {4,}\S.*|<pre|<code", text)
+        assert hidden is None, f"{page}: {hidden[0].strip()!r} looks like code outside a fence"
+
+
+def test_exceptions_are_all_used() -> None:
+    seen = {command for page in PAGES for block in blocks_of(page) for command, _ in _commands(block)}
+    assert set(ELSEWHERE) <= seen
+
+
+def _commands(block: Block) -> list[tuple[str, str]]:
+    return list(commands(block)) if block.language in ("bash", "console") else []
+
+
+def test_runner_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks without a language, failing commands, wrong output and wrong prints all fail."""
+    runner = Page(tmp_path, {}, monkeypatch)
+    for text in (
+        "```\nfoveate --help\n```",
+        "```sh\nfoveate --help\n```",
+        "```bash\nfoveate ask nothing.png Why? --model nowhere\n```",
+        "```bash\nfalse | true\n```",
+        "```console\n$ echo one\ntwo\n```",
+        "```python\nprint(1)  # -> 2\n```",
+    ):
+        (block,) = parse(text, "page.md")
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            runner.run(block)
+    (block,) = parse("<!-- not run: a listing -->\n\n```text\na\n```", "page.md")
+    assert block.not_run == "a listing"

@@ -1,0 +1,356 @@
+"""The command line: speed, wrong input, and what each command prints and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import foveate as library
+from foveate.encoders import VisionTower
+from tests.command import Result, foveate
+from tests.support import picture
+
+SCRIPT = Path(sys.executable).parent / "foveate"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny AnyRes model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    assert foveate("compose", folder, "--tiny", "--method", "anyres").code == 0
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    picture(90, 120).save(path)
+    return path
+
+
+@pytest.fixture
+def twelve_megapixels(tmp_path: Path) -> Path:
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (4000, 3000), "teal").save(path)
+    return path
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2, nothing on stdout, one sentence on stderr that names what is wrong."""
+    assert result.code == 2, result
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def ask(*arguments: object) -> Result:
+    return foveate("ask", *arguments, "--max-new-tokens", 3, "--device", "cpu", "--dtype", "float32")
+
+
+# Speed
+
+
+def test_help_is_instant() -> None:
+    """Under half a second, imports of Python and typer included: nothing heavy is loaded for it."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert "inspect" in done.stdout
+    assert statistics.median(times) < 0.5, times
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom foveate.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(len({'torch', 'transformers', 'PIL'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "inspect", "compose", "convert", "train"])
+def test_help_of_each_command(command: str) -> None:
+    result = foveate(command, "--help")
+    assert result.code == 0
+    assert f"foveate {command}" in result.stdout
+
+
+def test_python_m_and_script_are_the_same_command() -> None:
+    module = subprocess.run(
+        [sys.executable, "-m", "foveate", "ask", "none.png", "Why?", "--model", "none"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    refused(Result(module.returncode, module.stdout, module.stderr), "none.png")
+
+
+# ask, chat, inspect
+
+
+def test_ask_answers_every_question(photo: Path, model: Path) -> None:
+    result = ask(photo, "What is it?", "And where?", "--model", model)
+    assert result.code == 0, result.stderr
+    first, second = result.stdout.index("What is it?"), result.stdout.index("And where?")
+    assert first < second
+    assert result.stdout.count("visual tokens") == 2
+
+
+def test_ask_encodes_a_picture_once(photo: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = VisionTower.forward
+
+    def counted(self: VisionTower, pixel_values: Tensor) -> Tensor:
+        if not pixel_values.is_meta:  # the ledger's prices are counted on a model without weights
+            seen.append(len(pixel_values))
+        return encode(self, pixel_values)
+
+    monkeypatch.setattr(VisionTower, "forward", counted)
+    result = ask(photo, "What is it?", "And where?", "Since when?", "--model", model, "--json")
+    ledgers = [answer["ledger"] for answer in json.loads(result.stdout)]
+    assert seen == [ledgers[0]["views"]]
+    assert [ledger["encoded_views"] for ledger in ledgers] == [ledgers[0]["views"], 0, 0]
+
+
+def test_ask_prints_json(photo: Path, model: Path) -> None:
+    result = ask(photo, "What is it?", "--model", model, "--json")
+    answer = json.loads(result.stdout)
+    expected = library.load(model, device="cpu", dtype="float32").ask(photo, "What is it?", max_new_tokens=3)
+    assert answer["answer"] == expected.text
+    assert answer["question"] == "What is it?"
+    assert answer["regions"][0] == [0, 0, 120, 90]
+    assert answer["ledger"]["visual_tokens"] == expected.ledger.visual_tokens
+
+
+def test_ask_draws(photo: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "seen.png"
+    assert ask(photo, "What is it?", "--model", model, "--out", out).code == 0
+    with Image.open(out) as drawing:
+        drawing.load()
+        assert drawing.width > 600
+        assert len(drawing.convert("RGB").getcolors(1 << 24) or []) > 100
+    assert ask(photo, "What?", "Where?", "--model", model, "--out", out.with_name("two.jpg")).code == 0
+    assert {p.name for p in tmp_path.glob("two*")} == {"two-1.jpg", "two-2.jpg"}
+
+
+def test_options_of_the_method_reach_it(photo: Path, model: Path) -> None:
+    result = ask(photo, "What is it?", "--model", model, "--json", "-o", "max_visual_tokens=50")
+    assert json.loads(result.stdout)["ledger"]["visual_tokens"] <= 50
+
+
+def test_chat_talks_until_an_empty_line(photo: Path, model: Path) -> None:
+    arguments = ("chat", photo, "--model", model, "--max-new-tokens", 3)
+    result = foveate(*arguments, stdin="What is it?\nAnd where?\n\nNever asked\n")
+    assert result.code == 0, result.stderr
+    assert result.stdout.count("visual tokens") == 2
+    assert "(0 encoded now)" in result.stdout
+    until_end_of_input = foveate(*arguments, stdin="What is it?\n")
+    assert until_end_of_input.code == 0
+    assert until_end_of_input.stdout.count("visual tokens") == 1
+
+
+def test_inspect_a_twelve_megapixel_photograph(twelve_megapixels: Path) -> None:
+    result = foveate("inspect", twelve_megapixels, "--json")
+    methods = json.loads(result.stdout)["methods"]
+    assert methods["llava"]["visual_tokens"] == 576
+    assert methods["llava"]["views"] == 1
+    assert methods["anyres"]["visual_tokens"] > 576
+    one = json.loads(foveate("inspect", twelve_megapixels, "--method", "llava", "--json").stdout)
+    assert one["methods"] == {"llava": methods["llava"]}
+    assert (one["width"], one["height"]) == (4000, 3000)
+
+
+def test_inspect_turns_photographs_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (400, 300)).save(tmp_path / "turned.jpg", exif=exif)
+    value = json.loads(foveate("inspect", tmp_path / "turned.jpg", "--method", "llava", "--json").stdout)
+    assert (value["width"], value["height"]) == (300, 400)
+
+
+def test_inspect_prices_a_model(photo: Path, model: Path) -> None:
+    value = json.loads(foveate("inspect", photo, "--model", model, "--method", "anyres", "--json").stdout)
+    asked = json.loads(ask(photo, "What is it?", "--model", model, "--json").stdout)
+    assert value["methods"]["anyres"]["visual_tokens"] == asked["ledger"]["visual_tokens"]
+
+
+# compose, convert
+
+
+def test_convert_changes_no_answer(photo: Path, model: Path, tmp_path: Path) -> None:
+    assert foveate("convert", model, tmp_path / "new").code == 0
+    answers = [ask(photo, "What is it?", "--model", m, "--json") for m in (model, tmp_path / "new")]
+    first, second = (json.loads(answer.stdout)["answer"] for answer in answers)
+    assert first == second
+
+
+def test_compose_joins_folders(tmp_path: Path, photo: Path) -> None:
+    from tests.docs.stand_ins import clip_tower, language_model
+
+    clip_tower(tmp_path / "tower")
+    language_model(tmp_path / "lm")
+    parts = ("--vision", tmp_path / "tower", "--text", tmp_path / "lm")
+    assert foveate("compose", tmp_path / "new", *parts).code == 0
+    assert ask(photo, "What is it?", "--model", tmp_path / "new").code == 0
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("command", ["ask", "chat", "inspect"])
+@pytest.mark.parametrize("kind", ["missing", "broken", "text", "empty", "folder"])
+def test_pictures_that_are_none(command: str, kind: str, tmp_path: Path, photo: Path, model: Path) -> None:
+    bad = tmp_path / "bad.png"
+    if kind == "broken":
+        bad.write_bytes(photo.read_bytes()[:200])
+    elif kind == "text":
+        bad.write_text("not a picture")
+    elif kind == "empty":
+        bad.touch()
+    elif kind == "folder":
+        bad.mkdir()
+    if (command, kind) == ("inspect", "broken"):
+        bad.write_bytes(photo.read_bytes()[:20])  # it reads no more than the header
+    questions = ["What is it?"] if command == "ask" else []
+    models = [] if command == "inspect" else ["--model", model]
+    refused(foveate(command, bad, *questions, *models), str(bad))
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_empty_question(question: str, photo: Path, model: Path) -> None:
+    refused(ask(photo, "What is it?", question, "--model", model), "question is empty")
+
+
+def test_model_that_is_none(photo: Path, tmp_path: Path, model: Path) -> None:
+    refused(ask(photo, "Why?", "--model", tmp_path / "nowhere"), str(tmp_path / "nowhere"))
+    refused(ask(photo, "Why?", "--model", tmp_path), "config.json")
+    refused(ask(photo, "Why?", "--model", model / "config.json"), "config.json")
+    (tmp_path / "config.json").write_text("{broken")
+    refused(ask(photo, "Why?", "--model", tmp_path), "config.json", "JSON")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(ask(photo, "Why?", "--model", tmp_path), "gpt2", "layout")
+
+
+def copied(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder / "copy"))
+
+
+def test_model_without_weights(photo: Path, tmp_path: Path, model: Path) -> None:
+    copy = copied(model, tmp_path)
+    (copy / "model.safetensors").unlink()
+    refused(ask(photo, "Why?", "--model", copy), "no weights")
+    refused(foveate("convert", copy, tmp_path / "new"), "no weights")
+    assert not (tmp_path / "new").exists()
+
+
+def test_model_with_missing_and_unexpected_keys(photo: Path, tmp_path: Path, model: Path) -> None:
+    copy = copied(model, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    key = "connector.projector.0.weight"
+    save_file(
+        {name: t for name, t in tensors.items() if name != key}, copy / "model.safetensors", {"format": "pt"}
+    )
+    refused(ask(photo, "Why?", "--model", copy), "lacks", key)
+    save_file(
+        {**tensors, "connector.other": tensors[key].clone()}, copy / "model.safetensors", {"format": "pt"}
+    )
+    refused(ask(photo, "Why?", "--model", copy), "unexpected", "connector.other")
+    save_file({**tensors, key: tensors[key][:3].clone()}, copy / "model.safetensors", {"format": "pt"})
+    refused(ask(photo, "Why?", "--model", copy), key)
+    (copy / "model.safetensors").write_bytes(b"not a tensor")
+    refused(ask(photo, "Why?", "--model", copy), "model.safetensors")
+
+
+def test_options_that_are_none(photo: Path, tmp_path: Path, model: Path) -> None:
+    refused(ask(photo, "Why?", "--model", model, "-o", "grid=1"), "grid", "grids")
+    refused(ask(photo, "Why?", "--model", model, "-o", "grids"), "key=value")
+    refused(ask(photo, "Why?", "--model", model, "-o", "grids=[[0, 1]]"), "grids")
+    refused(ask(photo, "Why?", "--model", model, "-o", "max_visual_tokens=3"), "max_visual_tokens")
+    refused(foveate("inspect", photo, "-o", "sharpness=2"), "sharpness")
+    refused(foveate("compose", tmp_path / "new", "--tiny", "-o", "fit=stretch"), "fit", "pad")
+    assert not (tmp_path / "new").exists()
+
+
+def test_method_template_device_and_dtype_that_are_none(photo: Path, tmp_path: Path, model: Path) -> None:
+    refused(foveate("inspect", photo, "--method", "clairvoyance"), "clairvoyance", "llava")
+    refused(foveate("compose", tmp_path / "new", "--tiny", "--method", "clairvoyance"), "clairvoyance")
+    refused(foveate("compose", tmp_path / "new", "--tiny", "--template", "runes"), "runes", "vicuna_v1")
+    refused(ask(photo, "Why?", "--model", model, "--template", "runes"), "runes")
+    refused(foveate("ask", photo, "Why?", "--model", model, "--device", "abacus"), "abacus")
+    refused(foveate("ask", photo, "Why?", "--model", model, "--dtype", "float7"), "float7", "float32")
+    assert not (tmp_path / "new").exists()
+
+
+def test_compose_without_parts(tmp_path: Path) -> None:
+    for parts in (
+        [],
+        ["--vision", "x"],
+        ["--tiny", "--vision", "x", "--text", "y"],
+        ["--tiny", "--text", "y"],
+    ):
+        refused(foveate("compose", tmp_path / "new", *parts), "--tiny")
+    assert not (tmp_path / "new").exists()
+
+
+def test_out_that_cannot_be_written(photo: Path, tmp_path: Path, model: Path) -> None:
+    refused(
+        ask(photo, "Why?", "--model", model, "--out", tmp_path / "none" / "a.png"), str(tmp_path / "none")
+    )
+    refused(ask(photo, "Why?", "--model", model, "--out", tmp_path / "seen.docx"), "seen.docx", ".png")
+    (tmp_path / "folder.png").mkdir()
+    refused(ask(photo, "Why?", "--model", model, "--out", tmp_path / "folder.png"), "folder.png")
+    assert {p.name for p in tmp_path.iterdir()} == {"photo.png", "folder.png"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_out_in_a_folder_without_permission(photo: Path, tmp_path: Path, model: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    refused(ask(photo, "Why?", "--model", model, "--out", closed / "a.png"), "a.png")
+    refused(foveate("compose", closed / "new", "--tiny"), "new")
+
+
+def test_out_below_a_file(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(foveate("compose", tmp_path / "file" / "new", "--tiny"), "file")
+    refused(foveate("convert", model, tmp_path / "file" / "new"), "file")
+
+
+@pytest.mark.parametrize("command", ["compose", "convert"])
+def test_existing_folders_stay_as_they_are(command: str, tmp_path: Path, model: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "thesis.tex").write_text("mine")
+    arguments = ["--tiny"] if command == "compose" else []
+    given = [model] if command == "convert" else []
+    refused(foveate(command, *given, there, *arguments), str(there), "exists")
+    refused(foveate(command, *given, there / "thesis.tex", *arguments), "exists")
+    assert [p.name for p in there.iterdir()] == ["thesis.tex"]
+    assert (there / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ask"], ["ask", "a.png", "Why?"], ["see"], ["inspect", "a", "--fast"]]
+)
+def test_usage_errors(arguments: list[str]) -> None:
+    """Missing arguments, unknown commands and flags: typer's own message, the same exit code."""
+    result = foveate(*arguments)
+    assert result.code == 2
+    assert "Usage: foveate" in result.stderr
+    assert "Traceback" not in result.stderr
