@@ -1,0 +1,224 @@
+"""A level's pictures and questions on disk, made once from a seed and shared by every method."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Canvas, Size, View, ViewPlan, whole
+from foveate.lab.levels import Level
+from foveate.lab.materials import SPLITS, Split
+from foveate.lab.questions import Question, ask_about
+from foveate.lab.scenes import make_scene
+
+SPARE = 200 * 2**20  # bytes that are left free on the disk
+Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures (n, H, W, 3) bytes, and per picture its questions."""
+
+    key: str
+    pictures: np.ndarray
+    questions: list[list[Question]]
+
+    @property
+    def size(self) -> Size:
+        return Size(*self.pictures.shape[1:3])
+
+    @cached_property
+    def asked(self) -> list[Question]:
+        """The questions of all pictures after each other."""
+        return [question for row in self.questions for question in row]
+
+
+def examples(
+    folder: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int = 0
+) -> Examples:
+    """Reads a set of pictures with questions, or makes and keeps it.
+
+    Raises:
+        FoveateError: the disk is full.
+    """
+    described = repr((asdict(replace(level, questions={})), dict(level.questions), view, magnify))  # type: ignore[arg-type]
+    key = _digest(described, split, str(seed), str(count))
+    kept = folder / "data" / key
+    if not (kept / "questions.json").is_file():
+        with _ComplaintAboutSpace(folder):
+            _make_examples(kept, level, view, magnify, split, count, seed)
+    rows = json.loads((kept / "questions.json").read_text(encoding="utf-8"))
+    questions = [[_question(values) for values in row] for row in rows]
+    return Examples(key, np.load(kept / "pictures.npy", mmap_mode="r"), questions)
+
+
+def _make_examples(
+    kept: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int
+) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    side = view * level.ratio
+    pictures = _new_array(kept / "pictures.npy", (count, side, side, 3), np.uint8)
+    rows = []
+    for i in range(count):
+        scene = make_scene(level, view, magnify, split, seed, i)
+        pictures[i] = scene.picture
+        rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
+        rows.append([asdict(question) for question in ask_about(scene, level.questions, rng)])
+    _write(kept / "questions.json", json.dumps(rows).encode())
+
+
+def _question(values: dict[str, Any]) -> Question:
+    region = None if values["region"] is None else Box(*values["region"])
+    return Question(**{**values, "region": region, "candidates": tuple(values["candidates"])})
+
+
+class Features:
+    """Features of a frozen tower for every view of every picture, bfloat16, one file per view.
+
+    Methods whose plans share a view share its file. Where the disk has no room for another file, its views
+    are kept in memory or, beyond `memory` bytes, encoded whenever they are asked for.
+
+    Args:
+        folder: where the files lie.
+        data: the pictures.
+        tower: names the tower's weights; part of every file's name.
+        encode: the tower.
+        prepare: picture and plan -> normalised views (V, 3, h, w); the image processor's `views`.
+        memory: bytes that may be kept in memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Examples,
+        tower: str,
+        encode: Encode,
+        prepare: Callable[[np.ndarray, ViewPlan], np.ndarray],
+        memory: int = 4 * 2**30,
+    ) -> None:
+        self.folder, self.data, self.tower = folder / "features" / f"{data.key}-{tower}", data, tower
+        self.encode, self.prepare, self.memory = encode, prepare, memory
+        self.kept: dict[str, Tensor] = {}
+        self.fallback: str | None = None  # says why features are not on disk
+
+    def ready(self, plan: ViewPlan) -> None:
+        """Encodes what views of the plan are not there yet, all pictures."""
+        keys = [view_key(plan, view) for view in plan.views]
+        missing = {}
+        for key, view in zip(keys, plan.views, strict=True):
+            if key not in self.kept and not self._open(key):
+                missing[key] = view
+        if not missing:
+            return
+        new = self._room(list(missing), self._shape(plan))
+        if new is None:
+            return
+        part = replace(plan, views=tuple(missing.values()))
+        for start in range(0, len(self.data.pictures), 64):
+            stop = min(start + 64, len(self.data.pictures))
+            features = self._encode(part, range(start, stop))  # (n, V, N, C)
+            for i, tensor in enumerate(new.values()):
+                tensor[start:stop] = features[:, i]
+        for key, tensor in new.items():
+            self.kept[key] = tensor
+            if (unfinished := self.folder / f"{key}.part").is_file():
+                unfinished.rename(self.folder / f"{key}.npy")
+
+    def gather(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
+        """(n V, N, C) float32: the plan's views of these pictures, picture after picture."""
+        indices = list(indices)
+        keys = [view_key(plan, view) for view in plan.views]
+        if all(key in self.kept for key in keys):
+            features = torch.stack([self.kept[key][indices] for key in keys], dim=1)
+        else:
+            features = self._encode(plan, indices)
+        return features.flatten(0, 1).float()
+
+    def _encode(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
+        """(n, V, N, C) bfloat16"""
+        views = [self.prepare(self.data.pictures[i], plan) for i in indices]
+        features = self.encode(np.concatenate(views)).to("cpu", torch.bfloat16)
+        return features.unflatten(0, (len(views), len(plan.views)))
+
+    def _shape(self, plan: ViewPlan) -> tuple[int, ...]:
+        blank = np.zeros((1, 3, *plan.views[0].size), dtype=np.float32)
+        return (len(self.data.pictures), *self.encode(blank).shape[1:])
+
+    def _open(self, key: str) -> bool:
+        path = self.folder / f"{key}.npy"
+        if not path.is_file():
+            return False
+        self.kept[key] = _bfloat16(np.lib.format.open_memmap(path))
+        return True
+
+    def _room(self, keys: list[str], shape: tuple[int, ...]) -> dict[str, Tensor] | None:
+        """Space for so many views: on disk, else in memory, else nowhere."""
+        count = len(keys) * int(np.prod(shape)) * 2
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder).free > count + SPARE:
+            paths = {key: self.folder / f"{key}.part" for key in keys}
+            return {key: _bfloat16(_new_array(path, shape, np.uint16)) for key, path in paths.items()}
+        if count <= self.memory:
+            self.memory -= count
+            self.fallback = f"{self.folder} has no room for {count / 1e9:.1f} GB of features: kept in memory"
+            return {key: torch.empty(shape, dtype=torch.bfloat16) for key in keys}
+        self.fallback = (
+            f"{self.folder} has no room for {count / 1e9:.1f} GB of features: encoded at every step"
+        )
+        return None
+
+
+def view_key(plan: ViewPlan, view: View) -> str:
+    """Names what a view shows, so that equal views of different methods have one name."""
+    canvas = plan.canvases[view.canvas]
+    full = whole(plan.picture)
+    filled = canvas.source.clipped(plan.picture) != canvas.source or canvas.content != whole(canvas.size)
+    shown = Canvas(canvas.size, canvas.source, canvas.content, canvas.fill if filled else "black")
+    return _digest(repr((full, shown, view.box, view.stride)))
+
+
+def _new_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def _bfloat16(content: np.ndarray) -> Tensor:
+    """numpy has no bfloat16: files hold its 16 bits."""
+    return torch.from_numpy(content).view(torch.bfloat16)
+
+
+def _digest(*texts: str) -> str:
+    return blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing: an interrupted run leaves no half file."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+class _ComplaintAboutSpace:
+    """Turns a full disk into a sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise FoveateError(f"{self.folder}: the disk is full; choose another folder") from error

@@ -1,0 +1,105 @@
+"""What pictures are made of: real photographs, real handwritten digits, fonts and words.
+
+All of it comes with installed packages: two photographs (china.jpg and flower.jpg, CC BY 2.0) and 1,797
+digits with scikit-learn, the DejaVu fonts with matplotlib. Nothing is shared between training and test: the
+photographs are cut in two, digits and words are dealt out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from foveate.errors import FoveateError
+
+Split: TypeAlias = Literal["tower", "train", "test"]
+SPLITS: tuple[Split, ...] = ("tower", "train", "test")  # tower and train differ in scenes, not in materials
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+TRAIN_COLUMNS = 420  # of 640 pixels; the strip between the two parts is not used
+TEST_COLUMNS = 440
+TRAIN_DIGITS = 1400
+
+LETTERS = "ACEHKLNOPRSTUX"
+DIGITS = "0123456789"
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
+# None of them starts with a word of the questions, as `top` does: the tokenizer spells them all.
+WORD_LIST = """
+    ACE ACT ANT APE ARC ART ASH ATE CAN CAP CAR CAT COT CUE CUP CUT EAR EAT ERA HAT HEN HER HOP HOT HUT
+    ION LAP LET LOT NET NOR NOT NUT OAK OAR OUR OUT OWN PAL PAN PAR PAT PEA PEN PET POT RAN RAT RUN RUT
+    SAT SEA SET SON SUN TAN TAP TAR TEA TEN TOE TON USE
+    ACHE ACRE AUNT CAKE CANE CAPE CARE CASE CASH CAST CENT CHAT CHEF COAL COAT COKE CONE COPE CORE CORK CORN
+    COST CUTE EARN EAST ECHO HALO HARE HARP HEAL HEAP HEAR HEAT HERO HOLE HOPE HORN HOSE HOST HUNT KALE
+    KELP LACE LAKE LANE LAST LATE LEAK LEAN LENS LOAN LOCK LOOP LUCK NECK NEON NEST NOON NOSE NOTE OATH
+    OPAL OPEN PACE PACK PARK PART PAST PATH PEAK PEAR PEST POEM POET POLE POND PORK PORT POST PURE RACE RACK
+    RAKE RANK RATE REEL REST ROCK ROLE ROOT ROPE ROSE SALE SALT SAND SEAL SEAT SHOE SHOP SLOT SOAP SOCK
+    SOLE SOUP SPOT STAR STEP STOP SURE TALE TALK TANK TEAK TENT TEXT TONE TOOL TREE TUNA TUNE
+    APRON CANOE CHAIR CHALK CHART CHASE CHEAP CHEST CLEAN CLOCK CLOTH CLOUT COAST CORAL COUNT COURT CRANE
+    CREEK EARTH EXTRA HEART HORSE HOTEL HOUSE KOALA LEASH LUNCH NORTH NURSE OCEAN OTHER PAPER PASTE
+    PEACH PHONE PLANE PLANT PLATE POLAR PORCH RANCH REACH ROAST ROUTE SAUCE SCALE SHARK SHEEP SHELL SHORE
+    SKATE SLATE SLOPE SNAKE SNORE SOLAR SOUTH SPACE SPARK SPOKE SPOON STALK STATE STEAK STONE STORE STORK
+    TEACH THREE TOAST TOTAL TOUCH TRACK TRAP TRUCK TRUNK
+"""
+WORDS = tuple(word for word in WORD_LIST.split() if set(word) <= set(LETTERS))
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What one split may use.
+
+    Attributes:
+        photographs: (H, W, 3) bytes, the split's part of each.
+        digits: per digit 0 to 9 (n, 8, 8) bytes, ink bright.
+        words: capitals.
+    """
+
+    photographs: tuple[np.ndarray, ...]
+    digits: tuple[np.ndarray, ...]
+    words: tuple[str, ...]
+
+
+@lru_cache(maxsize=len(SPLITS))
+def materials(split: Split) -> Materials:
+    """Raises `FoveateError` where scikit-learn or matplotlib is not installed."""
+    _require("sklearn")
+    from sklearn.datasets import load_digits, load_sample_image
+
+    test = split == "test"
+    columns = slice(TEST_COLUMNS, None) if test else slice(0, TRAIN_COLUMNS)
+    rows = slice(TRAIN_DIGITS, None) if test else slice(0, TRAIN_DIGITS)
+    photographs = tuple(np.ascontiguousarray(load_sample_image(name)[:, columns]) for name in PHOTOGRAPHS)
+    known = load_digits()
+    images = (known.images[rows] / 16 * 255).astype(np.uint8)
+    digits = tuple(images[known.target[rows] == n] for n in range(10))
+    words = tuple(word for i, word in enumerate(WORDS) if (i % 4 == 3) == test)
+    return Materials(photographs, digits, words)
+
+
+@lru_cache(maxsize=256)
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A DejaVu font at `size` pixels."""
+    folder = Path(_require("matplotlib")).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(folder / f"{name}.ttf", size)
+
+
+@lru_cache(maxsize=4096)
+def letter_mask(letter: str, font_name: str, size: int) -> Image.Image:
+    """The letter's ink, grey, cropped to its own box."""
+    face = font(font_name, size)
+    left, top, right, bottom = (int(n) for n in face.getbbox(letter))
+    mask = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(mask).text((-left, -top), letter, fill=255, font=face)
+    return mask
+
+
+def _require(package: str) -> str:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FoveateError("the lab needs scikit-learn and matplotlib: pip install 'foveate[lab]'")
+    return spec.origin

@@ -1,0 +1,161 @@
+"""Pre-training of the LLM, the stand-in for Vicuna: a `LlamaForCausalLM` that answers from descriptions.
+
+No picture is involved. A scene is described in one of two ways, and the questions follow:
+
+* in words: `red square k top-left .` for every object;
+* as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
+  times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order.
+
+Bags stand at random rising positions with gaps, up to `LONGEST`: an LLM that has only seen short prefixes
+makes methods with many visual tokens look bad for a reason that is not theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from foveate.geometry import Box
+from foveate.lab.levels import LEVELS, Level
+from foveate.lab.materials import DIGITS, LETTERS, materials
+from foveate.lab.optimise import optimiser, warm_cosine
+from foveate.lab.packing import Sample, encode, pack
+from foveate.lab.questions import ask_about
+from foveate.lab.scales import Scale, Schedule
+from foveate.lab.scenes import CELLS, COLOURS, PLAIN, SIGN, Scene, Thing
+
+LONGEST = 640  # largest position of a visual token
+IN_WORDS = 0.25  # of the batches
+REPEATS = (1, 4)  # times that a bag is repeated
+EMPTY = 0.3  # chance of a token of pure noise after a bag
+NOISE = 0.3  # of the embeddings' size
+BAG = 4  # most words in a bag
+
+
+def sketch(level: Level, rng: np.random.Generator) -> Scene:
+    """A scene of one level without its picture: cells are its pixels."""
+    words = materials("train").words
+    pairs: dict[tuple[str, str], None] = {}
+    wanted = int(rng.integers(2, level.objects[1] + 1))
+    while len(pairs) < wanted:
+        shape = SIGN if rng.random() < level.signs else PLAIN[rng.integers(len(PLAIN))]
+        pairs[shape, list(COLOURS)[rng.integers(len(COLOURS))]] = None
+    things = []
+    for shape, colour in pairs:
+        row, column = divmod(int(rng.integers(len(CELLS))), 3)
+        sign, first = shape == SIGN, rng.random() < 0.5
+        thing = Thing(
+            shape,
+            colour,
+            Box(column, row, column + 1, row + 1),
+            letter=LETTERS[rng.integers(len(LETTERS))].lower()
+            if not sign and (level.both or first)
+            else None,
+            digit=DIGITS[rng.integers(10)] if not sign and (level.both or not first) else None,
+            word=words[rng.integers(len(words))].lower() if sign else None,
+            glyphs=(),
+        )
+        things.append(thing)
+    return Scene(np.zeros((3, 3, 3), dtype=np.uint8), tuple(things))
+
+
+class Descriptions:
+    """Endless batches of described scenes with their questions."""
+
+    def __init__(self, tokenizer: object, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.rng = np.random.default_rng(seed)
+        self.ids: dict[str, int] = tokenizer.get_vocab()  # type: ignore[attr-defined]
+        self.known: dict[tuple[str, str], Sample] = {}
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, list[list[Sample]]]:
+        """Bags (B, n, BAG) of token ids, -1 for none; rising positions (B, n); questions of each scene."""
+        in_words = self.rng.random() < IN_WORDS
+        described, samples = [], []
+        levels = list(LEVELS.values())
+        for _ in range(size):
+            level = levels[self.rng.integers(len(levels))]
+            scene = sketch(level, self.rng)
+            things = [scene.things[i] for i in self.rng.permutation(len(scene.things))]
+            bags = [bag for thing in things for bag in self._bags(thing, scene.cell(thing), in_words)]
+            described.append(bags)
+            asked = ask_about(scene, level.questions, self.rng)
+            samples.append([self._sample(question) for question in asked])
+        longest = max(len(bags) for bags in described)
+        ids = torch.full((size, longest, BAG), -1)
+        for b, bags in enumerate(described):
+            for i, bag in enumerate(bags):
+                ids[b, i, : len(bag)] = torch.tensor([self.ids[word] for word in bag])
+        return ids, self._positions(size, longest), samples
+
+    def _bags(self, thing: Thing, cell: str, in_words: bool) -> list[list[str]]:
+        """An object as a list of tokens, each a list of words whose embeddings are summed."""
+        texts = [text for text in (thing.letter, thing.digit) if text is not None] or list(thing.word or "")
+        if in_words:
+            return [[word] for word in (thing.colour, thing.shape, *texts, cell, ".")]
+        tokens = []
+        for text in texts:
+            for _ in range(self.rng.integers(REPEATS[0], REPEATS[1] + 1)):
+                tokens.append([thing.colour, thing.shape, cell, text])
+                if self.rng.random() < EMPTY:
+                    tokens.append([])
+        return tokens
+
+    def _positions(self, rows: int, count: int) -> Tensor:
+        """Rising positions: dense ones, or with random gaps up to `LONGEST`."""
+        reach = int(self.rng.integers(count, max(LONGEST, count) + 1))
+        places = [np.sort(self.rng.choice(reach, count, replace=False)) for _ in range(rows)]
+        return torch.from_numpy(np.stack(places))
+
+    def _sample(self, question: object) -> Sample:
+        key = (question.text, question.answer)  # type: ignore[attr-defined]
+        if key not in self.known:
+            self.known[key] = encode(question, self.tokenizer)  # type: ignore[arg-type]
+        return self.known[key]
+
+
+def bag_embeddings(ids: Tensor, embedding: nn.Embedding, noise: float) -> Tensor:
+    """Bags (B, n, BAG) of ids, -1 for none -> sums of their embeddings (B, n, D), with noise on top."""
+    vectors = embedding(ids.clamp(min=0)) * (ids >= 0)[..., None]  # (B, n, BAG, D)
+    size = embedding.weight.detach().std()
+    return vectors.sum(2) + noise * size * torch.randn_like(vectors[:, :, 0])
+
+
+def train_reader(
+    scale: Scale,
+    schedule: Schedule,
+    tokenizer: object,
+    seed: int = 0,
+    device: str = "cpu",
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> LlamaForCausalLM:
+    """Pre-trains the LLM; `report` gets step and loss after each step."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(scale.text_config(len(tokenizer))).to(device)  # type: ignore[arg-type]
+    source = Descriptions(tokenizer, seed)
+    optimise = optimiser([(model, schedule.lr)])
+    rates = warm_cosine(optimise, schedule.steps)
+    for step in range(1, schedule.steps + 1):
+        ids, positions, samples = source.batch(schedule.batch)
+        packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions).to(device)
+        embedding = model.get_input_embeddings()
+        described = bag_embeddings(ids.to(device), embedding, NOISE)
+        inputs = torch.cat([described, embedding(packed.input_ids[:, ids.shape[1] :])], dim=1)
+        loss = model(
+            inputs_embeds=inputs,
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
+            labels=packed.labels,
+            use_cache=False,
+        ).loss
+        optimise.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimise.step()
+        rates.step()
+        report(step, loss.item())
+    return model.eval()

@@ -1,0 +1,125 @@
+"""How large the networks are and how long they are trained. A scale is data: a new one is one more entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from foveate.errors import FoveateError
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a linear warm-up over 5 % of the steps and a cosine to zero."""
+
+    steps: int
+    batch: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.lr <= 0:
+            raise FoveateError(f"a schedule needs positive steps, batch and lr, not {self}")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the stand-ins for CLIP and for Vicuna, and what they are trained on.
+
+    Attributes:
+        summary: one line for tables.
+        view, patch: side of the tower's input and of its patches, pixels.
+        magnify: factor on the levels' sizes of objects and glyphs.
+        vision_width, vision_layers, vision_heads: of the tower.
+        text_width, text_layers, text_heads: of the LLM.
+        tower, reader: pre-training of the two; batches of crops and of texts.
+        tower_scenes: pictures that the tower's crops come from.
+        cell: training of a method; batches of pictures with all their questions.
+        warm_up: part of the steps of a cell in which only new modules train.
+        cell_llm_lr: learning rate of the LLM's weights in a cell.
+        scenes, test_scenes: pictures of a level to train on and to be measured on.
+    """
+
+    summary: str
+    view: int
+    patch: int
+    magnify: float
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    tower: Schedule
+    reader: Schedule
+    tower_scenes: int
+    cell: Schedule
+    cell_llm_lr: float
+    scenes: int
+    test_scenes: int
+    warm_up: float = 0.12
+
+    def __post_init__(self) -> None:
+        if self.view % self.patch:
+            raise FoveateError(f"a view of {self.view} pixels cannot be cut into patches of {self.patch}")
+        if min(self.tower_scenes, self.scenes, self.test_scenes) < 1:
+            raise FoveateError("a scale needs at least one scene of each kind")
+
+    def vision_config(self) -> CLIPVisionConfig:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig(
+            hidden_size=self.vision_width,
+            intermediate_size=2 * self.vision_width,
+            num_hidden_layers=self.vision_layers,
+            num_attention_heads=self.vision_heads,
+            image_size=self.view,
+            patch_size=self.patch,
+        )
+
+    def text_config(self, vocabulary: int) -> LlamaConfig:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.text_width,
+            intermediate_size=3 * self.text_width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_heads,
+            vocab_size=vocabulary,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        )
+
+
+SCALES: dict[str, Scale] = {
+    "tiny": Scale(
+        summary="views of 48 pixels and 36 tokens, networks of half a million parameters",
+        view=48,
+        patch=8,
+        magnify=1.0,
+        vision_width=96,
+        vision_layers=4,
+        vision_heads=3,
+        text_width=96,
+        text_layers=3,
+        text_heads=3,
+        tower=Schedule(steps=6000, batch=64, lr=2e-3),
+        reader=Schedule(steps=2500, batch=64, lr=2e-3),
+        tower_scenes=8000,
+        cell=Schedule(steps=800, batch=32, lr=2e-3),
+        cell_llm_lr=1e-3,
+        scenes=8000,
+        test_scenes=1000,
+    ),
+}
+
+
+def scale_named(name: str) -> Scale:
+    """Raises `FoveateError` for unknown names."""
+    if name not in SCALES:
+        raise FoveateError(f"unknown scale {name!r}: choose one of {', '.join(SCALES)}")
+    return SCALES[name]

@@ -1,0 +1,221 @@
+"""Pre-training of the tower, the stand-in for CLIP: a `CLIPVisionModel` that says what lies on every patch.
+
+It sees windows of the pictures at every zoom between the picture's own pixels and its base view, and learns
+for each patch the shape and colour of the object there and the glyph on it, nearest to the patch. The glyph
+is asked of every patch of the object as long as the window shows the glyph. Glyphs are legible to it at their
+own size, and too small in the base view: what the methods are there for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel
+
+from foveate.lab.levels import LEVELS
+from foveate.lab.materials import DIGITS, LETTERS, Split
+from foveate.lab.optimise import optimiser, warm_cosine
+from foveate.lab.scales import Scale, Schedule
+from foveate.lab.scenes import COLOURS, SHAPES, Scene, make_scene
+from foveate.processing import CLIP_MEAN, CLIP_STD
+
+NOTHING = 0  # class of patches without an object, or without a glyph
+GLYPHS = LETTERS.lower() + DIGITS
+CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "glyph": 1 + len(GLYPHS)}
+NOTHING_WEIGHT = 0.06  # in the loss; most patches show background
+VISIBLE = 0.6  # of a glyph's area inside the window: it can be read
+
+# Zooms that windows are cut at, as original pixels per pixel of the view, and their chances; 0: everything.
+ZOOMS = (1.0, 1.5, 2.0, 0.0)
+CHANCES = (0.55, 0.15, 0.10, 0.20)
+STRIDED = 0.3  # of views of everything: every n-th pixel instead of a smooth reduction
+
+
+class Window(NamedTuple):
+    """A square part of a scene, in its pixels."""
+
+    left: int
+    top: int
+    side: int
+
+
+def random_window(rng: np.random.Generator, whole: int, side: int) -> Window:
+    left, top = rng.integers(whole - side + 1, size=2)
+    return Window(int(left), int(top), side)
+
+
+def crop(scene: Scene, window: Window, view: int, stride: bool = False) -> np.ndarray:
+    """The window as the tower sees it, (view, view, 3) bytes."""
+    left, top, side = window
+    part = scene.picture[top : top + side, left : left + side]
+    if stride:
+        return part[:: side // view, :: side // view]
+    if side == view:
+        return part
+    return np.asarray(Image.fromarray(part).resize((view, view), Image.Resampling.BICUBIC))
+
+
+def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
+    """Shape, colour and glyph of every patch of the window: (3, grid * grid) classes, 0 for nothing."""
+    left, top, side = window
+    middles = (np.arange(grid) + 0.5) * side / grid
+    x, y = np.tile(middles + left, grid), np.repeat(middles + top, grid)  # (N,) in pixels of the picture
+    labels = np.zeros((3, grid * grid), dtype=np.int64)
+    for thing in scene.things:
+        x0, y0, x1, y1 = (float(n) for n in thing.box)
+        here = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+        if not here.any():
+            continue
+        labels[0, here] = 1 + SHAPES.index(thing.shape)
+        labels[1, here] = 1 + list(COLOURS).index(thing.colour)
+        shown = [glyph for glyph in thing.glyphs if _visible(glyph.box, window) >= VISIBLE]
+        if shown:
+            centres = np.array(
+                [[(g.box.left + g.box.right) / 2, (g.box.top + g.box.bottom) / 2] for g in shown]
+            )
+            apart = np.hypot(x[here, None] - centres[:, 0], y[here, None] - centres[:, 1])  # (n, glyphs)
+            classes = np.array([1 + GLYPHS.index(glyph.character) for glyph in shown])
+            labels[2, here] = classes[apart.argmin(1)]
+    return labels
+
+
+def _visible(box: tuple, window: Window) -> float:
+    left, top, right, bottom = (float(n) for n in box)
+    width = min(right, window.left + window.side) - max(left, window.left)
+    height = min(bottom, window.top + window.side) - max(top, window.top)
+    return max(width, 0) * max(height, 0) / ((right - left) * (bottom - top))
+
+
+def normalised(pictures: np.ndarray) -> Tensor:
+    """(V, h, w, 3) bytes -> (V, 3, h, w), as the image processor does it."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+class PatchHead(nn.Module):
+    """Reads shape, colour and glyph off every patch token; thrown away after pre-training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, sum(CLASSES.values()))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """(V, N, C) -> per label (V, N, classes)."""
+        return self.classify(self.norm(tokens)).split(list(CLASSES.values()), dim=-1)
+
+
+class CropSampler:
+    """Endless batches of windows and their labels."""
+
+    def __init__(self, scenes: list[Scene], scale: Scale, seed: int) -> None:
+        self.scenes, self.view, self.grid = scenes, scale.view, scale.view // scale.patch
+        self.rng = np.random.default_rng([seed, len(scenes)])
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Pixels (size, 3, view, view) and labels (size, 3, N)."""
+        pictures, labels = [], []
+        for _ in range(size):
+            scene = self.scenes[self.rng.integers(len(self.scenes))]
+            zoom = ZOOMS[self.rng.choice(len(ZOOMS), p=CHANCES)]
+            window = self._window(len(scene.picture), round(zoom * self.view))
+            stride = window.side == len(scene.picture) and self.rng.random() < STRIDED
+            pictures.append(crop(scene, window, self.view, stride))
+            labels.append(patch_labels(scene, window, self.grid))
+        return normalised(np.stack(pictures)), torch.from_numpy(np.stack(labels))
+
+    def _window(self, whole: int, side: int) -> Window:
+        if side == 0 or side >= whole:
+            return Window(0, 0, whole)
+        return random_window(self.rng, whole, side)
+
+
+def patch_loss(predicted: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Cross entropy of shape, colour and glyph; labels (V, 3, N)."""
+    loss = torch.zeros((), device=labels.device)
+    for i, logits in enumerate(predicted):
+        weight = torch.ones(logits.shape[-1], device=logits.device)
+        weight[NOTHING] = NOTHING_WEIGHT
+        loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, i].flatten(), weight)
+    return loss
+
+
+def tower_scenes(scale: Scale, split: Split, count: int, seed: int = 0) -> list[Scene]:
+    """Scenes of all levels in turn."""
+    levels = list(LEVELS.values())
+    return [
+        make_scene(levels[i % len(levels)], scale.view, scale.magnify, split, seed, i) for i in range(count)
+    ]
+
+
+def train_tower(
+    scale: Scale,
+    schedule: Schedule,
+    seed: int = 0,
+    device: str = "cpu",
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[CLIPVisionModel, PatchHead]:
+    """Pre-trains a tower; `report` gets step and loss after each step."""
+    torch.manual_seed(seed)
+    model, head = CLIPVisionModel(scale.vision_config()).to(device), PatchHead(scale.vision_width).to(device)
+    sampler = CropSampler(tower_scenes(scale, "tower", scale.tower_scenes), scale, seed)
+    optimise = optimiser([(model, schedule.lr), (head, schedule.lr)])
+    rates = warm_cosine(optimise, schedule.steps)
+    for step in range(1, schedule.steps + 1):
+        pixels, labels = sampler.batch(schedule.batch)
+        tokens = model(pixels.to(device)).last_hidden_state[:, 1:]  # (V, N, C), class token dropped
+        loss = patch_loss(head(tokens), labels.to(device))
+        optimise.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
+        optimise.step()
+        rates.step()
+        report(step, loss.item())
+    return model.eval(), head.eval()
+
+
+@torch.no_grad()
+def legibility(
+    model: CLIPVisionModel, head: PatchHead, scale: Scale, scenes: list[Scene], seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Accuracy over patches with something on them, per zoom: shape, colour, letter, digit."""
+    rng = np.random.default_rng(seed)
+    table = {}
+    for zoom in (1.0, 1.5, 2.0, 3.0, 4.0):
+        side = round(zoom * scale.view)
+        fitting = [scene for scene in scenes if len(scene.picture) >= side]
+        right: dict[str, list[np.ndarray]] = {name: [] for name in ("shape", "colour", "letter", "digit")}
+        for batch in _chunks(fitting, 128):
+            windows = [random_window(rng, len(scene.picture), side) for scene in batch]
+            pictures = [crop(s, w, scale.view) for s, w in zip(batch, windows, strict=True)]
+            grid = scale.view // scale.patch
+            labels = np.stack([patch_labels(s, w, grid) for s, w in zip(batch, windows, strict=True)])
+            pixels = normalised(np.stack(pictures)).to(model.device)
+            guesses = head(model(pixels).last_hidden_state[:, 1:])
+            # "nothing" is left out: on these patches there is something
+            best = [(g[..., 1:].argmax(-1) + 1).cpu().numpy() for g in guesses]
+            kinds = [labels[:, i] for i in range(3)]
+            is_letter = (kinds[2] > 0) & (kinds[2] <= len(LETTERS))
+            is_digit = kinds[2] > len(LETTERS)
+            for name, i, where in (
+                ("shape", 0, kinds[0] > 0),
+                ("colour", 1, kinds[1] > 0),
+                ("letter", 2, is_letter),
+                ("digit", 2, is_digit),
+            ):
+                right[name].append((best[i] == kinds[i])[where])
+        table[f"{zoom:g}"] = {
+            name: float(np.concatenate(hits).mean()) for name, hits in right.items() if hits
+        }
+    return table
+
+
+def _chunks(items: list[Scene], size: int) -> Iterator[list[Scene]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,44 @@
+"""The lab's tokenizer: whole words of the questions, and letter by letter what is written in the pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from foveate.chat import IMAGE_TOKEN
+from foveate.lab.materials import DIGITS, LETTERS
+from foveate.lab.scenes import CELLS, COLOURS, SHAPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
+QUESTION_WORDS = "what where how many is are on the has letter digit word colour shape shapes there ? ."
+
+
+def lab_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per known word; unknown ones are spelled, so an answer like `cat` has three tokens.
+
+    Upper case is lowered, and question marks need no space before them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    letters, spelled = list(LETTERS.lower()), [f"##{letter}" for letter in LETTERS.lower()]
+    plural = [f"{shape}{'es' if shape.endswith('s') else 's'}" for shape in SHAPES]
+    words = [*QUESTION_WORDS.split(), *COLOURS, *SHAPES, *plural, *CELLS, *DIGITS, *letters, *spelled]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *words]))}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), *(normalizers.Replace(mark, f" {mark} ") for mark in "?.")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE_TOKEN],
+    )
