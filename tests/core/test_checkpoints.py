@@ -143,6 +143,25 @@ def test_original_layout_with_a_tower_apart(tmp_path: Path) -> None:
     assert FoveateProcessor.from_pretrained(tmp_path / "ours").chat_template == made.processor.chat_template
 
 
+def test_original_layout_with_the_tower_inside(tmp_path: Path) -> None:
+    """Saving a trained model writes its tower too, with the layers that nothing reads."""
+    model, tower = original_folders(tmp_path, ORIGINAL)
+    apart = FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower).state_dict()
+    weights = torch.load(model / "pytorch_model.bin", weights_only=True)
+    inside = {
+        f"model.vision_tower.vision_tower.{key}": value + 1
+        for key, value in load_file(tower / "model.safetensors").items()
+        if key.startswith("vision_model.")
+    }
+    inside["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    inside["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
+    (model / "pytorch_model.bin").unlink()
+    save_file({**weights, **inside}, model / "model.safetensors", {"format": "pt"})
+    within = FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower).state_dict()
+    for key, value in apart.items():
+        assert torch.equal(within[key], value + 1 if key.startswith("vision_tower.") else value)
+
+
 def test_bin_files_of_every_age(tmp_path: Path) -> None:
     """Old ones are no zip archives and cannot be memory-mapped; shards have an index."""
     model, tower = original_folders(tmp_path, ORIGINAL)

@@ -1,0 +1,169 @@
+"""Chat templates against literal prompts, and questions of pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from foveate import FoveateError, FoveateProcessor
+from foveate.chat import TEMPLATES, chat_template, normalise_messages, picture_queries
+from foveate.tiny import tiny_model
+from tests.support import chat, picture
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+IMAGE = {"type": "image"}
+MESSAGES = [
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": "A dog."},
+    {"role": "user", "content": "And there?"},
+]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+# template -> prompts of a question, of two turns and a question, of the same with a system message
+EXPECTED = {
+    "vicuna_v1": (
+        f"<s>{VICUNA}USER: <image>\nWhat is it? ASSISTANT:",
+        f"<s>{VICUNA}USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: And there? ASSISTANT:",
+        "<s>Be brief. USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: And there? ASSISTANT:",
+    ),
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd there?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd there?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": (
+        "<s>[INST] <image>\nWhat is it? [/INST]",
+        "<s>[INST] <image>\nWhat is it? [/INST] A dog.</s>[INST] And there? [/INST]",
+        "<s>[INST] Be brief.\n\n<image>\nWhat is it? [/INST] A dog.</s>[INST] And there? [/INST]",
+    ),
+    "chatml": (
+        "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nAnd there?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nAnd there?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "plain": (
+        "<image>What is it?",
+        "<image>What is it?A dog.\nAnd there?",
+        "Be brief.<image>What is it?A dog.\nAnd there?",
+    ),
+}
+# template -> what of the assistant is learnt, for the second turn
+LEARNT = {
+    "vicuna_v1": "A dog.</s>",
+    "llama3": "A dog.<|eot_id|>",
+    "mistral": "A dog.</s>",
+    "chatml": "A dog.<|im_end|>",
+    "plain": "A dog.\n",
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def processor(request: pytest.FixtureRequest) -> FoveateProcessor:
+    return tiny_model("llava", template=request.param).processor
+
+
+def name_of(processor: FoveateProcessor) -> str:
+    return next(name for name in TEMPLATES if processor.chat_template == chat_template(name))
+
+
+def test_prompts(processor: FoveateProcessor) -> None:
+    conversations = (MESSAGES[:1], MESSAGES, [SYSTEM, *MESSAGES])
+    for messages, expected in zip(conversations, EXPECTED[name_of(processor)], strict=True):
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == expected
+
+
+def test_without_a_generation_prompt(processor: FoveateProcessor) -> None:
+    """A conversation that ends in an answer: what training sees. It begins as the question's prompt does."""
+    asked, answered = MESSAGES[:1], MESSAGES[:2]
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
+    whole = processor.apply_chat_template(answered)
+    assert whole.startswith(prompt)
+    name = name_of(processor)
+    assert whole[len(prompt) :].strip(" ") == LEARNT[name] + ("\n" if name == "chatml" else "")
+
+
+def test_one_beginning_and_no_more(processor: FoveateProcessor) -> None:
+    """Where the template writes the first token, a tokenizer that adds one by itself adds no second."""
+    tokenizer = processor.tokenizer
+    adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    message = chat("What is it?", picture(20, 30))
+    inputs = processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
+    assert inputs["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id
+
+
+def test_what_is_learnt(processor: FoveateProcessor) -> None:
+    messages = [
+        *chat("What is it?", picture(20, 30)),
+        *MESSAGES[1:],
+        {"role": "assistant", "content": "Two cats."},
+    ]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    learnt = inputs["input_ids"][torch.as_tensor(inputs["assistant_masks"]).bool()]
+    first = LEARNT[name_of(processor)]
+    assert processor.tokenizer.decode(learnt) == first + first.replace("A dog.", "Two cats.")
+    assert processor.image_token_id not in learnt
+
+
+def test_pictures_stand_where_they_are_said(processor: FoveateProcessor) -> None:
+    parts = [{"type": "text", "text": "First "}, IMAGE, {"type": "text", "text": "then "}, IMAGE]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    gap = "" if name_of(processor) == "plain" else "\n"
+    assert f"First <image>{gap}then <image>{gap}" in text
+
+
+def test_unknown_template() -> None:
+    with pytest.raises(FoveateError, match="unknown chat template 'alpaca': choose one of plain, vicuna_v1"):
+        chat_template("alpaca")
+
+
+def test_queries_are_the_text_beside_the_picture() -> None:
+    messages: list[dict[str, Any]] = [
+        SYSTEM,
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": " What? "}, IMAGE]},
+        {"role": "assistant", "content": "An answer."},
+        {"role": "user", "content": "Nothing shown."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "In"}, IMAGE, {"type": "text", "text": "this?"}],
+        },
+    ]
+    assert picture_queries(normalise_messages(messages)) == ["What?", "What?", "In this?"]
+    assert messages[2]["content"] == "An answer."  # left as it was
+
+
+def test_mixed_batches(processor: FoveateProcessor) -> None:
+    batch = [chat("What?", picture(20, 30)), [{"role": "user", "content": "No picture."}], MESSAGES[1:]]
+    inputs = processor.apply_chat_template(
+        batch, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    counts = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert counts == [16, 0, 0]
+    assert inputs["image_sizes"].tolist() == [[20, 30]]
+    assert inputs["attention_mask"][1, 0] == 0  # padded on the left
+
+
+def test_truncation_is_refused(processor: FoveateProcessor) -> None:
+    with pytest.raises(FoveateError, match="truncation would cut visual tokens"):
+        processor(images=picture(9, 9), text="<image>", truncation=True, max_length=4)
