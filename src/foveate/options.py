@@ -57,7 +57,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
                     return _convert(value, arg, where)
                 except FoveateError as error:
                     problems.append(error)
-        raise problems[0] if len(problems) == 1 else FoveateError(f"{where}: {value!r} is not {_name(kind)}")
+        raise (
+            problems[0]
+            if len(problems) == 1
+            else FoveateError(f"{where}: expected {type_name(kind)}, got {value!r}")
+        )
     if origin is typing.Literal:
         if value not in args:
             raise FoveateError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
@@ -82,11 +86,21 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise FoveateError(f"{where}: expected {_name(kind)}, got {value!r}")
+    raise FoveateError(f"{where}: expected {type_name(kind)}, got {value!r}")
 
 
-def _name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list"}
-    if typing.get_args(kind) and typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_name(arg) for arg in typing.get_args(kind) if arg is not type(None))
+def type_name(kind: Any) -> str:
+    """A type in words, for messages and for the comments of recipes: `list[str]` -> "list of text"."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else type_name(arg) for arg in args)
+    if origin is typing.Literal:
+        return " or ".join(map(str, args))
+    if origin in (list, tuple):
+        return f"list of {type_name(args[0])}" if args else "list"
+    if origin is dict:
+        return f"keys with {type_name(args[1])}"
+    if dataclasses.is_dataclass(kind):
+        return "keys and values"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
     return names.get(kind) or str(kind)

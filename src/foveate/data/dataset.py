@@ -1,0 +1,128 @@
+"""Conversations -> model inputs with labels, padded to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from foveate.data.formats import Conversations
+from foveate.errors import FoveateError
+from foveate.pictures import read_size
+from foveate.processing import FoveateProcessor
+
+IGNORED = -100  # label of tokens without loss
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    """Records of one or more data files as model inputs.
+
+    An item holds `input_ids`, `attention_mask` and `labels` (T,), and where there are pictures `pixel_values`
+    (V, 3, h, w) and `image_sizes` (P, 2), and `query_ids` and `query_mask` (P, Tq) for methods that read the
+    question. Only the assistant's tokens have labels.
+
+    Args:
+        sources: the files.
+        records: (S, 2) int64, source and record of each item.
+        processor: with the stage's options and chat template.
+    """
+
+    def __init__(
+        self, sources: Sequence[Conversations], records: np.ndarray, processor: FoveateProcessor
+    ) -> None:
+        self.sources, self.records, self.processor = list(sources), records, processor
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        with self._named(index) as messages:
+            return encode(self.processor, messages)
+
+    def length(self, index: int) -> int:
+        """Tokens of an item, visual ones included, from its text and the sizes of its pictures alone."""
+        with self._named(index) as messages:
+            pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+            plans = [self.processor.image_processor.plan(*read_size(picture)) for picture in pictures]
+            text = self.processor.apply_chat_template(messages, tokenize=False)
+            bos = self.processor.tokenizer.bos_token
+            special = bos is None or not text.startswith(bos)
+            ids = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+            return len(ids) + sum(plan.tokens - 1 for plan in plans)
+
+    def pictures(self) -> np.ndarray:
+        """(S,) number of pictures of each item."""
+        counts = np.zeros(len(self.records), dtype=np.int64)
+        for i, source in enumerate(self.sources):
+            mine = self.records[:, 0] == i
+            counts[mine] = source.pictures[self.records[mine, 1]]
+        return counts
+
+    @contextmanager
+    def _named(self, index: int) -> Iterator[list[dict[str, Any]]]:
+        """The messages of an item; errors on the way get the record's name."""
+        source, record = self.sources[int(self.records[index, 0])], int(self.records[index, 1])
+        try:
+            yield source.messages(record)
+        except FoveateError as error:
+            raise FoveateError(f"{source.where(record)}: {error}") from None
+
+
+def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """One conversation as model inputs with labels, as `Samples` describes them."""
+    inputs = processor.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    answer = torch.as_tensor(inputs.pop("assistant_masks")[0], dtype=torch.bool)
+    ids = torch.as_tensor(inputs["input_ids"][0])
+    encoded = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids.masked_fill(~answer, IGNORED),
+    }
+    for name in ("pixel_values", "image_sizes", "query_ids", "query_mask"):
+        if name in inputs:
+            encoded[name] = torch.as_tensor(inputs[name])
+    return encoded
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Items of `Samples` -> a batch. Texts are padded on the right, questions on the left as when asking."""
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        longest = max(len(item["input_ids"]) for item in items)
+        batch = {
+            name: torch.stack([pad(item[name], (0, longest - len(item[name])), value=fill) for item in items])
+            for name, fill in fills.items()
+        }
+        shown = [item for item in items if "pixel_values" in item]
+        for name in ("pixel_values", "image_sizes"):
+            if shown:
+                batch[name] = torch.cat([item[name] for item in shown])  # (sum of V, 3, h, w), (sum of P, 2)
+        asked = [item for item in shown if "query_ids" in item]
+        for name, fill in (("query_ids", self.pad_token_id), ("query_mask", 0)):
+            if asked:
+                longest = max(item[name].shape[1] for item in asked)
+                rows = [pad(item[name], (longest - item[name].shape[1], 0), value=fill) for item in asked]
+                batch[name] = torch.cat(rows)  # (sum of P, Tq)
+        return batch
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Reduces what a DataLoader's worker raised, which comes with its traceback as text, to the sentence."""
+    try:
+        yield
+    except FoveateError as error:
+        raise FoveateError(str(error).rpartition("foveate.errors.FoveateError: ")[2].strip()) from None

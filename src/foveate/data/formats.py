@@ -1,0 +1,256 @@
+"""Files of conversations -> messages, checked while they are read.
+
+Two kinds of record, in a JSON list (`.json`) or one a line (`.jsonl`):
+
+    LLaVA     {"id", "image": path or paths, "conversations": [{"from": "human" | "gpt", "value": text}]}
+    messages  {"messages": [{"role", "content": text or parts}], "images": paths}
+              parts are {"type": "text", "text"} and {"type": "image", "image": path}
+
+In a user's text, `<image>` stands for the next path of `image` or `images`; so does a part
+{"type": "image"} without a path. As LLaVA's own training does, a single picture moves to the front of its
+message, and a first turn by the assistant is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foveate.chat import IMAGE_TOKEN
+from foveate.errors import FoveateError
+
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+BLANKS = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """A data file that has been checked. Its records stay on disk.
+
+    Attributes:
+        path: the file.
+        images: folder that picture paths start from.
+        spans: (R, 2) int64, the first byte of each record and the one after its last.
+        pictures: (R,) int64, number of pictures of each record.
+    """
+
+    path: Path
+    images: Path
+    spans: np.ndarray
+    pictures: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The conversation of a record, as `FoveateProcessor.apply_chat_template` takes it."""
+        return to_messages(self._record(index), self.images)
+
+    def where(self, index: int) -> str:
+        """Names a record for messages: its file, its place there, its id."""
+        place = f"sample {index}"
+        if self.path.suffix == ".jsonl":
+            with self.path.open("rb") as file:
+                number = file.read(int(self.spans[index, 0])).count(b"\n") + 1
+            place = f"line {number}"
+        return _name(self.path, place, self._record(index))
+
+    def _record(self, index: int) -> Any:
+        start, end = (int(n) for n in self.spans[index])
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
+
+def read_conversations(path: str | Path, images: str | Path | None = None) -> Conversations:
+    """Reads and checks a file of conversations; whether its pictures exist is not looked at here.
+
+    Args:
+        path: `.jsonl` with one record a line, or `.json` with a list of records.
+        images: folder that picture paths start from; by default the file's own.
+
+    Raises:
+        FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no record;
+            the message names the record.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FoveateError(f"no data file at {path}")
+    if path.suffix not in (".json", ".jsonl"):
+        raise FoveateError(f"{path} must end in .json (a list of records) or .jsonl (one record a line)")
+    folder = Path(images) if images is not None else path.parent
+    if not folder.is_dir():
+        raise FoveateError(f"{path}: there is no folder {folder} for its pictures")
+    spans, pictures = [], []
+    for start, end, place, record in _lines(path) if path.suffix == ".jsonl" else _items(path):
+        try:
+            messages = to_messages(record, folder)
+        except FoveateError as error:
+            raise FoveateError(f"{_name(path, place, record)}: {error}") from None
+        spans.append((start, end))
+        pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
+    if not spans:
+        raise FoveateError(f"{path} holds no samples")
+    return Conversations(path, folder, np.array(spans, dtype=np.int64), np.array(pictures, dtype=np.int64))
+
+
+def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
+    """A record of either kind as messages whose contents are lists of parts; picture paths start at `images`.
+
+    Raises `FoveateError` that says what is wrong with the record, but not which one it is.
+    """
+    if not isinstance(record, Mapping):
+        raise FoveateError("a record must be a JSON object")
+    if "conversations" in record:
+        turns = [(_role(turn, "from"), turn.get("value")) for turn in _objects(record, "conversations")]
+        paths = record.get("image")
+    elif "messages" in record:
+        turns = [(_role(turn, "role"), turn.get("content")) for turn in _objects(record, "messages")]
+        paths = record.get("images")
+    else:
+        raise FoveateError("there is neither 'conversations' (LLaVA) nor 'messages' in it")
+    given = [paths] if isinstance(paths, str) else paths or []
+    if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
+        raise FoveateError("its pictures must be given as a path or a list of paths")
+    contents = [(role, _parts(role, content)) for role, content in turns]
+    places = [part for _, parts in contents for part in parts if part["type"] == "image"]
+    open_places = [part for part in places if part["image"] is None]
+    if len(open_places) != len(given):
+        raise FoveateError(
+            f"{len(open_places)} {IMAGE_TOKEN} in its texts for {len(given)} pictures: make the numbers equal"
+        )
+    for part, path in zip(open_places, given, strict=True):
+        part["image"] = path
+    for part in places:
+        part["image"] = str(images / part["image"])
+    if contents[0][0] == "assistant":
+        contents = contents[1:]
+    _check_turns(contents)
+    return [{"role": role, "content": parts} for role, parts in contents]
+
+
+def _objects(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    turns = record[key]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise FoveateError(f"{key!r} must be a list of turns")
+    return turns
+
+
+def _role(turn: Mapping[str, Any], key: str) -> str:
+    role = turn.get(key)
+    if role not in ROLES:
+        raise FoveateError(f"{key!r} of a turn is {role!r}: choose one of {', '.join(ROLES)}")
+    return ROLES[role]
+
+
+def _parts(role: str, content: Any) -> list[dict[str, Any]]:
+    """A turn's content as parts; pictures that are still to be assigned have the path None."""
+    pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(pieces, list) or not all(isinstance(piece, Mapping) for piece in pieces):
+        raise FoveateError("a turn's content must be a text or a list of parts")
+    parts: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.get("type") == "image" and isinstance(piece.get("image"), (str, type(None))):
+            parts.append({"type": "image", "image": piece.get("image")})
+        elif piece.get("type") == "text" and isinstance(piece.get("text"), str):
+            parts += _split(piece["text"])
+        else:
+            raise FoveateError('a part must be {"type": "text", "text"} or {"type": "image", "image"}')
+    if role != "user" and any(part["type"] == "image" for part in parts):
+        raise FoveateError(
+            f"there is a picture or {IMAGE_TOKEN} in a turn of the {role}: only the user shows pictures"
+        )
+    return parts
+
+
+def _split(text: str) -> list[dict[str, Any]]:
+    """A text cut at its image tokens. With one of them, the picture comes first and the rest is one text."""
+    pieces = text.split(IMAGE_TOKEN)
+    picture = {"type": "image", "image": None}
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    if len(pieces) == 2:
+        rest = "".join(pieces).strip()
+        return [picture] + ([{"type": "text", "text": rest}] if rest else [])
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(pieces):
+        parts += [dict(picture)] if i else []
+        piece = piece.removeprefix("\n") if i else piece  # chat templates end a picture's line themselves
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _check_turns(contents: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    turns = contents[1:] if contents and contents[0][0] == "system" else contents
+    for i, (role, _) in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
+        if role != expected:
+            raise FoveateError(
+                f"turn {i + 1} is by the {role}, not the {expected}: user and assistant must alternate"
+            )
+    if not any(part["text"].strip() for role, parts in turns if role == "assistant" for part in parts):
+        raise FoveateError("the assistant says nothing in it, so there is nothing to learn")
+
+
+def _name(path: Path, place: str, record: Any) -> str:
+    has_id = isinstance(record, Mapping) and "id" in record
+    return f"{path} {place}" + (f" (id {record['id']})" if has_id else "")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
+    """Records of a JSONL file: first byte, the one after the last, place for messages, record."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield start, start + len(line), f"line {number}", _parse(line, f"{path} line {number}")
+            start += len(line)
+
+
+def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
+    """Records of a JSON list, one parsed at a time: all together they would take several times the space."""
+    text = path.read_bytes().decode("latin-1")  # a character a byte: positions are byte offsets
+    decoder = json.JSONDecoder()
+    position = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
+    if text[position : position + 1] != "[":
+        raise FoveateError(
+            f"{path} should hold a JSON list of records; one record a line goes in a .jsonl file"
+        )
+    index, separator = 0, "["
+    while True:
+        position = _skip(text, position + 1)
+        if separator == "[" and text[position : position + 1] == "]":
+            return
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise FoveateError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+        source = text[position:end]
+        if not source.isascii():
+            record = _parse(source.encode("latin-1"), f"{path} sample {index}")
+        yield position, end, f"sample {index}", record
+        index, position = index + 1, _skip(text, end)
+        separator = text[position : position + 1]
+        if separator == "]":
+            return
+        if separator != ",":
+            line = text.count("\n", 0, position) + 1
+            raise FoveateError(f"{path} line {line} is not valid JSON: expected a comma or the list's end")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in BLANKS:
+        position += 1
+    return position
+
+
+def _parse(source: bytes, where: str) -> Any:
+    try:
+        return json.loads(source)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FoveateError(f"{where} is not valid JSON: {error}") from None

@@ -1,0 +1,1 @@
+"""Training by recipe: `recipe` reads one, `run` follows it."""

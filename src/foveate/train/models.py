@@ -1,0 +1,119 @@
+"""The model of a recipe: its shape before any weights are read, and as each stage starts from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, set_seed
+
+from foveate import checkpoints
+from foveate.ask import DTYPES
+from foveate.chat import load_tokenizer
+from foveate.composing import compose
+from foveate.errors import FoveateError
+from foveate.methods import method_class
+from foveate.modeling import FoveateForConditionalGeneration
+from foveate.options import build_options
+from foveate.processing import FoveateProcessor
+from foveate.tiny import tiny_model
+from foveate.train.recipe import ModelSpec, Recipe
+
+DEFAULT_TEMPLATE = "vicuna_v1"
+
+
+def base_options(spec: ModelSpec) -> dict[str, Any]:
+    """All options of the recipe's method, before any stage changes them.
+
+    Raises `FoveateError` for an unknown method or option, or a method other than that of `load`.
+    """
+    if spec.load is None:
+        assert spec.method is not None
+        method, options = spec.method, spec.options
+    else:
+        config = checkpoints.read_config(spec.load, spec.vision_tower)
+        if spec.method not in (None, config.method):
+            raise FoveateError(f"model.method is {spec.method}, but {spec.load} was made for {config.method}")
+        method, options = config.method, {**config.options, **spec.options}
+    return asdict(build_options(method_class(method).Options, options, where="model.options"))
+
+
+def skeleton(
+    spec: ModelSpec, options: Mapping[str, Any], template: str | None
+) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
+    """The model on the meta device, without weights, and its processor."""
+    template = template or spec.template
+    with torch.device("meta"):
+        if spec.load is not None:
+            config = checkpoints.read_config(spec.load, spec.vision_tower)
+            config.options = dict(options)
+            processor = FoveateProcessor.from_pretrained(
+                spec.load, vision_tower=spec.vision_tower, template=template, options=options
+            )
+            return FoveateForConditionalGeneration(config), processor
+        if spec.tiny:
+            made = _tiny(spec, options, 0, template)
+        else:
+            assert spec.vision is not None and spec.text is not None and spec.method is not None
+            vision, text = checkpoints.local_folder(spec.vision), checkpoints.local_folder(spec.text)
+            made = compose(
+                checkpoints.vision_config_of(vision),
+                AutoConfig.from_pretrained(text),
+                spec.method,
+                options,
+                tokenizer=load_tokenizer(text)[0],
+                template=template or DEFAULT_TEMPLATE,
+                vision_feature_layer=spec.vision_feature_layer,
+                preprocessor=checkpoints.read_preprocessor(vision),
+            )
+    return made.model, made.processor
+
+
+def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditionalGeneration:
+    """The model that the first stage starts from."""
+    spec = recipe.model
+    if spec.load is not None:
+        model = load_model(spec.load, spec, options, vision_tower=spec.vision_tower)
+    elif spec.tiny:
+        model = _tiny(spec, options, recipe.seed, None).model.to(DTYPES[spec.dtype])
+    else:
+        assert spec.vision is not None and spec.text is not None and spec.method is not None
+        set_seed(recipe.seed)  # of the fresh connector
+        model = compose(
+            spec.vision,
+            spec.text,
+            spec.method,
+            options,
+            vision_feature_layer=spec.vision_feature_layer,
+            dtype=DTYPES[spec.dtype],
+        ).model
+    return _with_attention(model, spec)
+
+
+def load_model(
+    folder: str | Path, spec: ModelSpec, options: Mapping[str, Any], vision_tower: str | None = None
+) -> FoveateForConditionalGeneration:
+    """A model folder with a stage's options. Raises `FoveateError` where they need other parameters."""
+    model = FoveateForConditionalGeneration.from_pretrained(
+        folder, vision_tower=vision_tower, options=dict(options), dtype=DTYPES[spec.dtype]
+    )
+    return _with_attention(model, spec)
+
+
+def _tiny(spec: ModelSpec, options: Mapping[str, Any], seed: int, template: str | None) -> Any:
+    assert spec.method is not None
+    return tiny_model(spec.method, options, seed, template or spec.template or DEFAULT_TEMPLATE)
+
+
+def _with_attention(
+    model: FoveateForConditionalGeneration, spec: ModelSpec
+) -> FoveateForConditionalGeneration:
+    try:
+        model.set_attn_implementation(spec.attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FoveateError(f"model.attention {spec.attention} cannot be used here: {reason}") from error
+    return model

@@ -1,0 +1,126 @@
+"""Which parts of a model train in a stage, and at which learning rate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from foveate.errors import FoveateError
+from foveate.train.recipe import Lora, Stage
+
+ADAPTER = ".base_layer"  # peft puts the adapted layer here; names in recipes do not know of it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row of the table of what trains: a child of the model."""
+
+    name: str
+    parameters: int
+    trainable: int
+    lrs: tuple[float, ...]  # learning rates in it
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter or module is meant by a pattern: itself, or something above it."""
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def select(model: nn.Module, stage: Stage, where: str) -> None:
+    """Sets `requires_grad` of every parameter as the stage says; adapters train where there are any.
+
+    Raises `FoveateError` where a pattern matches nothing or nothing trains.
+    """
+    names = {_plain(name): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    for key, patterns in (("trains", stage.trains), ("freezes", stage.freezes), ("lrs", stage.lrs)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                raise _unmatched(model, pattern, f"{where}: {key}")
+    for name, parameter in names.items():
+        wanted = any(matches(name, pattern) for pattern in stage.trains)
+        parameter.requires_grad = wanted and not any(matches(name, pattern) for pattern in stage.freezes)
+    if stage.lora is None and not any(parameter.requires_grad for parameter in names.values()):
+        raise FoveateError(f"{where}: 'freezes' leaves nothing of 'trains' to train; shorten one of them")
+    for pattern in stage.lrs:
+        if not any(p.requires_grad for name, p in model.named_parameters() if matches(_plain(name), pattern)):
+            raise FoveateError(
+                f"{where}: lrs gives {pattern} a learning rate, but it does not train; add it to trains"
+            )
+
+
+def learning_rate(name: str, stage: Stage) -> float:
+    """The learning rate of a parameter: the longest pattern of `lrs` that matches, else the stage's."""
+    own = [pattern for pattern in stage.lrs if matches(_plain(name), pattern)]
+    return stage.lrs[max(own, key=len)] if own else stage.lr
+
+
+def parts(model: nn.Module, stage: Stage) -> list[Part]:
+    """The model's children with what trains in them."""
+    rows = []
+    for child, module in model.named_children():
+        trainable = [(f"{child}.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
+        rates = sorted({learning_rate(name, stage) for name, _ in trainable})
+        total = sum(p.numel() for p in module.parameters())
+        rows.append(Part(child, total, sum(p.numel() for _, p in trainable), tuple(rates)))
+    return rows
+
+
+def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
+    """Names of the linear layers that get adapters. Raises `FoveateError` where a pattern matches none."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in lora.on:
+        if not any(matches(name, pattern) for name in layers):
+            raise _unmatched(model, pattern, f"{where}: lora.on")
+    return [name for name in layers if any(matches(name, pattern) for pattern in lora.on)]
+
+
+def add_adapters(model: nn.Module, stage: Stage, where: str) -> None:
+    """Puts LoRA adapters on a model, in place. Raises `FoveateError` where a layer also trains by itself."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    assert stage.lora is not None
+    layers = linear_layers(model, stage.lora, where)
+    for name in layers:
+        for pattern in stage.trains:
+            if matches(f"{name}.weight", pattern) and not any(
+                matches(f"{name}.weight", f) for f in stage.freezes
+            ):
+                raise FoveateError(f"{where}: {name} is in trains and in lora.on; leave it in one of them")
+    lora = stage.lora
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=layers, bias="none"
+    )
+    inject_adapter_in_model(config, model)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Adds every adapter to its layer's weight and takes it off, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def _plain(name: str) -> str:
+    return name.replace(ADAPTER, "")
+
+
+def _unmatched(model: nn.Module, pattern: str, where: str) -> FoveateError:
+    near = _near(pattern, (name for name, _ in model.named_modules() if name))
+    return FoveateError(f"{where}: {pattern!r} matches no module; did you mean {' or '.join(near)}?")
+
+
+def _near(pattern: str, names: Iterable[str]) -> Sequence[str]:
+    names = list(names)
+    same_depth = [name for name in names if name.count(".") == pattern.count(".")]
+    near = difflib.get_close_matches(pattern, same_depth, n=2) or difflib.get_close_matches(
+        pattern, names, n=2
+    )
+    return near or [name for name in names if "." not in name]

@@ -1,0 +1,141 @@
+"""Checks stages against model, chat template, devices and data, before anything is written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+
+from foveate.chat import TEMPLATES
+from foveate.data.dataset import Samples, errors_of_workers
+from foveate.data.formats import Conversations, read_conversations
+from foveate.data.sampling import repeated
+from foveate.errors import FoveateError
+from foveate.processing import FoveateProcessor
+from foveate.train.models import base_options, skeleton
+from foveate.train.parts import add_adapters, select
+from foveate.train.recipe import Recipe, Stage
+
+FEW = 2000  # samples that one process measures by itself: starting workers would take longer
+MARKED = re.compile(r"{%-?\s*generation\b")  # what a chat template has around the assistant's text
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage that can be trained.
+
+    Attributes:
+        name: of the stage.
+        stage: its settings.
+        options: all options of the method in this stage.
+        processor: with these options and the stage's chat template.
+        samples: what it trains on, those that are too long left out.
+        lengths: (S,) tokens of each sample.
+        left_out: number of samples that are too long.
+        accumulation: micro-batches per optimizer step on each device.
+    """
+
+    name: str
+    stage: Stage
+    options: dict[str, Any]
+    processor: FoveateProcessor
+    samples: Samples
+    lengths: np.ndarray
+    left_out: int
+    accumulation: int
+
+
+def prepare(recipe: Recipe, name: str) -> Prepared:
+    """Checks one stage. Weights are not read, pictures only for their sizes.
+
+    Raises `FoveateError` for patterns that match nothing, a batch that cannot be divided, a template that
+    does not mark the assistant's text, data that is wrong or missing, and pictures that are missing.
+    """
+    stage, where = recipe.stages[name], f"stages.{name}"
+    if stage.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise FoveateError(f"{where}: this GPU cannot compute in bfloat16; set bf16 to false")
+    model, processor = skeleton(recipe.model, {**base_options(recipe.model), **stage.options}, stage.template)
+    if stage.lora is not None:
+        add_adapters(model, stage, where)
+    select(model, stage, where)
+    if not MARKED.search(str(processor.chat_template)):
+        raise FoveateError(
+            f"{where}: the chat template of {recipe.model.load} does not mark the assistant's text; "
+            f"set template to one of {', '.join(TEMPLATES)}"
+        )
+    devices = PartialState().num_processes
+    if stage.batch % (stage.micro_batch * devices):
+        raise FoveateError(
+            f"{where}: batch {stage.batch} is not a multiple of micro_batch {stage.micro_batch} times "
+            f"{devices} devices; change one of them"
+        )
+    samples, lengths, left_out = _samples(stage, recipe.seed, processor)
+    if not len(samples):
+        raise FoveateError(
+            f"{where}: all {left_out} samples are longer than max_length {stage.max_length}; raise it"
+        )
+    return Prepared(
+        name=name,
+        stage=stage,
+        options=model.method.describe_options(),
+        processor=processor,
+        samples=samples,
+        lengths=lengths,
+        left_out=left_out,
+        accumulation=stage.batch // (stage.micro_batch * devices),
+    )
+
+
+def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int]:
+    """The stage's samples that are short enough, their lengths, and how many are not."""
+    files: list[Conversations] = []
+    counts: list[int] = []
+    for source in stage.data:
+        files.append(read_conversations(source.path, source.images))
+        counts.append(min(len(files[-1]), source.limit or len(files[-1])))
+    every = np.concatenate(
+        [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]
+    )
+    lengths = _measure(Samples(files, every, processor), stage.workers)
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum([0, *counts])
+    chosen = np.concatenate(
+        [
+            start + repeated(count, source.repeat, rng)
+            for start, count, source in zip(starts, counts, stage.data, strict=False)
+        ]
+    )
+    kept = chosen[lengths[chosen] <= stage.max_length]
+    return Samples(files, every[kept], processor), lengths[kept], len(chosen) - len(kept)
+
+
+class _Lengths(Dataset[tuple[int, int]]):
+    """(index, length) of every `step`-th sample from `first` on: the share of one process."""
+
+    def __init__(self, samples: Samples, first: int, step: int) -> None:
+        self.samples, self.mine = samples, range(first, len(samples), step)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.mine[index], self.samples.length(self.mine[index])
+
+
+def _measure(samples: Samples, workers: int) -> np.ndarray:
+    """Tokens of every sample, (S,). The processes share the work."""
+    processes = PartialState()
+    mine = _Lengths(samples, processes.process_index, processes.num_processes)
+    loader = DataLoader(mine, batch_size=64, collate_fn=list, num_workers=workers if len(mine) > FEW else 0)
+    with errors_of_workers():
+        measured = [pair for batch in loader for pair in batch]
+    lengths = np.zeros(len(samples), dtype=np.int64)
+    for index, length in gather_object(measured):
+        lengths[index] = length
+    return lengths

@@ -1,0 +1,252 @@
+"""Recipes: which model, and stages that each say what trains, how, and on which data.
+
+A recipe is a YAML file; everything in it is one of the dataclasses below, and unknown keys are errors.
+Reading one imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from foveate.errors import FoveateError
+from foveate.options import build_options
+
+# Settings that leave the result as it is: a run that goes on may change them.
+WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model that the first stage starts from: `load`, or `vision` and `text`, or `tiny`."""
+
+    load: str | None = None  # model folder or hub id, Foveate's own or a released one
+    vision_tower: str | None = None  # with `load`: tower of an original checkpoint that keeps it apart
+    vision: str | None = None  # vision tower, folder or hub id
+    text: str | None = None  # causal LM, folder or hub id; its tokenizer is used
+    tiny: bool = False  # tiny parts with random weights
+    method: str | None = None  # needed unless `load` says it
+    options: dict[str, Any] = field(default_factory=dict)  # of the method
+    template: str | None = None  # chat template; with `load`, by default the folder's own
+    vision_feature_layer: int = -2  # hidden state of the tower that is used, -1 the last; not with `load`
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        sources = (self.load is not None, self.vision is not None or self.text is not None, self.tiny)
+        if sum(sources) != 1:
+            raise FoveateError("give one of load, vision with text, or tiny: true")
+        if (self.vision is None) != (self.text is None):
+            raise FoveateError("vision and text belong together: give both")
+        if self.load is None and self.method is None:
+            raise FoveateError("'method' is missing: name the method that connects vision and text")
+        if self.load is None and self.vision_tower is not None:
+            raise FoveateError("vision_tower belongs to load: give the tower as vision")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of conversations: LLaVA JSON or messages, as a JSON list or as JSONL."""
+
+    path: str
+    images: str | None = None  # folder that picture paths start from; by default the file's own
+    limit: int | None = None  # use only the first so many samples
+    repeat: float = 1.0  # how often an epoch sees each sample; 0.5: a random half
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise FoveateError(f"limit must be at least 1, not {self.limit}")
+        if self.repeat <= 0:
+            raise FoveateError(f"repeat must be more than 0, not {self.repeat}")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on linear layers, merged into the weights when the stage ends."""
+
+    on: list[str]  # modules whose linear layers get adapters
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.on:
+            raise FoveateError("'on' names no module: list those whose linear layers get adapters")
+        if self.rank < 1:
+            raise FoveateError(f"rank must be at least 1, not {self.rank}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run; the next stage starts from its result.
+
+    Modules are named as in the model: `connector`, `vision_tower`, `language_model`, `language_model.lm_head`
+    and so on. A name stands for everything below it, and `*` for anything.
+    """
+
+    trains: list[str]  # modules that train; all others are frozen
+    data: list[Source]
+    lr: float  # peak learning rate
+    freezes: list[str] = field(default_factory=list)  # modules inside of `trains` that stay frozen
+    lrs: dict[str, float] = field(default_factory=dict)  # modules with a learning rate of their own
+    lora: Lora | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    warmup_ratio: float = 0.03  # part of all steps in which the learning rate rises to its peak
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    epochs: float = 1.0  # passes over the data
+    steps: int | None = None  # optimizer steps, instead of epochs
+    batch: int = 128  # samples per optimizer step, on all devices together
+    micro_batch: int = 8  # samples at a time on one device
+    max_length: int = 2048  # text and visual tokens of a sample; longer samples are left out
+    group_by: Literal["modality", "none"] = "modality"  # batches alike in pictures or none, and in length
+    bf16: bool = True  # compute in bfloat16 (autocast)
+    checkpoint_activations: bool = False  # less memory, a third more compute
+    template: str | None = None  # chat template of this stage, instead of the model's
+    options: dict[str, Any] = field(default_factory=dict)  # the method's options, changed in this stage
+    save_steps: int = 500  # a checkpoint to go on from, every so many steps
+    log_steps: int = 10
+    workers: int = 4  # processes that read pictures, per device
+
+    def __post_init__(self) -> None:
+        if not self.trains and self.lora is None:
+            raise FoveateError("'trains' is empty: name at least one module, for example connector")
+        if not self.data:
+            raise FoveateError("'data' is empty: name at least one file")
+        for name in ("lr", "epochs", "batch", "micro_batch", "max_length", "save_steps", "log_steps"):
+            if getattr(self, name) <= 0:
+                raise FoveateError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "workers"):
+            if getattr(self, name) < 0:
+                raise FoveateError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise FoveateError(f"steps must be at least 1, not {self.steps}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise FoveateError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if self.batch % self.micro_batch:
+            raise FoveateError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says."""
+
+    output: str  # folder of the run; the trained model is its subfolder `model`
+    model: ModelSpec
+    stages: dict[str, Stage]  # by name, in order
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise FoveateError("'stages' is empty: a recipe needs at least one stage")
+        for name in self.stages:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise FoveateError(f"stage {name!r}: use only letters, digits, - and _ in a stage's name")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies changes such as `stages.pretrain.lr=1e-4`.
+
+    Raises `FoveateError` for unreadable files, unknown keys, missing ones and wrong values.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _override(values, override)
+    return build_options(Recipe, values, where=str(path))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe with all its defaults, as plain values for YAML or JSON."""
+    return dataclasses.asdict(recipe)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first setting with an effect in which two recipes of `to_dict` differ; None if there is none."""
+    old_values, new_values = dict(_leaves(old)), dict(_leaves(new))
+    for key in [*old_values, *new_values]:
+        if key.rpartition(".")[2] in WITHOUT_EFFECT or key == "output":
+            continue
+        if key not in new_values or key not in old_values or old_values[key] != new_values[key]:
+            return f"{key} was {old_values.get(key)} and is now {new_values.get(key)}"
+    return None
+
+
+def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        pairs = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        pairs = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return [(key, value)]
+    return [leaf for k, v in pairs for leaf in _leaves(v, f"{key}.{k}" if key else k)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FoveateError(f"no recipe at {path}: give a YAML file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise FoveateError(f"{path}{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FoveateError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise FoveateError(f"{path} should hold keys and values: output, model, stages")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one value in place. New keys are left to the dataclasses, which know all of them."""
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise FoveateError(f"{override}: expected key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise FoveateError(f"{override}: the value is not valid YAML") from error
+    *path, last = dotted.split(".")
+    place: Any = values
+    for i, key in enumerate(path):
+        place = _step(place, key, ".".join(path[:i]), override, may_add=path[:i] != ["stages"])
+    if isinstance(place, list):
+        _step(place, last, ".".join(path), override, may_add=False)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _step(place: Any, key: str, parent: str, override: str, may_add: bool) -> Any:
+    if isinstance(place, list):
+        if not key.isdigit() or int(key) >= len(place):
+            raise FoveateError(f"{override}: {parent} has {len(place)} entries, 0 to {len(place) - 1}")
+        inner = place[int(key)]
+    elif key in place:
+        inner = place[key] = {} if place[key] is None else place[key]
+    elif may_add:
+        inner = place[key] = {}
+    else:
+        near = difflib.get_close_matches(key, map(str, place), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, place))}"
+        raise FoveateError(f"{override}: unknown key {key!r} in {parent}; {hint}")
+    if not isinstance(inner, (dict, list)):
+        raise FoveateError(f"{override}: {parent + '.' if parent else ''}{key} has no keys of its own")
+    return inner

@@ -1,0 +1,287 @@
+"""Follows a recipe: checks all of it, then trains stage after stage, from where an earlier run got.
+
+    <output>/recipe.yaml                        the recipe with its changes and all defaults
+    <output>/stages/<stage>/checkpoint-N/       to go on from; deleted when the stage is done
+    <output>/stages/<stage>/tensorboard/        loss, learning rate, gradient norm
+    <output>/stages/<stage>/trainer_state.json  the same numbers, as transformers' Trainer keeps them
+    <output>/stages/<stage>/model/              result of a stage before the last
+    <output>/model/                             the trained model
+
+A model folder gets its name only when all of it is written: it marks the stage as done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from foveate.errors import FoveateError
+from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
+
+if TYPE_CHECKING:
+    from foveate.modeling import FoveateForConditionalGeneration
+    from foveate.train.prepare import Prepared
+    from foveate.train.trainer import StageTrainer
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def train(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    resume: bool | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Trains by a recipe and returns the folder of the run; the model is in its subfolder `model`.
+
+    Everything is checked before anything is written. Under torchrun or accelerate, every process calls this.
+
+    Args:
+        recipe_path: the YAML file.
+        overrides: changes such as `stages.pretrain.lr=1e-4`.
+        resume: True goes on with the run in the output folder, False refuses if there is one, None goes on
+            if there is one.
+        console: for the table of what trains and the progress; nothing is shown without one.
+
+    Raises:
+        FoveateError: a recipe, model or data that is wrong, an output folder of something else, packages or
+            devices that are missing.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    _check_packages(recipe)
+    output = Path(recipe.output)
+    _check_output(recipe, resume)
+    processes = _processes()
+    if console is None or not processes.is_main_process:
+        console = Console(quiet=True)
+    names = [name for name in recipe.stages if not _result(recipe, name).is_dir()]
+    if (output / "model").is_dir():
+        console.print(f"the run in {output} is complete: nothing to do")
+        return output
+    from foveate.train.prepare import prepare
+
+    with console.status("checking model and data"):
+        stages = [prepare(recipe, name) for name in names]
+    processes.wait_for_everyone()  # all have looked at the output folder before it is written to
+    if processes.is_main_process:
+        _write_recipe(recipe)
+    for stage in stages:
+        _train_stage(recipe, stage, console)
+    return output
+
+
+def _check_packages(recipe: Recipe) -> None:
+    lora = any(stage.lora for stage in recipe.stages.values())
+    for package in ("accelerate", "tensorboard", *(["peft"] if lora else [])):
+        if find_spec(package) is None:
+            raise FoveateError(f"training needs the package {package}: pip install 'foveate[train]'")
+
+
+def _check_output(recipe: Recipe, resume: bool | None) -> None:
+    """Whether the output folder is new, or holds a run of this very recipe."""
+    output = Path(recipe.output)
+    found = output / "recipe.yaml"
+    if not found.is_file():
+        if resume:
+            raise FoveateError(f"there is no run in {output} to go on with: check output, or start a new run")
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise FoveateError(f"{output} exists already and holds no run: choose another output")
+        return
+    if resume is False:
+        raise FoveateError(f"{output} holds a run already: choose another output, or go on with that run")
+    changed = difference(yaml.safe_load(found.read_text(encoding="utf-8")), to_dict(recipe))
+    if changed:
+        raise FoveateError(f"{output} holds a run in which {changed}: choose another output, or undo that")
+
+
+def _processes() -> Any:
+    """The processes of this run, one per device."""
+    import torch
+    from accelerate import PartialState
+
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
+        raise FoveateError(
+            f"{gpus} GPUs are visible to one process: start with `torchrun --nproc-per-node {gpus} -m foveate "
+            f"train ...`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / "recipe.yaml.unfinished"
+    unfinished.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False), encoding="utf-8")
+    unfinished.rename(output / "recipe.yaml")
+
+
+def _folder(recipe: Recipe, name: str) -> Path:
+    return Path(recipe.output) / "stages" / name
+
+
+def _result(recipe: Recipe, name: str) -> Path:
+    """Where a stage's model goes."""
+    last = name == list(recipe.stages)[-1]
+    return Path(recipe.output) / "model" if last else _folder(recipe, name) / "model"
+
+
+def _train_stage(recipe: Recipe, prepared: Prepared, console: Console) -> None:
+    from foveate.data.dataset import errors_of_workers
+    from foveate.train.parts import add_adapters, merge_adapters, select
+    from foveate.train.trainer import newest_checkpoint
+
+    stage, where = prepared.stage, f"stages.{prepared.name}"
+    model = _start(recipe, prepared)
+    if stage.lora is not None:
+        add_adapters(model, stage, where)
+    select(model, stage, where)
+    console.print(_table(prepared, model))
+    checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
+    if checkpoint:
+        console.print(f"going on from {checkpoint}")
+    trainer = _trainer(recipe, prepared, model, console)
+    with errors_of_workers():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stage.lora is not None:
+        merge_adapters(model)
+    _save(recipe, prepared, trainer)
+
+
+def _start(recipe: Recipe, prepared: Prepared) -> FoveateForConditionalGeneration:
+    """The model that a stage starts from, with the stage's options."""
+    from foveate.train.models import first_model, load_model
+
+    names = list(recipe.stages)
+    before = names.index(prepared.name) - 1
+    if before < 0:
+        return first_model(recipe, prepared.options)
+    return load_model(_result(recipe, names[before]), recipe.model, prepared.options)
+
+
+def _table(prepared: Prepared, model: FoveateForConditionalGeneration) -> Table:
+    """What trains, and on what."""
+    from foveate.train.parts import parts
+
+    stage, samples = prepared.stage, prepared.samples
+    shown = int((samples.pictures() > 0).sum())
+    devices = stage.batch // (stage.micro_batch * prepared.accumulation)
+    left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
+    caption = (
+        f"{len(samples)} samples of up to {stage.max_length} tokens, {shown} with pictures{left_out}\n"
+        f"{stage.batch} samples a step = {stage.micro_batch} x {prepared.accumulation} x {devices} "
+        f"(micro-batch x accumulation x devices)"
+    )
+    table = Table(title=f"stage {prepared.name}", caption=caption, caption_justify="left")
+    table.add_column("module")
+    for column in ("parameters", "train", "learning rate"):
+        table.add_column(column, justify="right")
+    for part in parts(model, stage):
+        rates = ", ".join(f"{rate:g}" for rate in part.lrs)
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.trainable:,}", rates or "frozen")
+    return table
+
+
+def _trainer(
+    recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration, console: Console
+) -> StageTrainer:
+    from accelerate import PartialState
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import PrinterCallback, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
+
+    from foveate.data.dataset import Collator
+    from foveate.data.sampling import EpochSampler
+    from foveate.train.trainer import Epochs, Report, SafeCheckpoints, StageTrainer
+
+    stage, folder = prepared.stage, _folder(recipe, prepared.name)
+    sampler = EpochSampler(
+        prepared.lengths, prepared.samples.pictures(), stage.batch, stage.group_by, recipe.seed
+    )
+    writer = SummaryWriter(str(folder / "tensorboard")) if PartialState().is_main_process else None
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=stage.micro_batch,
+        gradient_accumulation_steps=prepared.accumulation,
+        num_train_epochs=stage.epochs,
+        max_steps=stage.steps or -1,
+        learning_rate=stage.lr,
+        lr_scheduler_type=SCHEDULES[stage.schedule],
+        warmup_steps=stage.warmup_ratio,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=stage.bf16,
+        **(_checkpointing() if stage.checkpoint_activations else {}),
+        use_cpu=_on_cpu(),
+        ddp_find_unused_parameters=True,  # some towers have mask tokens, which no forward pass uses
+        dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=not _on_cpu(),
+        remove_unused_columns=False,
+        logging_steps=stage.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=stage.save_steps,
+        report_to="none",
+        disable_tqdm=True,
+        seed=recipe.seed,
+    )
+    trainer = StageTrainer(
+        stage=stage,
+        sampler=sampler,
+        model=model,
+        args=arguments,
+        train_dataset=prepared.samples,
+        data_collator=Collator(prepared.processor.tokenizer.pad_token_id),
+        callbacks=[
+            Epochs(sampler),
+            SafeCheckpoints(),
+            TensorBoardCallback(writer),
+            Report(console, prepared.name),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _checkpointing() -> dict[str, Any]:
+    """The Trainer's arguments for checkpointed activations, which transformers renamed."""
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
+    """Writes a stage's result under another name, then gives it its own."""
+    from accelerate import PartialState
+
+    processes = PartialState()
+    folder, result = _folder(recipe, prepared.name), _result(recipe, prepared.name)
+    unfinished = result.with_name("model.unfinished")
+    if processes.is_main_process:
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        shutil.rmtree(unfinished, ignore_errors=True)
+    processes.wait_for_everyone()
+    trainer.save_model(str(unfinished))
+    if processes.is_main_process:
+        (unfinished / "training_args.bin").unlink()
+        prepared.processor.save_pretrained(unfinished)
+        unfinished.rename(result)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    processes.wait_for_everyone()
