@@ -73,6 +73,16 @@ class Canvas:
     content: Box  # whole pixels of the canvas
     fill: Fill = "black"
 
+    def place(self, box: Box) -> Box:
+        """Where a box of the original picture lies on the canvas."""
+        x, y = _axes(self)
+        return Box(
+            (box.left - x.source) / x.scale + x.content,
+            (box.top - y.source) / y.scale + y.content,
+            (box.right - x.source) / x.scale + x.content,
+            (box.bottom - y.source) / y.scale + y.content,
+        )
+
 
 @dataclass(frozen=True)
 class View:
@@ -125,14 +135,12 @@ class ViewPlan:
     def to_view(self, view: int, box: Iterable[Number]) -> Box:
         """The inverse of `to_picture`."""
         v = self.views[view]
-        canvas = self.canvases[v.canvas]
-        x, y = _axes(canvas)
-        left, top, right, bottom = (Fraction(n) for n in box)
+        place = self.canvases[v.canvas].place(Box(*(Fraction(n) for n in box)))
         return Box(
-            ((left - x.source) / x.scale + x.content - v.box.left) / v.stride,
-            ((top - y.source) / y.scale + y.content - v.box.top) / v.stride,
-            ((right - x.source) / x.scale + x.content - v.box.left) / v.stride,
-            ((bottom - y.source) / y.scale + y.content - v.box.top) / v.stride,
+            (place.left - v.box.left) / v.stride,
+            (place.top - v.box.top) / v.stride,
+            (place.right - v.box.left) / v.stride,
+            (place.bottom - v.box.top) / v.stride,
         )
 
     @cached_property

@@ -115,19 +115,20 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             FoveateError: unknown layout, missing or unexpected keys, no weights.
         """
-        if pretrained_model_name_or_path is None or "config" in kwargs:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
         folder = checkpoints.local_folder(pretrained_model_name_or_path)
         released = checkpoints.recognise(folder, vision_tower)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
+        given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
-            config = FoveateConfig.from_pretrained(folder)
+            config = given or FoveateConfig.from_pretrained(folder)
             config.options.update(options or {})
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
-            config = checkpoints.convert_config(released)
+            config = given or checkpoints.convert_config(released)
             config.options.update(options or {})
             with torch.device("meta"):
                 skeleton = cls(config)

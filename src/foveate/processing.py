@@ -13,11 +13,12 @@ from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from foveate import checkpoints
 from foveate.chat import IMAGE_TOKEN, chat_template, load_tokenizer, normalise_messages, picture_queries
 from foveate.errors import FoveateError
-from foveate.geometry import Canvas, ViewPlan
+from foveate.geometry import Canvas, Size, ViewPlan, whole
 from foveate.methods import method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.pictures import read_picture
 
+MOST_PIXELS = 2**27  # of a picture while it is padded or resized: 400 MB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -97,17 +98,40 @@ class FoveateImageProcessor(BaseImageProcessor):
         """The picture as it lies on a canvas, 8 bits, before normalisation."""
         fill = tuple(int(255 * m) for m in self.image_mean) if canvas.fill == "mean" else (0, 0, 0)
         left, top, right, bottom = (int(n) for n in canvas.source)
+        content = canvas.content
+        if max((right - left) * (bottom - top), content.width * content.height) > MOST_PIXELS:
+            return self._paint_sliver(picture, canvas, fill)
         if (left, top, right, bottom) != (0, 0, *picture.size):
             part = Image.new("RGB", (right - left, bottom - top), fill)
             part.paste(picture, (-left, -top))
             picture = part
-        content = canvas.content
         picture = picture.resize((int(content.width), int(content.height)), Image.Resampling.BICUBIC)
         if (content.left, content.top) == (0, 0) and picture.size == (canvas.size.width, canvas.size.height):
             return picture
-        whole = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
-        whole.paste(picture, (int(content.left), int(content.top)))
-        return whole
+        page = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
+        page.paste(picture, (int(content.left), int(content.top)))
+        return page
+
+    def _paint_sliver(self, picture: Image.Image, canvas: Canvas, fill: tuple[int, ...]) -> Image.Image:
+        """As `paint` for extreme shapes (1 x 60,000 pixels padded to a square, say), in little memory.
+
+        Only what shows on the canvas is resized, and padding is added afterwards, which may differ from
+        `paint` in the pixels along its edge.
+        """
+        place, page = canvas.place(whole(Size(picture.height, picture.width))), whole(canvas.size)
+        left, right = max(place.left, page.left), min(place.right, page.right)
+        top, bottom = max(place.top, page.top), min(place.bottom, page.bottom)
+        across, down = picture.width / place.width, picture.height / place.height  # pixels per canvas pixel
+        part = (
+            float((left - place.left) * across),
+            float((top - place.top) * down),
+            float((right - place.left) * across),
+            float((bottom - place.top) * down),
+        )
+        size = (max(round(right - left), 1), max(round(bottom - top), 1))
+        image = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
+        image.paste(picture.resize(size, Image.Resampling.BICUBIC, box=part), (round(left), round(top)))
+        return image
 
     def _normalise(self, image: Image.Image) -> np.ndarray:
         """(H, W, 3) bytes -> (3, H, W) float32, through a table of the 256 possible values."""

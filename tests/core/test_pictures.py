@@ -13,6 +13,7 @@ from PIL import Image
 
 from foveate import FoveateError
 from foveate.pictures import read_picture
+from foveate.processing import FoveateImageProcessor
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -99,3 +100,41 @@ def test_every_exif_orientation(orientation: int, tmp_path: Path) -> None:
     assert tuple(np.argwhere(corners == 255)[0]) == turned[orientation]
     assert upright.getexif().get(0x0112, 1) == 1
     assert read_picture(upright).size == upright.size
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (60_000, 3)])
+@pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
+def test_slivers_take_little_memory(size: tuple[int, int], fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of 60,000 pixels a side would need 10 GB."""
+    made: list[int] = []
+    resize, new = Image.Image.resize, Image.new
+
+    def spy_resize(image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        resized = resize(image, *args, **kwargs)
+        made.append(resized.width * resized.height)
+        return resized
+
+    def spy_new(mode: str, extent: tuple[int, int], *args: Any) -> Image.Image:
+        made.append(extent[0] * extent[1])
+        return new(mode, extent, *args)
+
+    picture = new("RGB", size, (255, 0, 0))
+    monkeypatch.setattr(Image.Image, "resize", spy_resize)
+    monkeypatch.setattr(Image, "new", spy_new)
+    pixels = FoveateImageProcessor("llava", {"fit": fit})(picture)["pixel_values"]
+    assert pixels.shape == (1, 3, 336, 336)
+    assert made and max(made) <= 336 * 336
+    red = FoveateImageProcessor("llava")(new("RGB", (9, 9), (255, 0, 0)))["pixel_values"][0, :, :1, :1]
+    assert (pixels[0] == red).all(0).any()
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_the_frugal_way_paints_the_same(fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((1200, 900), Image.Resampling.BICUBIC)
+    processor = FoveateImageProcessor("llava", {"fit": fit})
+    usual = processor(picture)["pixel_values"]
+    monkeypatch.setattr("foveate.processing.MOST_PIXELS", 1)
+    frugal = processor(picture)["pixel_values"]
+    differs = (usual - frugal).abs().amax(1) > 0.02  # (1, 336, 336): along the edge of the padding only
+    assert differs.float().mean() < 0.02 and (fit == "pad" or not differs.any())
