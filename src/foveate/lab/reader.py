@@ -130,20 +130,19 @@ def train_reader(
     schedule: Schedule,
     tokenizer: object,
     seed: int = 0,
-    device: str = "cpu",
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LlamaForCausalLM:
     """Pre-trains the LLM; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(scale.text_config(len(tokenizer))).to(device)  # type: ignore[arg-type]
+    model = LlamaForCausalLM(scale.text_config(len(tokenizer)))  # type: ignore[arg-type]
     source = Descriptions(tokenizer, seed)
     optimise = optimiser([(model, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
         ids, positions, samples = source.batch(schedule.batch)
-        packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions).to(device)
+        packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
         embedding = model.get_input_embeddings()
-        described = bag_embeddings(ids.to(device), embedding, NOISE)
+        described = bag_embeddings(ids, embedding, NOISE)
         inputs = torch.cat([described, embedding(packed.input_ids[:, ids.shape[1] :])], dim=1)
         loss = model(
             inputs_embeds=inputs,

@@ -1,9 +1,9 @@
 """Pre-training of the tower, the stand-in for CLIP: a `CLIPVisionModel` that says what lies on every patch.
 
-It sees windows of the pictures at every zoom between the picture's own pixels and its base view, and learns
-for each patch the shape and colour of the object there and the glyph on it, nearest to the patch. The glyph
-is asked of every patch of the object as long as the window shows the glyph. Glyphs are legible to it at their
-own size, and too small in the base view: what the methods are there for.
+It learns to read on pages (see `pages`). Then it sees windows of the pictures at every zoom between their own
+pixels and the base view, and learns for each patch the shape and colour of the object there and the glyph on
+it, nearest to the patch. The glyph is asked of every patch of the object as long as the window shows it.
+Glyphs are legible to it at their own size, and too small in the base view: what the methods are there for.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from foveate.lab.levels import LEVELS
-from foveate.lab.materials import DIGITS, LETTERS, Split
+from foveate.lab.materials import DIGITS, LETTERS, Split, materials
 from foveate.lab.optimise import optimiser, warm_cosine
-from foveate.lab.scales import Scale, Schedule
+from foveate.lab.pages import make_page, page_labels
+from foveate.lab.scales import Scale
 from foveate.lab.scenes import COLOURS, SHAPES, Scene, make_scene
 from foveate.processing import CLIP_MEAN, CLIP_STD
 
+UNKNOWN = -100  # label without loss
 NOTHING = 0  # class of patches without an object, or without a glyph
 GLYPHS = LETTERS.lower() + DIGITS
 CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "glyph": 1 + len(GLYPHS)}
@@ -35,6 +37,13 @@ VISIBLE = 0.6  # of a glyph's area inside the window: it can be read
 ZOOMS = (1.0, 1.5, 2.0, 0.0)
 CHANCES = (0.55, 0.15, 0.10, 0.20)
 STRIDED = 0.3  # of views of everything: every n-th pixel instead of a smooth reduction
+
+READING = 0.33  # part of the steps with pages alone
+ALIGNED, ASTRAY = (
+    0.02,
+    0.18,
+)  # parts of the steps at which glyphs start to leave patches' middles, and lie anywhere
+PAGES = 0.2  # share of pages in a batch after that
 
 
 class Window(NamedTuple):
@@ -112,37 +121,50 @@ class PatchHead(nn.Module):
 
 
 class CropSampler:
-    """Endless batches of windows and their labels."""
+    """Endless batches of pages and of windows of scenes, with their labels."""
 
     def __init__(self, scenes: list[Scene], scale: Scale, seed: int) -> None:
-        self.scenes, self.view, self.grid = scenes, scale.view, scale.view // scale.patch
+        self.scenes, self.scale, self.grid = scenes, scale, scale.view // scale.patch
         self.rng = np.random.default_rng([seed, len(scenes)])
+        self.stock = materials("tower")
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Pixels (size, 3, view, view) and labels (size, 3, N)."""
-        pictures, labels = [], []
-        for _ in range(size):
-            scene = self.scenes[self.rng.integers(len(self.scenes))]
-            zoom = ZOOMS[self.rng.choice(len(ZOOMS), p=CHANCES)]
-            window = self._window(len(scene.picture), round(zoom * self.view))
-            stride = window.side == len(scene.picture) and self.rng.random() < STRIDED
-            pictures.append(crop(scene, window, self.view, stride))
-            labels.append(patch_labels(scene, window, self.grid))
+    def batch(self, size: int, progress: float) -> tuple[Tensor, Tensor]:
+        """Pixels (size, 3, view, view) and labels (size, 3, N), `UNKNOWN` where there is none.
+
+        `progress` is the part of the pre-training that is over.
+        """
+        pages = size if progress < READING else round(PAGES * size)
+        drawn = [self._page(progress) if i < pages else self._window() for i in range(size)]
+        pictures, labels = zip(*drawn, strict=True)
         return normalised(np.stack(pictures)), torch.from_numpy(np.stack(labels))
 
-    def _window(self, whole: int, side: int) -> Window:
-        if side == 0 or side >= whole:
-            return Window(0, 0, whole)
-        return random_window(self.rng, whole, side)
+    def _page(self, progress: float) -> tuple[np.ndarray, np.ndarray]:
+        grown = min(max((progress - ALIGNED) / (ASTRAY - ALIGNED), 0.0), 1.0)
+        reach = round(grown * self.scale.patch / 2)
+        page = make_page(self.rng, self.stock, self.scale.view, self.scale.patch, self.scale.magnify, reach)
+        labels = page_labels(page, self.grid, GLYPHS)
+        return page.picture, np.concatenate([np.full_like(labels[:1], UNKNOWN), labels])
+
+    def _window(self) -> tuple[np.ndarray, np.ndarray]:
+        scene, view = self.scenes[self.rng.integers(len(self.scenes))], self.scale.view
+        side, whole = round(ZOOMS[self.rng.choice(len(ZOOMS), p=CHANCES)] * view), len(scene.picture)
+        everything = side == 0 or side >= whole
+        window = Window(0, 0, whole) if everything else random_window(self.rng, whole, side)
+        stride = everything and self.rng.random() < STRIDED
+        return crop(scene, window, view, stride), patch_labels(scene, window, self.grid)
 
 
 def patch_loss(predicted: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """Cross entropy of shape, colour and glyph; labels (V, 3, N)."""
     loss = torch.zeros((), device=labels.device)
     for i, logits in enumerate(predicted):
+        if (labels[:, i] == UNKNOWN).all():
+            continue
         weight = torch.ones(logits.shape[-1], device=logits.device)
         weight[NOTHING] = NOTHING_WEIGHT
-        loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[:, i].flatten(), weight)
+        loss = loss + F.cross_entropy(
+            logits.flatten(0, 1), labels[:, i].flatten(), weight, ignore_index=UNKNOWN
+        )
     return loss
 
 
@@ -155,22 +177,19 @@ def tower_scenes(scale: Scale, split: Split, count: int, seed: int = 0) -> list[
 
 
 def train_tower(
-    scale: Scale,
-    schedule: Schedule,
-    seed: int = 0,
-    device: str = "cpu",
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    scale: Scale, seed: int = 0, report: Callable[[int, float], None] = lambda step, loss: None
 ) -> tuple[CLIPVisionModel, PatchHead]:
     """Pre-trains a tower; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
-    model, head = CLIPVisionModel(scale.vision_config()).to(device), PatchHead(scale.vision_width).to(device)
+    schedule = scale.tower
+    model, head = CLIPVisionModel(scale.vision_config()), PatchHead(scale.vision_width)
     sampler = CropSampler(tower_scenes(scale, "tower", scale.tower_scenes), scale, seed)
     optimise = optimiser([(model, schedule.lr), (head, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
-        pixels, labels = sampler.batch(schedule.batch)
-        tokens = model(pixels.to(device)).last_hidden_state[:, 1:]  # (V, N, C), class token dropped
-        loss = patch_loss(head(tokens), labels.to(device))
+        pixels, labels = sampler.batch(schedule.batch, (step - 1) / schedule.steps)
+        tokens = model(pixels).last_hidden_state[:, 1:]  # (V, N, C), class token dropped
+        loss = patch_loss(head(tokens), labels)
         optimise.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)

@@ -1,0 +1,447 @@
+"""One cell of an experiment: one method, trained from one seed on one level, and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, set_seed
+
+from foveate.composing import compose
+from foveate.cost import Pricer
+from foveate.errors import FoveateError
+from foveate.geometry import Size, ViewPlan
+from foveate.lab.controls import GivenRegion
+from foveate.lab.data import Examples, Features, examples
+from foveate.lab.levels import FINE, level_named
+from foveate.lab.optimise import optimiser, warm_cosine
+from foveate.lab.packing import PADDING, Packed, Sample, all_right, encode, pack
+from foveate.lab.parts import Parts
+from foveate.lab.questions import Question, chance, in_scene_guess
+from foveate.lab.scales import Scale, scale_named
+from foveate.methods import method_class
+from foveate.methods.base import Method
+from foveate.modeling import EncodedPictures
+
+SAVE_EVERY = 100  # steps between checkpoints of a cell
+OWN_TOWER_LR = 0.25  # of the connector's: towers that a method builds itself are trained with it
+WARM_UP_LR = 2.0  # of the connector's, while it trains alone
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What identifies a result.
+
+    Attributes:
+        method: a registered name.
+        seed: of the connector's weights and of the order of the data.
+        level, scale: names.
+        steps: of training; None: those of the scale.
+        options: the method's options beyond those of `methods.yaml`.
+    """
+
+    method: str
+    seed: int
+    level: str
+    scale: str
+    steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name of the cell's folder."""
+        name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
+        if not self.options:
+            return name
+        return (
+            f"{name}-{blake2b(json.dumps(self.options, sort_keys=True).encode(), digest_size=3).hexdigest()}"
+        )
+
+    @property
+    def command(self) -> str:
+        """The command that makes this cell again."""
+        words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
+        words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
+        for key, value in self.options.items():
+            words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
+        return shlex.join(words)
+
+
+def lab_options(method: str, ratio: int) -> dict[str, Any]:
+    """The options in `methods.yaml` that make a method see the picture's own pixels."""
+    settings = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text(encoding="utf-8"))
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return ratio if value == "ratio" else value
+
+    return filled(settings.get(method, {}))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a level and scale share.
+
+    Attributes:
+        folder: where data, features and results lie.
+        scale: the sizes.
+        parts: tower, LLM and tokenizer that every method starts from.
+        train, test: the pictures and questions.
+    """
+
+    folder: Path
+    scale: Scale
+    parts: Parts
+    train: Examples
+    test: Examples
+
+    @cached_property
+    def samples(self) -> dict[tuple[str, str], Sample]:
+        """Every different question with its answer, as token ids."""
+        asked = [*self.train.asked, *self.test.asked]
+        return {(q.text, q.answer): encode(q, self.parts.tokenizer) for q in asked}
+
+    @cached_property
+    def guesses(self) -> dict[str, dict[str, float]]:
+        """Per kind of question, the lines that accuracy is to be seen against."""
+        return {"chance": chance(self.test.asked), "in-scene guess": in_scene_guess(self.test.asked)}
+
+
+def make_bench(level: str, scale: str, folder: Path, parts: Parts) -> Bench:
+    """Raises `FoveateError` for unknown names, and where the disk is full."""
+    sizes, hard = scale_named(scale), level_named(level)
+    train = examples(folder, hard, sizes.view, sizes.magnify, "train", sizes.scenes)
+    test = examples(folder, hard, sizes.view, sizes.magnify, "test", sizes.test_scenes)
+    return Bench(folder, sizes, parts, train, test)
+
+
+class Stage(NamedTuple):
+    """Steps with the LLM frozen, or with everything but a frozen tower."""
+
+    steps: int
+    with_llm: bool
+    lr: float
+
+
+class Student:
+    """A method's model and what feeds it."""
+
+    def __init__(self, cell: Cell, bench: Bench) -> None:
+        self.cell, self.bench = cell, bench
+        options = {**lab_options(cell.method, level_named(cell.level).ratio), **cell.options}
+        self.builds_tower = method_class(cell.method).build_tower is not Method.build_tower
+        set_seed(cell.seed)
+        made = compose(
+            bench.parts.tower.config if self.builds_tower else bench.parts.tower,
+            bench.parts.reader,
+            cell.method,
+            options,
+            tokenizer=bench.parts.tokenizer,
+            template="plain",
+            vision_feature_layer=-1,
+        )
+        self.model, self.processor = made.model, made.processor
+        self.method = self.model.method
+        if self.builds_tower:
+            for module in self.model.vision_tower.modules():
+                if isinstance(module, CLIPVisionModel):
+                    _fill(module, bench.parts.tower)
+        self.model.requires_grad_(True)
+        self.model.vision_tower.requires_grad_(self.builds_tower)
+        self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
+        size = bench.train.size
+        self.plan = self.method.plan(*size)
+        # Where vision depends on the question, every question is a sequence of its own.
+        self.by_question = self.method.uses_query or isinstance(self.method, GivenRegion)
+
+    def _features(self, data: Examples) -> Features:
+        return Features(self.bench.folder, data, self.bench.parts.key, self._encode_frozen, self._views)
+
+    def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
+        return self.processor.image_processor.views(Image.fromarray(picture), plan)
+
+    @torch.no_grad()
+    def _encode_frozen(self, views: np.ndarray) -> Tensor:
+        return self.model.encode_views(torch.from_numpy(views))
+
+    def ready(self) -> str | None:
+        """Caches the views' features where they are frozen; a sentence where there is no room for them."""
+        if self.builds_tower:
+            return None
+        for features in self.features.values():
+            features.ready(self.plan)
+        return next((f.fallback for f in self.features.values() if f.fallback), None)
+
+    def forward(self, data: Examples, indices: Sequence[int]) -> tuple[Tensor | None, Tensor, Packed]:
+        """Loss, logits (B, T, vocabulary) and what was packed, for all questions about these pictures."""
+        rows = [[self.bench.samples[q.text, q.answer] for q in data.questions[i]] for i in indices]
+        if not self.by_question:
+            encoded = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
+            packed = self._pack(rows)
+            output = self.model(
+                **packed.inputs(),
+                labels=packed.labels,
+                mm_encoder_outputs={"image": encoded},
+                use_cache=False,
+            )
+            return output.loss, output.logits, packed
+        questions = [(i, question) for i in indices for question in data.questions[i]]
+        samples = [sample for row in rows for sample in row]
+        encoded = self._connect_questions(data, questions, samples)
+        packed = self._pack([[sample] for sample in samples])
+        mask = packed.blocks != PADDING
+        positions = packed.position_ids
+        if encoded.kept is not None:
+            mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
+            positions = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+        output = self.model(
+            input_ids=packed.input_ids,
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0),
+            labels=packed.labels,
+            mm_encoder_outputs={"image": encoded},
+            use_cache=False,
+        )
+        return output.loss, output.logits, packed
+
+    def _connect_questions(
+        self, data: Examples, questions: list[tuple[int, Question]], samples: list[Sample]
+    ) -> EncodedPictures:
+        sizes = torch.tensor([data.size] * len(questions))
+        if isinstance(self.method, GivenRegion):
+            plans = [self.method.plan_for(*data.size, question.region) for _, question in questions]
+            told = [n for n, (_, question) in enumerate(questions) if question.region is not None]
+            untold = [n for n, (_, question) in enumerate(questions) if question.region is None]
+            views = len(self.plan.views)
+            features = torch.empty(
+                len(questions), views, self.method.tower.tokens, self.model.config.vision_config.hidden_size
+            )
+            if untold:
+                cached = self.features[data.key].gather(self.plan, [questions[n][0] for n in untold])
+                features[untold] = cached.unflatten(0, (-1, views))
+            if told:
+                pixels = [self._views(data.pictures[questions[n][0]], plans[n]) for n in told]
+                features[told] = self._encode_frozen(np.concatenate(pixels)).unflatten(0, (-1, views))
+            return self.model.connect(features.flatten(0, 1), sizes)
+        features = self._seen(data, [i for i, _ in questions])
+        asked = [torch.tensor(sample.ids[: sample.answer]) for sample in samples]
+        ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
+        lengths = torch.tensor([[len(row)] for row in asked])
+        return self.model.connect(features, sizes, ids, (torch.arange(ids.shape[1]) < lengths).long())
+
+    def _seen(self, data: Examples, indices: Sequence[int]) -> Tensor:
+        """Features of the plan's views, (B V, N, C)."""
+        if not self.builds_tower:
+            return self.features[data.key].gather(self.plan, indices)
+        pixels = np.concatenate([self._views(data.pictures[i], self.plan) for i in indices])
+        return self.model.encode_views(torch.from_numpy(pixels))
+
+    def _pack(self, rows: Sequence[Sequence[Sample]]) -> Packed:
+        placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
+        return pack(rows, self.plan.tokens, placeholder, padding)
+
+    def stages(self) -> list[Stage]:
+        """First the connector alone, then the LLM with it."""
+        scale, steps = self.bench.scale, self.cell.steps
+        warm = round(scale.warm_up * steps)
+        stages = [
+            Stage(warm, False, WARM_UP_LR * scale.cell.lr),
+            Stage(steps - warm, True, scale.cell.lr),
+        ]
+        return [stage for stage in stages if stage.steps]
+
+    def optimiser(self, stage: Stage) -> torch.optim.AdamW:
+        self.model.language_model.requires_grad_(stage.with_llm)
+        groups: list[tuple[nn.Module, float]] = [(self.model.connector, stage.lr)]
+        if self.builds_tower:
+            groups.append((self.model.vision_tower, OWN_TOWER_LR * stage.lr))
+        if stage.with_llm:
+            groups.append((self.model.language_model, self.bench.scale.cell_llm_lr))
+        return optimiser(groups)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that training changes."""
+        frozen = "" if self.builds_tower else "vision_tower."
+        state = self.model.state_dict()
+        return {key: tensor for key, tensor in state.items() if not frozen or not key.startswith(frozen)}
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices: every picture once an epoch, in an order that the seed decides."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size].tolist()
+        epoch += 1
+
+
+Report = Callable[[int, int, float], None]  # step, steps, loss
+
+
+def train_cell(cell: Cell, bench: Bench, report: Report | None = None) -> dict[str, Any]:
+    """Trains and measures a cell, or reads its result if it is there. An interrupted cell goes on.
+
+    Returns what `result.json` in the cell's folder holds.
+    """
+    place = bench.folder / "cells" / cell.scale / cell.key
+    result_file = place / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    place.mkdir(parents=True, exist_ok=True)
+    student = Student(cell, bench)
+    start = time.process_time()
+    fallback = student.ready()
+    caching = time.process_time() - start
+    training, losses = _train(student, place / "checkpoint.pt", report)
+    start = time.process_time()
+    accuracy = measure(student, bench.test)
+    measuring = time.process_time() - start
+    price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
+    asked = bench.test.asked
+    result = {
+        "cell": asdict(cell) | {"options": dict(cell.options)},
+        "command": cell.command,
+        "title": student.method.title,
+        "accuracy": accuracy,
+        "questions": {kind: sum(q.kind == kind for q in asked) for kind in accuracy if kind not in GROUPS},
+        "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
+        "cost": price.to_dict(),
+        "tflop": (price.encode_flops + price.prefill_flops) / 1e12,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "connector_parameters": sum(p.numel() for p in student.model.connector.parameters()),
+        "seconds": {"caching": caching, "training": training, "measuring": measuring},
+        "losses": losses,
+        "features": fallback,
+    }
+    part = result_file.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    torch.save(student.trained(), place / "weights.pt")
+    os.replace(part, result_file)
+    (place / "checkpoint.pt").unlink(missing_ok=True)
+    return result
+
+
+def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
+    """Trains through all stages. Returns CPU seconds and the mean loss of every `SAVE_EVERY` steps."""
+    cell, bench = student.cell, student.bench
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    first = saved["step"] if saved else 0
+    spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
+    if saved:
+        student.model.load_state_dict(saved["weights"], strict=False)
+    order = batches(len(bench.train.pictures), bench.scale.cell.batch, cell.seed)
+    for _ in range(first):
+        next(order)
+    student.model.train()
+    clock, recent, end = time.process_time(), list[float](), 0
+    for stage in student.stages():
+        begin, end = end, end + stage.steps
+        if first >= end:
+            continue
+        optimise = student.optimiser(stage)
+        rates = warm_cosine(optimise, stage.steps)
+        if saved and first > begin:
+            optimise.load_state_dict(saved["optimiser"])
+            rates.load_state_dict(saved["rates"])
+        for step in range(max(first, begin) + 1, end + 1):
+            loss, *_ = student.forward(bench.train, next(order))
+            assert loss is not None
+            optimise.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
+            optimise.step()
+            rates.step()
+            recent.append(loss.item())
+            if report:
+                report(step, cell.steps, recent[-1])
+            if step % SAVE_EVERY == 0:
+                losses.append(sum(recent) / len(recent))
+                recent.clear()
+                _save(checkpoint, student, optimise, rates, step, losses, spent + time.process_time() - clock)
+    return spent + time.process_time() - clock, losses
+
+
+def _save(
+    path: Path,
+    student: Student,
+    optimise: torch.optim.Optimizer,
+    rates: torch.optim.lr_scheduler.LambdaLR,
+    step: int,
+    losses: list[float],
+    seconds: float,
+) -> None:
+    part = path.with_suffix(".part")
+    state = {
+        "weights": student.trained(),
+        "optimiser": optimise.state_dict(),
+        "rates": {"last_epoch": rates.last_epoch, "_step_count": rates.state_dict()["_step_count"]},
+        "step": step,
+        "losses": losses,
+        "seconds": seconds,
+    }
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+GROUPS = ("fine", "coarse")
+
+
+@torch.inference_mode()
+def measure(student: Student, data: Examples, batch: int = 50) -> dict[str, float]:
+    """Exact match of greedy answers, per kind of question, and over all fine and all coarse ones."""
+    student.model.eval()
+    hits: dict[str, list[bool]] = {}
+    for start in range(0, len(data.pictures), batch):
+        indices = range(start, min(start + batch, len(data.pictures)))
+        _, logits, packed = student.forward(data, indices)
+        right = [hit for row in all_right(logits, packed) for hit in row]
+        asked = [question for i in indices for question in data.questions[i]]
+        for question, hit in zip(asked, right, strict=True):
+            hits.setdefault(question.kind, []).append(hit)
+    by_kind = {kind: float(np.mean(found)) for kind, found in hits.items()}
+    return by_kind | grouped(by_kind, data.asked)
+
+
+def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:
+    """Accuracy over all fine questions, and over all coarse ones but `where`, which is told apart."""
+    counts = {kind: sum(question.kind == kind for question in asked) for kind in by_kind}
+    groups = {
+        "fine": [k for k in by_kind if k in FINE],
+        "coarse": [k for k in by_kind if k in ("attr", "count")],
+    }
+    return {
+        name: sum(by_kind[k] * counts[k] for k in kinds) / sum(counts[k] for k in kinds)
+        for name, kinds in groups.items()
+        if kinds
+    }
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raises `FoveateError` for names that are neither methods nor controls."""
+    if not names:
+        raise FoveateError("name at least one method, for example --methods llava")
+    for name in names:
+        method_class(name)
+
+
+def _fill(module: nn.Module, tower: nn.Module) -> None:
+    """Weights of a prepared tower into one that a method built, as far as it has the same parts."""
+    wanted, given = module.state_dict(), tower.state_dict()
+    module.load_state_dict({key: given[key] for key in wanted if key in given}, strict=False)

@@ -1,0 +1,128 @@
+"""`foveate lab`: prepare the small tower and LLM, run methods against each other, look at the pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from foveate.errors import FoveateError
+
+app = typer.Typer(
+    help="Compare methods in minutes on a CPU, on pictures of which everything is known.",
+    no_args_is_help=True,
+)
+
+ScaleName = Annotated[str, typer.Option(help="Sizes of the networks.")]
+LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words or dense.")]
+Folder = Annotated[Path, typer.Option(help="Where data, features, weights and reports are kept.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; networks this small want one.")]
+
+
+@app.command()
+def prepare(
+    scale: ScaleName = "tiny", folder: Folder = Path("lab"), seed: int = 0, threads: Threads = 1
+) -> None:
+    """Pre-train the tower and the LLM that every method starts from."""
+    from foveate.lab.scales import scale_named
+
+    sizes = scale_named(scale)
+    import torch
+
+    from foveate.lab.parts import prepare as make
+
+    torch.set_num_threads(threads)
+    console = Console()
+    with Progress(console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, step: int, steps: int, loss: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=steps)
+            progress.update(tasks[what], completed=step, description=f"{what}, loss {loss:.3f}")
+
+        place = make(scale, sizes, folder, seed, report)
+    console.print(f"tower and LLM written to {place}")
+
+
+@app.command()
+def run(
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between: methods, and controls of the lab.")
+    ],
+    seeds: Annotated[str, typer.Option(help="Whole numbers with commas between.")] = "0",
+    level: LevelName = "easy",
+    scale: ScaleName = "tiny",
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default the scale's.")] = None,
+    folder: Folder = Path("lab"),
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="METHOD.KEY=VALUE, a method's option; repeatable."),
+    ] = None,
+    threads: Threads = 1,
+) -> None:
+    """Train and measure methods with equal data and steps; started again, it goes on where it was."""
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    numbers = _numbers(seeds)
+    options = _options(option or [])
+    import torch
+
+    from foveate.lab.run import run as run_all
+
+    torch.set_num_threads(threads)
+    console = Console()
+    with Progress(console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(cell: Any, step: int, total: int, loss: float) -> None:
+            if cell.key not in tasks:
+                tasks[cell.key] = progress.add_task(cell.key, total=total)
+            progress.update(tasks[cell.key], completed=step, description=f"{cell.key}, loss {loss:.3f}")
+
+        path = run_all(names, numbers, level, scale, folder, steps, options, report)
+    console.print(f"report written to {path}")
+
+
+@app.command()
+def show(
+    out: Annotated[Path, typer.Argument(help="Picture file to write.")],
+    level: LevelName = "easy",
+    scale: ScaleName = "tiny",
+    seed: int = 0,
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 6,
+) -> None:
+    """Draw scenes of a level: as they are, and as the tower's base view shows them."""
+    if not out.absolute().parent.is_dir():
+        raise FoveateError(f"{out}: there is no folder {out.parent}")
+    from foveate.lab.gallery import gallery
+    from foveate.lab.levels import level_named
+    from foveate.lab.scales import scale_named
+
+    gallery(level_named(level), scale_named(scale), seed, count).save(out)
+    Console().print(f"{count} scenes written to {out}")
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(seed) for seed in seeds.split(",") if seed.strip()]
+    except ValueError:
+        raise FoveateError(f"--seeds {seeds}: expected whole numbers with commas between") from None
+
+
+def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    options: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        place, equals, value = pair.partition("=")
+        method, dot, key = place.partition(".")
+        if not (equals and dot):
+            raise FoveateError(f"--option {pair}: expected METHOD.KEY=VALUE")
+        try:
+            options.setdefault(method, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise FoveateError(f"--option {pair}: the value is not valid YAML") from None
+    return options

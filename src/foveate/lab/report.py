@@ -1,0 +1,136 @@
+"""All cells of an experiment as one report: Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from foveate.lab.levels import KINDS, level_named
+
+Result = Mapping[str, Any]
+LINES = ("chance", "in-scene guess")
+GROUPS = ("fine", "coarse", "where")
+COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters", "training, CPU s")
+
+
+def write_report(results: Sequence[Result], folder: Path) -> Path:
+    """Writes `report.md`, `report.json` and `report.png`; returns the Markdown file.
+
+    `results` are of one level, scale and number of steps, as `train_cell` returns them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(list(results), indent=2) + "\n", encoding="utf-8")
+    plot(results, folder / "report.png")
+    path = folder / "report.md"
+    path.write_text(markdown(results), encoding="utf-8")
+    return path
+
+
+def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Cells that differ in their seed only, under a name for their row."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        options = ", ".join(f"{key}={value}" for key, value in result["cell"]["options"].items())
+        name = f"{result['title']} ({options})" if options else result["title"]
+        groups.setdefault(name, []).append(result)
+    return groups
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The report as text; accuracies in percent, the mean over seeds and their range."""
+    cell = results[0]["cell"]
+    level = level_named(cell["level"])
+    counts: Mapping[str, int] = results[0]["questions"]
+    kinds = [kind for kind in KINDS if kind in counts]
+    fine = [kind for kind in kinds if kind not in ("attr", "count", "where")]
+    groups = by_method(results)
+    head, kind_head = [*COLUMNS], ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
+    lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]
+    summary = [_summary(name, cells) for name, cells in groups.items()]
+    summary += [_line(name, lines[name], GROUPS, before=2, after=5) for name in LINES]
+    details = [
+        [name, *(_spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds)]
+        for name, cells in groups.items()
+    ]
+    details += [_line(name, lines[name], kinds, before=1, after=0) for name in LINES]
+    text = [
+        f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps",
+        "",
+        f"Pictures: {level.summary}. Every method starts from the same frozen tower and the same LLM and "
+        "sees the same pictures and questions in the same number of steps. Accuracy in percent, exact "
+        "match, mean over seeds and their range.",
+        "",
+        f"*Fine* questions ({', '.join(fine)}) need the small glyphs; *coarse* ones (attr, count) do not; "
+        "*where* is told apart. A fine accuracy near the in-scene guess means glyphs are seen but not "
+        "bound to their objects: it is no half-way house to reading.",
+        "",
+        *_table(head, summary),
+        "",
+        *_table(kind_head, details),
+        "",
+        "GFLOP: tower, connector and LLM prefill of one question, counted on the lab's own small networks. "
+        "Training time is of one thread and leaves out the frozen tower's features, which are encoded once.",
+        "",
+        "![accuracy against visual tokens](report.png)",
+        "",
+        "Every cell again:",
+        "",
+        "```",
+        *(result["command"] for result in results),
+        "```",
+        "",
+    ]
+    notes = sorted({result["features"] for result in results if result["features"]})
+    return "\n".join([*text, *notes])
+
+
+def _summary(name: str, cells: Sequence[Result]) -> list[str]:
+    first = cells[0]
+    return [
+        name,
+        str(len(cells)),
+        *(_spread([c["accuracy"][kind] for c in cells]) for kind in GROUPS),
+        str(first["cost"]["views"]),
+        str(first["cost"]["visual_tokens"]),
+        f"{first['tflop'] * 1e3:.3g}",
+        f"{first['parameters'] / 1e6:.2f} M",
+        f"{sum(c['seconds']['training'] for c in cells) / len(cells):.0f}",
+    ]
+
+
+def _line(name: str, line: Mapping[str, float], kinds: Sequence[str], before: int, after: int) -> list[str]:
+    return [f"*{name}*", *[""] * (before - 1), *(f"{100 * line[kind]:.1f}" for kind in kinds), *[""] * after]
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{100 * sum(values) / len(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Fine accuracy of every cell against its visual tokens, with the lines to see it against."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, cells in by_method(results).items():
+        tokens = [cell["cost"]["visual_tokens"] for cell in cells]
+        axes.plot(tokens, [100 * cell["accuracy"]["fine"] for cell in cells], "o", label=name)
+    for name, style in zip(LINES, (":", "--"), strict=True):
+        level = 100 * results[0]["lines"][name]["fine"]
+        axes.axhline(level, color="grey", linestyle=style, linewidth=1)
+        axes.annotate(
+            name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
+        )
+    axes.set(xlabel="visual tokens", ylabel="fine questions, % right", xscale="log", ylim=(0, 100))
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.02))
+    figure.savefig(path, dpi=120)

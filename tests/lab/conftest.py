@@ -1,0 +1,48 @@
+"""A lab so small that all of it runs in seconds: its answers mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from foveate.lab.parts import Parts, load_parts, prepare
+from foveate.lab.scales import SCALES, Schedule
+
+NANO = replace(
+    SCALES["tiny"],
+    vision_width=16,
+    vision_layers=2,
+    vision_heads=2,
+    text_width=32,
+    text_layers=2,
+    text_heads=2,
+    tower=Schedule(steps=3, batch=4, lr=1e-3),
+    reader=Schedule(steps=3, batch=4, lr=1e-3),
+    tower_scenes=8,
+    cell=Schedule(steps=6, batch=4, lr=2e-3),
+    scenes=16,
+    test_scenes=8,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nano() -> Iterator[None]:
+    SCALES["nano"] = NANO
+    yield
+    del SCALES["nano"]
+
+
+@pytest.fixture(scope="session")
+def prepared(nano: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the nano scale's parts."""
+    folder = tmp_path_factory.mktemp("lab")
+    prepare("nano", NANO, folder)
+    return folder
+
+
+@pytest.fixture
+def parts(prepared: Path) -> Parts:
+    return load_parts("nano", prepared)
