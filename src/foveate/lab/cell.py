@@ -391,7 +391,7 @@ def _save(
     state = {
         "weights": student.trained(),
         "optimiser": optimise.state_dict(),
-        "rates": {"last_epoch": rates.last_epoch, "_step_count": rates.state_dict()["_step_count"]},
+        "rates": rates.state_dict(),
         "step": step,
         "losses": losses,
         "seconds": seconds,

@@ -1,0 +1,257 @@
+"""Training and measuring, on a lab so small that it learns nothing: what is kept, shared and reproduced."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size
+from foveate.lab import cell as cells
+from foveate.lab import data as stores
+from foveate.lab.cell import Bench, Cell, Student, make_bench, train_cell
+from foveate.lab.cli import app
+from foveate.lab.controls import CONTROLS, GivenRegion, controls
+from foveate.lab.data import view_key
+from foveate.lab.parts import Parts, load_parts
+from foveate.lab.report import markdown
+from foveate.lab.run import run
+from foveate.lab.scales import SCALES
+from foveate.methods import METHODS, method_class
+from foveate.methods.base import TowerGeometry, Widths
+from tests.support import gap
+
+ALL = ("llava", "anyres", *CONTROLS)
+
+
+@pytest.fixture
+def bench(parts: Parts, tmp_path: Path) -> Bench:
+    return make_bench("words", "nano", tmp_path, parts)
+
+
+def cell(method: str, steps: int = 4, seed: int = 0, **options: object) -> Cell:
+    return Cell(method, seed, "words", "nano", steps, options)
+
+
+def test_controls_are_known_only_where_they_are_asked_for() -> None:
+    before = dict(METHODS)
+    with controls():
+        assert set(CONTROLS) <= set(METHODS)
+        with controls():
+            pass
+        assert set(CONTROLS) <= set(METHODS)
+    assert before == METHODS
+    with pytest.raises(FoveateError, match="unknown method 'oracle'"):
+        method_class("oracle")
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_trains_and_is_measured(method: str, bench: Bench) -> None:
+    with controls():
+        result = train_cell(cell(method), bench)
+    assert set(result["accuracy"]) == {*(q.kind for q in bench.test.asked), "fine", "coarse"}
+    assert all(0 <= value <= 1 for value in result["accuracy"].values())
+    assert result["tflop"] > 0 and result["cost"]["visual_tokens"] > 0
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_only_the_connector_and_the_llm_train(method: str, bench: Bench) -> None:
+    with controls():
+        student = Student(cell(method, steps=16), bench)
+        student.ready()
+        before = {key: tensor.clone() for key, tensor in student.model.state_dict().items()}
+        first, second = student.stages()
+        for stage, llm_moves in ((first, False), (second, True)):
+            optimise = student.optimiser(stage)
+            loss, *_ = student.forward(bench.train, [0, 1, 2])
+            optimise.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None for p in student.model.connector.parameters())
+            optimise.step()
+            after = student.model.state_dict()
+            moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+            assert moved == ({"connector", "language_model"} if llm_moves else {"connector"})
+
+
+def test_an_interrupted_cell_ends_where_an_uninterrupted_one_does(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "SAVE_EVERY", 2)
+    wanted = cell("llava", steps=8)
+    whole = train_cell(wanted, replace(bench, folder=tmp_path / "whole"))
+    other = replace(bench, folder=tmp_path / "cut")
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_cell(wanted, other, stop)
+    seen: list[int] = []
+    again = train_cell(wanted, other, lambda step, steps, loss: seen.append(step))
+    assert seen == [5, 6, 7, 8]
+    assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    paths = [tmp_path / name / "cells" / "nano" / wanted.key / "weights.pt" for name in ("whole", "cut")]
+    a, b = (torch.load(path, weights_only=True) for path in paths)
+    assert all(gap(a[key], b[key]) < 1e-6 for key in a)
+
+
+def test_a_finished_cell_is_not_trained_again(bench: Bench) -> None:
+    first = train_cell(cell("llava"), bench)
+    steps: list[int] = []
+    assert train_cell(cell("llava"), bench, lambda step, *_: steps.append(step)) == first
+    assert not steps
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another(bench: Bench, tmp_path: Path) -> None:
+    results = [
+        train_cell(cell("llava", seed=seed), replace(bench, folder=tmp_path / str(n)))["losses"]
+        for n, seed in enumerate((0, 0, 1))
+    ]
+    weights = [
+        torch.load(tmp_path / str(n) / "cells" / "nano" / cell("llava", seed=seed).key / "weights.pt")
+        for n, seed in enumerate((0, 0, 1))
+    ]
+    key = "connector.projector.0.weight"
+    assert results[0] == results[1] and torch.equal(weights[0][key], weights[1][key])
+    assert not torch.equal(weights[0][key], weights[2][key])
+
+
+def test_methods_share_the_features_of_equal_views(bench: Bench) -> None:
+    with controls():
+        for method, files in (("llava", 1), ("pooled", 10), ("anyres", 10), ("resampler", 10)):
+            Student(cell(method), bench).ready()
+            made = list(bench.folder.glob(f"features/{bench.train.key}-*/*.npy"))
+            assert len(made) == files, method
+    assert not list(bench.folder.glob("features/*/*.part"))
+
+
+def test_cached_features_are_those_of_the_model(bench: Bench) -> None:
+    student = Student(cell("anyres"), bench)
+    student.ready()
+    cached = student.features[bench.train.key].gather(student.plan, [3, 1])
+    pictures = [bench.train.pictures[i] for i in (3, 1)]
+    pixels = student.processor.image_processor(pictures)["pixel_values"]
+    with torch.no_grad():
+        direct = student.model.encode_views(pixels)
+    assert gap(cached, direct) < 0.02 * float(direct.abs().max())  # bfloat16
+
+
+@pytest.mark.parametrize(("memory", "said"), [(2**30, "kept in memory"), (0, "encoded at every step")])
+def test_without_room_on_the_disk_features_are_kept_elsewhere(
+    memory: int, said: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = Student(cell("anyres"), bench)
+    on_disk.ready()
+    expected = on_disk.features[bench.train.key].gather(on_disk.plan, [0, 2])
+    monkeypatch.setattr(stores, "SPARE", 2**60)
+    student = Student(cell("anyres"), replace(bench, folder=bench.folder / "full"))
+    for features in student.features.values():
+        features.memory = memory
+    assert said in str(student.ready())
+    assert gap(student.features[bench.train.key].gather(student.plan, [0, 2]), expected) == 0
+    assert not list((bench.folder / "full").rglob("*.npy"))
+
+
+def test_oracle_sees_the_region_at_the_pictures_own_pixels() -> None:
+    with controls():
+        oracle = method_class("oracle")(TowerGeometry(48, 8))
+    assert isinstance(oracle, GivenRegion)
+    for box in (Box(0, 0, 30, 20), Box(60, 70, 90, 100), Box(120, 130, 143, 143), Box(10, 10, 70, 40)):
+        plan = oracle.plan_for(144, 144, box)
+        left, top, right, bottom = plan.regions[1]
+        assert 0 <= left <= box.left and box.right <= right <= 144
+        assert 0 <= top <= box.top and box.bottom <= bottom <= 144
+        assert right - left == max(48, box.width)
+    whole = oracle.plan(144, 144)
+    assert view_key(whole, whole.views[0]) == view_key(whole, whole.views[1])
+
+
+def test_pooled_tokens_are_means_of_the_tiles_under_them() -> None:
+    """Features that tell their place in the picture: every pooled token must come from its own place."""
+    with controls():
+        pooled = method_class("pooled")(TowerGeometry(48, 8), {"with_global": False})
+    connector = pooled.build_connector(Widths(2, 2))
+    connector.projector = torch.nn.Identity()
+    plan = pooled.plan(144, 144)
+    rows, columns = torch.meshgrid(torch.arange(18.0), torch.arange(18.0), indexing="ij")
+    places = torch.stack([rows, columns], -1)  # of every patch of the 3 x 3 tiles
+    views = [torch.zeros(36, 2)]
+    for view in plan.views[1:]:
+        top, left = int(view.box.top) // 8, int(view.box.left) // 8
+        views.append(places[top : top + 6, left : left + 6].reshape(36, 2))
+    tokens = connector(torch.stack(views), [plan], None).tokens
+    grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).reshape(36, 2)
+    assert torch.equal(tokens, 3.0 * grid + 1)
+
+
+def test_region_boxes_survive_the_disk(bench: Bench) -> None:
+    read = [q for q in bench.train.asked if q.kind in ("letter", "digit", "word")]
+    assert read and all(isinstance(q.region, Box) for q in read)
+    assert bench.train.size == Size(144, 144)
+    again = make_bench("words", "nano", bench.folder, bench.parts)
+    assert again.train.questions == bench.train.questions
+    assert np.array_equal(again.train.pictures, bench.train.pictures)
+
+
+def test_a_report_tells_everything(prepared: Path) -> None:
+    path = run(["llava", "pooled"], [0, 1], "easy", "nano", prepared, steps=2)
+    text = path.read_text(encoding="utf-8")
+    for expected in ("LLaVA-1.5", "pooled tiles", "*chance*", "*in-scene guess*", "where"):
+        assert expected in text
+    results = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert len(results) == 4 and markdown(results) == text
+    assert path.with_suffix(".png").stat().st_size > 1000
+    for result in results:
+        assert result["command"] in text
+
+
+def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
+    path = run(["pooled"], [3], "easy", "nano", prepared, 2, {"pooled": {"with_global": False}})
+    result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[0]
+    words = shlex.split(result["command"])
+    assert words[:2] == ["foveate", "lab"]
+    done = CliRunner().invoke(app, [*words[2:], "--folder", str(prepared)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == [result]
+    other = Cell("pooled", 3, "easy", "nano", 2, {"with_global": True})
+    assert other.key not in str(list(prepared.glob("cells/nano/*")))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "nothing"], "unknown method 'nothing'"),
+        (["--methods", "llava", "--scale", "huge"], "unknown scale 'huge': choose one of tiny"),
+        (["--methods", "llava", "--level", "hard"], "unknown level 'hard': choose one of easy"),
+        (["--methods", "llava", "--seeds", "a"], "--seeds a"),
+        (["--methods", "llava", "--seeds", ""], "at least one seed"),
+        (["--methods", ""], "at least one method"),
+        (["--methods", "llava", "--option", "fit"], "METHOD.KEY=VALUE"),
+        (["--methods", "llava", "--option", "llava.fat=1"], "unknown key 'fat'"),
+    ],
+)
+def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path) -> None:
+    arguments = ["run", "--scale", "nano", "--folder", str(prepared), *words]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, FoveateError) and said in str(error)
+
+
+def test_parts_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "other", SCALES["nano"])
+    with pytest.raises(FoveateError, match="foveate lab prepare --scale other"):
+        load_parts("other", tmp_path)
+
+
+def test_scenes_can_be_looked_at(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["show", str(tmp_path / "scenes.png"), "--count", "2"], catch_exceptions=False
+    )
+    assert done.exit_code == 0 and (tmp_path / "scenes.png").stat().st_size > 10_000
