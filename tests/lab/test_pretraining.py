@@ -1,0 +1,146 @@
+"""What the tower and the LLM are pre-trained on: labels lie where their objects are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.geometry import Box
+from foveate.lab.levels import LEVELS
+from foveate.lab.materials import materials
+from foveate.lab.pages import make_page, page_labels
+from foveate.lab.parts import load_parts
+from foveate.lab.questions import ask_about
+from foveate.lab.reader import BAG, LONGEST, Descriptions, bag_embeddings, sketch
+from foveate.lab.scales import SCALES, Scale, Schedule
+from foveate.lab.scenes import CELLS, COLOURS, SHAPES, Glyph, Scene, Thing
+from foveate.lab.tower import (
+    GLYPHS,
+    UNKNOWN,
+    CropSampler,
+    Window,
+    crop,
+    normalised,
+    patch_labels,
+    tower_scenes,
+)
+from foveate.lab.words import lab_tokenizer
+from foveate.processing import FoveateImageProcessor
+
+
+def a_scene() -> Scene:
+    """A red circle with a k over pixels 16 to 48, and a blue sign with `at` over 64 to 96, 72 to 88."""
+    rng = np.random.default_rng(0)
+    circle = Thing("circle", "red", Box(16, 16, 48, 48), "k", None, None, (Glyph("k", Box(28, 28, 36, 36)),))
+    letters = (Glyph("a", Box(66, 76, 78, 86)), Glyph("t", Box(80, 76, 92, 86)))
+    sign = Thing("sign", "blue", Box(64, 72, 96, 88), None, None, "at", letters)
+    return Scene(rng.integers(0, 256, (144, 144, 3), dtype=np.uint8), (circle, sign))
+
+
+def test_patches_are_labelled_with_what_lies_on_them() -> None:
+    shape, colour, glyph = patch_labels(a_scene(), Window(0, 0, 144), 18).reshape(3, 18, 18)
+    circle, sign = 1 + SHAPES.index("circle"), 1 + SHAPES.index("sign")
+    assert (shape[2:6, 2:6] == circle).all() and (shape == circle).sum() == 16
+    assert (shape[9:11, 8:12] == sign).all() and (shape == sign).sum() == 8
+    assert (colour[2:6, 2:6] == 1 + list(COLOURS).index("red")).all()
+    assert (glyph[2:6, 2:6] == 1 + GLYPHS.index("k")).all()
+    assert (glyph[9:11, 8:10] == 1 + GLYPHS.index("a")).all()
+    assert (glyph[9:11, 10:12] == 1 + GLYPHS.index("t")).all()
+    assert ((shape > 0) == (glyph > 0)).all()
+
+
+def test_a_glyph_outside_the_window_is_not_asked_for() -> None:
+    shape, _, glyph = patch_labels(a_scene(), Window(36, 0, 48), 6)  # the circle's right part, without its k
+    assert (shape > 0).any() and not (glyph > 0).any()
+    glyph = patch_labels(a_scene(), Window(30, 0, 48), 6)[2]  # three quarters of the k
+    assert (glyph[glyph > 0] == 1 + GLYPHS.index("k")).all() and (glyph > 0).any()
+
+
+def test_windows_are_what_the_image_processor_would_show() -> None:
+    scene = a_scene()
+    processor = FoveateImageProcessor("llava", image_size=48, patch_size=8)
+    expected = processor([scene.picture], return_tensors="pt")["pixel_values"]
+    found = normalised(crop(scene, Window(0, 0, 144), 48)[None])
+    assert float((found - expected).abs().max()) < 1e-5
+    assert np.array_equal(crop(scene, Window(0, 0, 144), 48, stride=True), scene.picture[::3, ::3])
+    assert np.array_equal(crop(scene, Window(5, 9, 48), 48), scene.picture[9:57, 5:53])
+
+
+@pytest.mark.parametrize("astray", [0, 4])
+def test_pages_start_with_glyphs_in_the_middle_of_patches(astray: int) -> None:
+    rng, stock = np.random.default_rng(0), materials("tower")
+    off = []
+    for _ in range(20):
+        page = make_page(rng, stock, 48, 8, 1.0, astray)
+        assert page.picture.shape == (48, 48, 3)
+        centres = (page.boxes[:, :2] + page.boxes[:, 2:]) / 2
+        off.append(np.abs((centres - 4 + 4) % 8 - 4).max(1))
+        colour, glyph = page_labels(page, 6, GLYPHS)
+        assert (colour > 0).all() and 0 < (glyph > 0).sum() < 36
+    far = np.concatenate(off).max()
+    assert far <= 0.5 if astray == 0 else far > 2.5
+
+
+def test_batches_move_from_pages_to_scenes() -> None:
+    scale = SCALES["nano"]
+    sampler = CropSampler(tower_scenes(scale, "tower", 8), scale, 0)
+    pixels, early = sampler.batch(10, 0.0)
+    assert pixels.shape == (10, 3, 48, 48) and early.shape == (10, 3, 36)
+    assert (early[:, 0] == UNKNOWN).all()  # pages have no shapes
+    late = sampler.batch(10, 0.9)[1]
+    assert (late[:2, 0] == UNKNOWN).all() and (late[2:] != UNKNOWN).all()
+
+
+def test_descriptions_fit_their_questions() -> None:
+    tokenizer = lab_tokenizer()
+    source = Descriptions(tokenizer, 0)
+    for _ in range(8):
+        ids, positions, samples = source.batch(4)
+        assert ids.shape[2] == BAG and positions.shape == ids.shape[:2]
+        assert (positions.diff(dim=1) > 0).all() and int(positions.max()) <= LONGEST
+        for bags, row in zip(ids, samples, strict=True):
+            known = set(bags[bags >= 0].tolist())
+            for sample in row:
+                question = tokenizer.decode(sample.ids[: sample.answer])
+                answer = sample.ids[sample.answer : -1]
+                if question.startswith(("what letter", "what digit", "where")):
+                    assert set(answer) <= known
+
+
+def test_bags_are_sums_of_embeddings() -> None:
+    embedding = torch.nn.Embedding(10, 4)
+    found = bag_embeddings(torch.tensor([[[1, 2, -1], [-1, -1, -1]]]), embedding, noise=0.0)
+    assert torch.allclose(found[0, 0], embedding.weight[1] + embedding.weight[2])
+    assert torch.equal(found[0, 1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sketches_are_scenes_without_pictures(level: str) -> None:
+    rng = np.random.default_rng(0)
+    cells, kinds = set(), set()
+    for _ in range(60):
+        scene = sketch(LEVELS[level], rng)
+        cells |= {scene.cell(thing) for thing in scene.things}
+        kinds |= {q.kind for q in ask_about(scene, LEVELS[level].questions, rng)}
+    assert cells == set(CELLS) and kinds == set(LEVELS[level].questions)
+
+
+def test_prepared_parts_are_noted_and_named_by_their_weights(prepared: Path) -> None:
+    notes = json.loads((prepared / "parts" / "nano" / "prepared.json").read_text(encoding="utf-8"))
+    assert set(notes) == {"tower", "reader"}
+    assert set(notes["tower"]["accuracy_by_zoom"]) == {"1", "1.5", "2", "3", "4"}
+    parts = load_parts("nano", prepared)
+    assert parts.key == load_parts("nano", prepared).key
+    assert parts.reader.config.vocab_size == len(parts.tokenizer)
+
+
+def test_wrong_scales_and_schedules_are_refused() -> None:
+    values = {**SCALES["tiny"].__dict__, "patch": 7}
+    with pytest.raises(ValueError, match="patches of 7"):
+        Scale(**values)
+    with pytest.raises(ValueError, match="positive steps"):
+        Schedule(0, 4, 1e-3)
