@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foveate.geometry import Box
-from foveate.lab.levels import LEVELS
+from foveate.lab.levels import KINDS, LEVELS
 from foveate.lab.materials import materials
 from foveate.lab.pages import make_page, page_labels
 from foveate.lab.parts import load_parts
@@ -99,16 +99,15 @@ def test_descriptions_fit_their_questions() -> None:
     tokenizer = lab_tokenizer()
     source = Descriptions(tokenizer, 0)
     for _ in range(8):
-        ids, positions, samples = source.batch(4)
+        ids, positions, questions = source.batch(4)
         assert ids.shape[2] == BAG and positions.shape == ids.shape[:2]
         assert (positions.diff(dim=1) > 0).all() and int(positions.max()) <= LONGEST
-        for bags, row in zip(ids, samples, strict=True):
+        for bags, row in zip(ids, questions, strict=True):
             known = set(bags[bags >= 0].tolist())
-            for sample in row:
-                question = tokenizer.decode(sample.ids[: sample.answer])
-                answer = sample.ids[sample.answer : -1]
-                if question.startswith(("what letter", "what digit", "where")):
-                    assert set(answer) <= known
+            for question in row:
+                if question.kind in ("letter", "digit", "where"):
+                    sample = source.sample(question)
+                    assert set(sample.ids[sample.answer : -1]) <= known
 
 
 def test_bags_are_sums_of_embeddings() -> None:
@@ -132,6 +131,7 @@ def test_sketches_are_scenes_without_pictures(level: str) -> None:
 def test_prepared_parts_are_noted_and_named_by_their_weights(prepared: Path) -> None:
     notes = json.loads((prepared / "parts" / "nano" / "prepared.json").read_text(encoding="utf-8"))
     assert set(notes) == {"tower", "reader"}
+    assert set(notes["reader"]["accuracy"]) == set(KINDS)
     assert set(notes["tower"]["accuracy_by_zoom"]) == {"1", "1.5", "2", "3", "4"}
     parts = load_parts("nano", prepared)
     assert parts.key == load_parts("nano", prepared).key

@@ -14,7 +14,7 @@ import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.errors import FoveateError
-from foveate.lab.reader import train_reader
+from foveate.lab.reader import comprehension, train_reader
 from foveate.lab.scales import Scale
 from foveate.lab.tower import legibility, tower_scenes, train_tower
 from foveate.lab.words import lab_tokenizer
@@ -64,17 +64,11 @@ def prepare(name: str, scale: Scale, folder: Path, seed: int = 0, report: Report
     if "reader" not in notes:
         start = time.process_time()
         tokenizer = lab_tokenizer()
-        losses: list[float] = []
-
-        def note(step: int, loss: float) -> None:
-            losses.append(loss)
-            tell("reader", scale.reader.steps)(step, loss)
-
-        reader = train_reader(scale, scale.reader, tokenizer, seed, report=note)
+        reader = train_reader(scale, tokenizer, seed, report=tell("reader", scale.reader.steps))
+        seconds = time.process_time() - start
+        notes["reader"] = {"seconds": round(seconds), "accuracy": comprehension(reader, tokenizer)}
         reader.to(torch.bfloat16).save_pretrained(place / "reader")
         tokenizer.save_pretrained(place / "reader")
-        seconds = time.process_time() - start
-        notes["reader"] = {"seconds": round(seconds), "loss": sum(losses[-100:]) / len(losses[-100:])}
         _write_notes(notes_file, notes)
     return place
 

@@ -17,15 +17,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.geometry import Box
 from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
 from foveate.lab.optimise import optimiser, warm_cosine
-from foveate.lab.packing import Sample, encode, pack
-from foveate.lab.questions import ask_about
-from foveate.lab.scales import Scale, Schedule
+from foveate.lab.packing import Packed, Sample, all_right, encode, pack
+from foveate.lab.questions import Question, ask_about
+from foveate.lab.scales import Scale
 from foveate.lab.scenes import CELLS, COLOURS, PLAIN, SIGN, Scene, Thing
 
 LONGEST = 640  # largest position of a visual token
@@ -66,16 +66,16 @@ def sketch(level: Level, rng: np.random.Generator) -> Scene:
 class Descriptions:
     """Endless batches of described scenes with their questions."""
 
-    def __init__(self, tokenizer: object, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.tokenizer = tokenizer
         self.rng = np.random.default_rng(seed)
-        self.ids: dict[str, int] = tokenizer.get_vocab()  # type: ignore[attr-defined]
+        self.ids: dict[str, int] = tokenizer.get_vocab()
         self.known: dict[tuple[str, str], Sample] = {}
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, list[list[Sample]]]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
         """Bags (B, n, BAG) of token ids, -1 for none; rising positions (B, n); questions of each scene."""
         in_words = self.rng.random() < IN_WORDS
-        described, samples = [], []
+        described, questions = [], []
         levels = list(LEVELS.values())
         for _ in range(size):
             level = levels[self.rng.integers(len(levels))]
@@ -83,14 +83,13 @@ class Descriptions:
             things = [scene.things[i] for i in self.rng.permutation(len(scene.things))]
             bags = [bag for thing in things for bag in self._bags(thing, scene.cell(thing), in_words)]
             described.append(bags)
-            asked = ask_about(scene, level.questions, self.rng)
-            samples.append([self._sample(question) for question in asked])
+            questions.append(ask_about(scene, level.questions, self.rng))
         longest = max(len(bags) for bags in described)
         ids = torch.full((size, longest, BAG), -1)
         for b, bags in enumerate(described):
             for i, bag in enumerate(bags):
                 ids[b, i, : len(bag)] = torch.tensor([self.ids[word] for word in bag])
-        return ids, self._positions(size, longest), samples
+        return ids, self._positions(size, longest), questions
 
     def _bags(self, thing: Thing, cell: str, in_words: bool) -> list[list[str]]:
         """An object as a list of tokens, each a list of words whose embeddings are summed."""
@@ -111,10 +110,10 @@ class Descriptions:
         places = [np.sort(self.rng.choice(reach, count, replace=False)) for _ in range(rows)]
         return torch.from_numpy(np.stack(places))
 
-    def _sample(self, question: object) -> Sample:
-        key = (question.text, question.answer)  # type: ignore[attr-defined]
+    def sample(self, question: Question) -> Sample:
+        key = (question.text, question.answer)
         if key not in self.known:
-            self.known[key] = encode(question, self.tokenizer)  # type: ignore[arg-type]
+            self.known[key] = encode(question, self.tokenizer)
         return self.known[key]
 
 
@@ -125,32 +124,40 @@ def bag_embeddings(ids: Tensor, embedding: nn.Embedding, noise: float) -> Tensor
     return vectors.sum(2) + noise * size * torch.randn_like(vectors[:, :, 0])
 
 
+def read(
+    model: LlamaForCausalLM, source: Descriptions, size: int
+) -> tuple[Tensor, Tensor, Packed, list[list[Question]]]:
+    """One batch through the LLM: loss, logits, what was packed, and the questions."""
+    ids, positions, questions = source.batch(size)
+    samples = [[source.sample(question) for question in row] for row in questions]
+    packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
+    embedding = model.get_input_embeddings()
+    described = bag_embeddings(ids, embedding, NOISE)
+    output = model(
+        inputs_embeds=torch.cat([described, embedding(packed.input_ids[:, ids.shape[1] :])], dim=1),
+        attention_mask=packed.attention_mask,
+        position_ids=packed.position_ids,
+        labels=packed.labels,
+        use_cache=False,
+    )
+    return output.loss, output.logits, packed, questions
+
+
 def train_reader(
     scale: Scale,
-    schedule: Schedule,
-    tokenizer: object,
+    tokenizer: PreTrainedTokenizerFast,
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LlamaForCausalLM:
     """Pre-trains the LLM; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(scale.text_config(len(tokenizer)))  # type: ignore[arg-type]
+    schedule = scale.reader
+    model = LlamaForCausalLM(scale.text_config(len(tokenizer)))
     source = Descriptions(tokenizer, seed)
     optimise = optimiser([(model, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
-        ids, positions, samples = source.batch(schedule.batch)
-        packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
-        embedding = model.get_input_embeddings()
-        described = bag_embeddings(ids, embedding, NOISE)
-        inputs = torch.cat([described, embedding(packed.input_ids[:, ids.shape[1] :])], dim=1)
-        loss = model(
-            inputs_embeds=inputs,
-            attention_mask=packed.attention_mask,
-            position_ids=packed.position_ids,
-            labels=packed.labels,
-            use_cache=False,
-        ).loss
+        loss, *_ = read(model, source, schedule.batch)
         optimise.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,3 +165,18 @@ def train_reader(
         rates.step()
         report(step, loss.item())
     return model.eval()
+
+
+@torch.no_grad()
+def comprehension(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: int = 20
+) -> dict[str, float]:
+    """Exact match per kind of question, on new descriptions."""
+    source = Descriptions(tokenizer, seed=1_000_003)
+    hits: dict[str, list[bool]] = {}
+    for _ in range(batches):
+        _, logits, packed, questions = read(model, source, 32)
+        for row, right in zip(questions, all_right(logits, packed), strict=True):
+            for question, hit in zip(row, right, strict=True):
+                hits.setdefault(question.kind, []).append(hit)
+    return {kind: float(np.mean(found)) for kind, found in hits.items()}

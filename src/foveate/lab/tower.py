@@ -103,7 +103,7 @@ def _visible(box: tuple, window: Window) -> float:
 
 def normalised(pictures: np.ndarray) -> Tensor:
     """(V, h, w, 3) bytes -> (V, 3, h, w), as the image processor does it."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
