@@ -35,12 +35,14 @@ class Conversations:
     Attributes:
         path: the file.
         images: folder that picture paths start from.
+        prompts: False leaves out what the user says beside a picture.
         spans: (R, 2) int64, the first byte of each record and the one after its last.
         pictures: (R,) int64, number of pictures of each record.
     """
 
     path: Path
     images: Path
+    prompts: bool
     spans: np.ndarray
     pictures: np.ndarray
 
@@ -49,7 +51,8 @@ class Conversations:
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The conversation of a record, as `FoveateProcessor.apply_chat_template` takes it."""
-        return to_messages(self._record(index), self.images)
+        messages = to_messages(self._record(index), self.images)
+        return messages if self.prompts else [_without_prompt(message) for message in messages]
 
     def where(self, index: int) -> str:
         """Names a record for messages: its file, its place there, its id."""
@@ -67,12 +70,15 @@ class Conversations:
             return json.loads(file.read(end - start))
 
 
-def read_conversations(path: str | Path, images: str | Path | None = None) -> Conversations:
+def read_conversations(
+    path: str | Path, images: str | Path | None = None, prompts: bool = True
+) -> Conversations:
     """Reads and checks a file of conversations; whether its pictures exist is not looked at here.
 
     Args:
         path: `.jsonl` with one record a line, or `.json` with a list of records.
         images: folder that picture paths start from; by default the file's own.
+        prompts: False leaves out what the user says beside a picture.
 
     Raises:
         FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no record;
@@ -96,7 +102,9 @@ def read_conversations(path: str | Path, images: str | Path | None = None) -> Co
         pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
     if not spans:
         raise FoveateError(f"{path} holds no samples")
-    return Conversations(path, folder, np.array(spans, dtype=np.int64), np.array(pictures, dtype=np.int64))
+    return Conversations(
+        path, folder, prompts, np.array(spans, dtype=np.int64), np.array(pictures, dtype=np.int64)
+    )
 
 
 def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
@@ -195,6 +203,11 @@ def _check_turns(contents: list[tuple[str, list[dict[str, Any]]]]) -> None:
             )
     if not any(part["text"].strip() for role, parts in turns if role == "assistant" for part in parts):
         raise FoveateError("the assistant says nothing in it, so there is nothing to learn")
+
+
+def _without_prompt(message: dict[str, Any]) -> dict[str, Any]:
+    shown = [part for part in message["content"] if part["type"] == "image"]
+    return {**message, "content": shown} if shown else message
 
 
 def _name(path: Path, place: str, record: Any) -> str:

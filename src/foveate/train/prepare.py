@@ -97,7 +97,7 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
     files: list[Conversations] = []
     counts: list[int] = []
     for source in stage.data:
-        files.append(read_conversations(source.path, source.images))
+        files.append(read_conversations(source.path, source.images, source.prompts))
         counts.append(min(len(files[-1]), source.limit or len(files[-1])))
     every = np.concatenate(
         [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]

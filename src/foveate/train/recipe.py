@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ class Source:
     path: str
     images: str | None = None  # folder that picture paths start from; by default the file's own
     limit: int | None = None  # use only the first so many samples
+    prompts: bool = True  # false: where the user shows a picture, leave out the text, as LLaVA's pretraining
     repeat: float = 1.0  # how often an epoch sees each sample; 0.5: a random half
 
     def __post_init__(self) -> None:
@@ -188,7 +190,12 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not silently the last one."""
+    """YAML 1.2's words and numbers (`on` is a text, 1e-3 a number); a key that stands twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -197,6 +204,16 @@ class _Loader(yaml.SafeLoader):
             twice = next(key for i, key in enumerate(keys) if key in keys[:i])
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
         return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN))$"),
+    list("-+.0123456789"),
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

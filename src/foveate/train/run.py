@@ -70,11 +70,12 @@ def train(
 
     with console.status("checking model and data"):
         stages = [prepare(recipe, name) for name in names]
+        model = _start(recipe, stages[0])
     processes.wait_for_everyone()  # all have looked at the output folder before it is written to
     if processes.is_main_process:
         _write_recipe(recipe)
-    for stage in stages:
-        _train_stage(recipe, stage, console)
+    for i, stage in enumerate(stages):
+        _train_stage(recipe, stage, model if i == 0 else _start(recipe, stage), console)
     return output
 
 
@@ -110,8 +111,8 @@ def _processes() -> Any:
     gpus = torch.cuda.device_count()
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         raise FoveateError(
-            f"{gpus} GPUs are visible to one process: start with `torchrun --nproc-per-node {gpus} -m foveate "
-            f"train ...`, or set CUDA_VISIBLE_DEVICES to one of them"
+            f"{gpus} GPUs are visible to one process: start it as `torchrun --nproc-per-node {gpus} -m "
+            f"foveate train ...`, or set CUDA_VISIBLE_DEVICES to one of them"
         )
     return PartialState(cpu=_on_cpu())
 
@@ -140,17 +141,19 @@ def _result(recipe: Recipe, name: str) -> Path:
     return Path(recipe.output) / "model" if last else _folder(recipe, name) / "model"
 
 
-def _train_stage(recipe: Recipe, prepared: Prepared, console: Console) -> None:
-    from foveate.data.dataset import errors_of_workers
+def _train_stage(
+    recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration, console: Console
+) -> None:
+    from foveate.data.dataset import answer_end, errors_of_workers
     from foveate.train.parts import add_adapters, merge_adapters, select
     from foveate.train.trainer import newest_checkpoint
 
     stage, where = prepared.stage, f"stages.{prepared.name}"
-    model = _start(recipe, prepared)
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)
     console.print(_table(prepared, model))
+    console.print(_amounts(prepared), highlight=False)
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
         console.print(f"going on from {checkpoint}")
@@ -159,6 +162,7 @@ def _train_stage(recipe: Recipe, prepared: Prepared, console: Console) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stage.lora is not None:
         merge_adapters(model)
+    _stop_at(model, answer_end(prepared.processor))
     _save(recipe, prepared, trainer)
 
 
@@ -174,19 +178,11 @@ def _start(recipe: Recipe, prepared: Prepared) -> FoveateForConditionalGeneratio
 
 
 def _table(prepared: Prepared, model: FoveateForConditionalGeneration) -> Table:
-    """What trains, and on what."""
+    """What trains, and at which learning rates."""
     from foveate.train.parts import parts
 
-    stage, samples = prepared.stage, prepared.samples
-    shown = int((samples.pictures() > 0).sum())
-    devices = stage.batch // (stage.micro_batch * prepared.accumulation)
-    left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
-    caption = (
-        f"{len(samples)} samples of up to {stage.max_length} tokens, {shown} with pictures{left_out}\n"
-        f"{stage.batch} samples a step = {stage.micro_batch} x {prepared.accumulation} x {devices} "
-        f"(micro-batch x accumulation x devices)"
-    )
-    table = Table(title=f"stage {prepared.name}", caption=caption, caption_justify="left")
+    stage = prepared.stage
+    table = Table(title=f"stage {prepared.name}")
     table.add_column("module")
     for column in ("parameters", "train", "learning rate"):
         table.add_column(column, justify="right")
@@ -194,6 +190,18 @@ def _table(prepared: Prepared, model: FoveateForConditionalGeneration) -> Table:
         rates = ", ".join(f"{rate:g}" for rate in part.lrs)
         table.add_row(part.name, f"{part.parameters:,}", f"{part.trainable:,}", rates or "frozen")
     return table
+
+
+def _amounts(prepared: Prepared) -> str:
+    stage = prepared.stage
+    shown = int((prepared.samples.pictures() > 0).sum())
+    devices = stage.batch // (stage.micro_batch * prepared.accumulation)
+    left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
+    return (
+        f"{len(prepared.samples)} samples of up to {prepared.lengths.max()} tokens, {shown} with pictures"
+        f"{left_out}\n{stage.batch} samples a step: micro-batch {stage.micro_batch}, "
+        f"accumulation {prepared.accumulation}, devices {devices}"
+    )
 
 
 def _trainer(
@@ -255,6 +263,14 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _stop_at(model: FoveateForConditionalGeneration, token: int | None) -> None:
+    """Makes `generate` stop where the model has learnt to end its answers."""
+    known = model.generation_config.eos_token_id
+    ends = [known] if isinstance(known, int) else list(known or [])
+    if token is not None and token not in ends:
+        model.generation_config.eos_token_id = [*ends, token]
 
 
 def _checkpointing() -> dict[str, Any]:

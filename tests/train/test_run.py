@@ -1,0 +1,297 @@
+"""Runs: they learn, go on after kill -9 as if nothing had been, and refuse bad input before they write."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+import foveate
+from foveate import FoveateError
+from foveate.data.toy import write_toy_data
+from foveate.methods import METHODS
+from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.train.run import train
+from foveate.train.trainer import COMPLETE, newest_checkpoint
+from tests.support import picture
+from tests.train.support import losses, same, stage, two_stages, weights, write_recipe
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Sums come out the same in this process and in those that it starts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe whose run was never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(two_stages(folder, method="anyres"))
+    return folder
+
+
+def changed(name: str, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(before[key], after[key]) for key in before if key.startswith(name))
+
+
+def test_each_stage_trains_its_parts(finished: Path) -> None:
+    run = finished / "run"
+    first, last = weights(run / "stages" / "pretrain" / "model"), weights(run / "model")
+    start = dict(tiny_model("anyres", seed=42).model.state_dict())
+    assert [changed(part, start, first) for part in ("connector", "vision_tower", "language_model")] == [
+        True,
+        False,
+        False,
+    ]
+    assert all(changed(part, first, last) for part in ("connector", "vision_tower", "language_model"))
+
+
+def test_a_finished_run(finished: Path) -> None:
+    run = finished / "run"
+    found = losses(run, "finetune")
+    assert len(found) == 15  # 36 samples, 3 epochs, 8 a step
+    assert found[-1] < found[0] - 1
+    assert sorted(path.name for path in run.iterdir()) == ["model", "recipe.yaml", "stages"]
+    for name in ("pretrain", "finetune"):
+        folder = run / "stages" / name
+        assert not list(folder.glob("checkpoint-*"))
+        assert list(folder.glob("tensorboard/events.*"))
+    loaded = foveate.load(run / "model", device="cpu", dtype="float32")
+    assert "use_cache" not in loaded.model.config.to_dict()
+    answer = loaded.ask(picture(60, 80), "What colour is the square?", max_new_tokens=4)
+    assert answer.ledger.new_tokens > 0
+    ends = loaded.model.generation_config.eos_token_id
+    assert loaded.processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    assert train(finished / "recipe.yaml") == run  # nothing left to do
+    assert losses(run, "finetune") == found
+
+
+def test_tensorboard_has_the_losses(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "run" / "stages" / "finetune" / "tensorboard")).Reload()
+    written = [scalar.value for scalar in events.Scalars("train/loss")]
+    assert written == pytest.approx(losses(finished / "run", "finetune"))
+
+
+@pytest.mark.parametrize("checkpoint", [3, 9], ids=["in the first epoch", "in the second"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: Path, checkpoint: int) -> None:
+    recipe, run = two_stages(tmp_path, method="anyres"), tmp_path / "run"
+    command = [sys.executable, "-m", "foveate", "train", str(recipe)]
+    marker = run / "stages" / "finetune" / f"checkpoint-{checkpoint}" / COMPLETE
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not marker.exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (run / "model").exists()
+    left = newest_checkpoint(run / "stages" / "finetune")
+    assert left is not None
+    stale = run / "stages" / "finetune" / "checkpoint-99"
+    stale.mkdir()  # as a kill while it is written leaves it
+    output = io.StringIO()
+    train(recipe, console=Console(file=output, width=200))
+    assert f"going on from {left}" in output.getvalue()
+    assert "stage pretrain" not in output.getvalue()
+    assert losses(run, "finetune") == losses(finished / "run", "finetune")
+    assert same(weights(run / "model"), weights(finished / "run" / "model"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method: str, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 12)
+    trains = ["connector", "language_model", "vision_tower"]
+    train(write_recipe(tmp_path, {"all": stage(trains, data, steps=8)}, method=method))
+    found = losses(tmp_path / "run", "all")
+    assert found[-1] < found[0] - 1
+
+
+def test_options_change_for_one_stage(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 8)
+    stages = {
+        "narrow": stage(["connector"], data, steps=1, options={"grids": [[1, 1]]}, template="plain"),
+        "wide": stage(["connector"], data, steps=1),
+    }
+    train(write_recipe(tmp_path, stages, method="anyres", options={"max_visual_tokens": 60}))
+    narrow, wide = (
+        foveate.load(tmp_path / "run" / path, device="cpu", dtype="float32")
+        for path in ("stages/narrow/model", "model")
+    )
+    for loaded, grids in ((narrow, {(1, 1)}), (wide, {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)})):
+        for options in (loaded.model.config.options, loaded.processor.image_processor.options):
+            assert {tuple(grid) for grid in options["grids"]} == grids
+            assert options["max_visual_tokens"] == 60
+    assert narrow.processor.chat_template != wide.processor.chat_template
+
+
+def test_a_run_starts_from_a_model_folder(finished: Path, tmp_path: Path) -> None:
+    """Checkpointed activations change nothing; LoRA leaves an ordinary folder."""
+    data = write_toy_data(tmp_path / "toy", 8)
+    model = {"tiny": False, "method": None, "template": None, "load": str(finished / "run" / "model")}
+    results = []
+    for name, more in (("plain", {}), ("checkpointed", {"checkpoint_activations": True})):
+        folder = tmp_path / name
+        folder.mkdir()
+        train(write_recipe(folder, {"all": stage(["language_model"], data, steps=2, **more)}, **model))
+        results.append(weights(folder / "run" / "model"))
+    assert same(*results)
+    lora = {"on": ["language_model.model"], "rank": 4, "alpha": 8.0}
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    train(write_recipe(folder, {"all": stage([], data, steps=4, lora=lora, bf16=True)}, **model))
+    before, after = weights(finished / "run" / "model"), weights(folder / "run" / "model")
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved and all(key.startswith("language_model.model.layers.") for key in moved)
+
+
+def test_parts_from_folders(tmp_path: Path) -> None:
+    """Vision tower and LLM come with their weights; the new connector is the same for the same seed."""
+    tower, llm = CLIPVisionModel(tiny_vision()), LlamaForCausalLM(tiny_text())
+    tower.save_pretrained(tmp_path / "tower")
+    llm.save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    data = write_toy_data(tmp_path / "toy", 8)
+    spec = {"tiny": False, "vision": str(tmp_path / "tower"), "text": str(tmp_path / "llm")}
+    results = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        stages = {"align": stage(["connector"], data, steps=1)}
+        train(write_recipe(tmp_path / name, stages, vision_feature_layer=-1, **spec))
+        results.append(weights(tmp_path / name / "run" / "model"))
+    assert same(*results)
+    start = {f"vision_tower.model.{key}": p for key, p in tower.state_dict().items()}
+    start |= {f"language_model.{key}": p for key, p in llm.state_dict().items()}
+    kept = [key for key in results[0] if not key.startswith("connector.")]
+    assert len(kept) > 60 and all(torch.equal(results[0][key], start[key]) for key in kept)
+    (tmp_path / "llm" / "model.safetensors").unlink()
+    with pytest.raises(FoveateError, match="llm holds no weights"):
+        train(tmp_path / "a" / "recipe.yaml", [f"output={tmp_path / 'c'}"])
+    assert not (tmp_path / "c").exists()
+
+
+def test_long_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 12)
+    output = io.StringIO()
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1, max_length=80)}, method="anyres")
+    train(recipe, console=Console(file=output, width=200))
+    assert ", 0 with pictures, 10 longer ones left out" in output.getvalue()
+    assert "connector" in output.getvalue() and "frozen" in output.getvalue()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FoveateError, match="all 12 samples are longer than max_length 8; raise it"):
+        train(recipe, ["stages.all.max_length=8"])
+
+
+def broken(folder: Path) -> None:
+    """A picture that cannot be read, though its size can."""
+    whole = io.BytesIO()
+    picture(60, 60).save(whole, "JPEG")
+    for path in (folder / "toy" / "pictures").iterdir():
+        path.write_bytes(whole.getvalue()[:-200])
+
+
+def wrong_count(folder: Path) -> None:
+    path = folder / "toy" / "toy.json"
+    records = json.loads(path.read_text())
+    records[3]["conversations"][0]["value"] += "<image>"
+    path.write_text(json.dumps(records))
+
+
+def missing(folder: Path) -> None:
+    (folder / "toy" / "pictures" / "00003.png").unlink()
+
+
+BAD = [
+    (["stages.pretrain.trains=[conector]"], None, "trains: 'conector' matches no module; did you mean connector"),
+    (["stages.finetune.trains=[]"], None, "stages.finetune: 'trains' is empty"),
+    (["stages.finetune.freezes=[connector, language_model, vision_tower]"], None, "leaves nothing of 'trains'"),
+    (["model.method=lava"], None, "unknown method 'lava'"),
+    (["stages.finetune.options.fits=pad"], None, "unknown key 'fits'; did you mean 'fit'"),
+    (["model.options.fit=stretch"], None, "fit: 'stretch' is not one of pad, crop, squash"),
+    (["stages.finetune.template=alpaca"], None, "unknown chat template 'alpaca'"),
+    (["stages.finetune.data.0.path=none.json"], None, "no data file at none.json"),
+    (["model.tiny=false", "model.load=nowhere", "model.method=null"], None, "no model folder at nowhere"),
+    ([], wrong_count, "toy.json sample 3 .id 00003.: 2 <image> in its texts for 1 pictures"),
+    ([], missing, "toy.json sample 3 .id 00003.: no picture at .*00003.png"),
+]
+
+
+@pytest.mark.parametrize(("changes", "spoil", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: list[str], spoil: Any, message: str
+) -> None:
+    recipe = two_stages(tmp_path, n=8)
+    if spoil:
+        spoil(tmp_path)
+    with pytest.raises(FoveateError, match=message) as error:
+        train(recipe, changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_stops_the_run_with_a_sentence(tmp_path: Path, workers: int) -> None:
+    recipe = two_stages(tmp_path, n=8)
+    broken(tmp_path)
+    with pytest.raises(FoveateError, match="^[^\n]*toy.json sample . .id 0000.. *: [^\n]*cannot be read as a picture[^\n]*$"):
+        train(recipe, [f"stages.pretrain.workers={workers}"])
+    assert not list((tmp_path / "run").rglob("model*"))
+
+
+def test_the_command_ends_with_a_sentence_and_code_2(tmp_path: Path) -> None:
+    recipe = two_stages(tmp_path, n=8)
+    wrong_count(tmp_path)
+    command = [sys.executable, "-m", "foveate", "train", str(recipe)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "2 <image> in its texts for 1 pictures" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_folders_are_left_alone(finished: Path, tmp_path: Path) -> None:
+    recipe = finished / "recipe.yaml"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for changes, resume, message in (
+        ([f"output={tmp_path / 'mine'}"], None, "exists already and holds no run: choose another output"),
+        ([f"output={tmp_path / 'new'}"], True, "there is no run in .* to go on with"),
+        ([], False, "holds a run already"),
+        (["stages.finetune.lr=1e-5"], None, "holds a run in which stages.finetune.lr was 0.01 and is now 1e-05"),
+    ):
+        with pytest.raises(FoveateError, match=message):
+            train(recipe, changes, resume)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_missing_packages_are_named(finished: Path, tmp_path: Path) -> None:
+    """As where only the core is installed: the finder does not know the package."""
+    code = (
+        "import sys, importlib.util as u; known = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'tensorboard' else known(name, *a)\n"
+        "from foveate.train.run import train\n"
+        "train(sys.argv[1], ['output=' + sys.argv[2]])"
+    )
+    arguments = [str(finished / "recipe.yaml"), str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert "training needs the package tensorboard: pip install 'foveate[train]'" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,47 @@
+"""Two processes, of which one often sees only text, train as one process does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foveate.data.formats import read_conversations
+from foveate.data.sampling import EpochSampler
+from foveate.data.toy import write_toy_data
+from foveate.train.run import train
+from tests.train.support import losses, stage, weights, write_recipe
+from tests.train.test_run import ENVIRONMENT
+
+STEPS = 6
+
+
+@pytest.mark.parametrize("method", ["anyres"])
+def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 12)
+    settings = {"batch": 2, "micro_batch": 1, "group_by": "none", "steps": STEPS, "epochs": 1, "lr": 1e-4}
+    trains = ["connector", "language_model", "vision_tower"]
+    recipe = write_recipe(tmp_path, {"all": stage(trains, data, **settings)}, method=method)
+    pictures = read_conversations(data).pictures
+    order = np.array(list(EpochSampler(np.zeros(12), pictures, 2, "none", seed=42)))
+    seen = (pictures[order] > 0).reshape(STEPS, 2)  # (step, process)
+    assert (seen[:, 0] != seen[:, 1]).any(), "no step has a picture on one process and only text on the other"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*launch, "-m", "foveate", "train", str(recipe)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "micro-batch 1, accumulation 1, devices 2" in done.stdout
+    assert done.stdout.count("stage all") == 1
+    alone = tmp_path / "alone"
+    train(recipe, [f"output={alone}"])
+    assert losses(tmp_path / "run", "all") == pytest.approx(losses(alone, "all"), abs=1e-4)
+    two, one = weights(tmp_path / "run" / "model"), weights(alone / "model")
+    assert max(float((two[key] - one[key]).abs().max()) for key in one) < 1e-5
