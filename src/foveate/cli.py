@@ -219,7 +219,7 @@ def train(
 
     console = Console()
     folder = run(recipe, changes or [], console=console)
-    console.print(f"model written to {folder}")
+    console.print(f"model written to {folder / 'model'}")
 
 
 def main() -> None:
