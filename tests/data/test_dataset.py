@@ -1,4 +1,4 @@
-"""Conversations as model inputs: what is learnt, how long it is, how it is padded, in which order it comes."""
+"""Conversations as model inputs: what is learnt, their lengths, padding and order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,15 @@ def talk(tmp_path: Path) -> Path:
         picture(*size).save(tmp_path / f"{i}.png")
     user, gpt = "human", "gpt"
     conversations = [
-        ([(user, "<image>\nWhat?"), (gpt, "A dog."), (user, "And <image>\nor <image>\n?"), (gpt, "Two é.")], 3),
+        (
+            [
+                (user, "<image>\nWhat?"),
+                (gpt, "A dog."),
+                (user, "And <image>\nor <image>\n?"),
+                (gpt, "Two é."),
+            ],
+            3,
+        ),
         ([(user, "Hello"), (gpt, "Hi")], 0),
         ([(user, "<image>\nWhat?"), (gpt, "Noise.")], 1),
     ]
@@ -92,7 +100,11 @@ def test_a_batch_of_texts_has_no_pictures(talk: Path) -> None:
 
 
 def test_questions_are_padded_as_when_asking() -> None:
-    text = {"input_ids": torch.ones(2, dtype=torch.long), "attention_mask": torch.ones(2), "labels": torch.ones(2)}
+    text = {
+        "input_ids": torch.ones(2, dtype=torch.long),
+        "attention_mask": torch.ones(2),
+        "labels": torch.ones(2),
+    }
     views = {"pixel_values": torch.zeros(1, 3, 4, 4), "image_sizes": torch.tensor([[4, 4]])}
     asked = [
         {**text, **views, "query_ids": torch.tensor([ids]), "query_mask": torch.ones(1, len(ids))}

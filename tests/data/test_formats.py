@@ -113,7 +113,10 @@ def test_a_first_turn_by_the_assistant_is_dropped(write: Write) -> None:
 
 GOOD = llava("Hello", "Hi")
 MISTAKES = [
-    (llava("<image><image>", "That.", image="1.png"), "2 <image> in its texts for 1 pictures: make the numbers"),
+    (
+        llava("<image><image>", "That.", image="1.png"),
+        "2 <image> in its texts for 1 pictures: make the numbers",
+    ),
     (llava("What?", "That.", image="1.png"), "0 <image> in its texts for 1 pictures"),
     (llava("<image>\nWhat?", "That."), "1 <image> in its texts for 0 pictures"),
     (llava("What?", "<image>", image="1.png"), "in a turn of the assistant: only the user shows pictures"),
@@ -124,7 +127,10 @@ MISTAKES = [
     ({"conversations": [{"from": "human"}]}, "a turn's content must be a text"),
     ({"conversations": GOOD["conversations"][:1] * 2}, "turn 2 is by the user, not the assistant"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part must be"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 <image> in its texts for 0 pictures"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "1 <image> in its texts for 0 pictures",
+    ),
     ({**GOOD, "image": {"path": "x"}}, "pictures must be given as a path or a list of paths"),
     ({"text": "x"}, "neither 'conversations' .LLaVA. nor 'messages'"),
     (["x"], "a record must be a JSON object"),

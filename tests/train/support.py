@@ -13,7 +13,15 @@ from torch import Tensor
 
 from foveate.data.toy import write_toy_data
 
-FAST = {"batch": 8, "micro_batch": 4, "lr": 1e-2, "bf16": False, "workers": 0, "log_steps": 1, "save_steps": 3}
+FAST = {
+    "batch": 8,
+    "micro_batch": 4,
+    "lr": 1e-2,
+    "bf16": False,
+    "workers": 0,
+    "log_steps": 1,
+    "save_steps": 3,
+}
 
 
 def stage(trains: list[str], data: Path, **more: Any) -> dict[str, Any]:

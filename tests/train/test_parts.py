@@ -42,7 +42,10 @@ STAGES = {
         make(["connector", "language_model", "vision_tower"]),
         ["connector.", "language_model.", "vision_tower."],
     ),
-    "layers": (make(["language_model.model.layers.*.mlp"]), [f"language_model.model.layers.{i}.mlp." for i in range(4)]),
+    "layers": (
+        make(["language_model.model.layers.*.mlp"]),
+        [f"language_model.model.layers.{i}.mlp." for i in range(4)],
+    ),
     "tower": (
         make(["vision_tower"], freezes=["vision_tower.model.embeddings"]),
         ["vision_tower.model.encoder.", "vision_tower.model.pre_layrnorm."],
@@ -80,7 +83,10 @@ def test_patterns() -> None:
         (make(["connector"], freezes=["lm_head"]), "s: freezes: 'lm_head' matches no module"),
         (make(["connector"], lrs={"vision": 1.0}), "s: lrs: 'vision' matches no module"),
         (make(["connector"], freezes=["connector"]), "s: 'freezes' leaves nothing of 'trains' to train"),
-        (make(["connector"], lrs={"vision_tower": 1.0}), "lrs gives vision_tower a learning rate, but it does not"),
+        (
+            make(["connector"], lrs={"vision_tower": 1.0}),
+            "lrs gives vision_tower a learning rate, but it does not",
+        ),
         (make(["connector"], lora=Lora(on=["language"])), "s: lora.on: 'language' matches no module"),
         (
             make(["language_model"], lora=Lora(on=["language_model.lm_head"])),
@@ -135,5 +141,9 @@ def test_adapters_train_alone_and_merge_exactly(toy: Path) -> None:
     assert after.keys() == before.keys()
     assert (adapted - merged).abs().max() < 1e-4
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    layers = {name for name in before if ".layers." in name and name.startswith("language_model.") and "norm" not in name}
+    layers = {
+        name
+        for name in before
+        if ".layers." in name and name.startswith("language_model.") and "norm" not in name
+    }
     assert changed == layers | {name for name in before if name.startswith("connector.")}

@@ -25,7 +25,9 @@ TINY = ROOT / "recipes" / "tiny.yaml"
 
 def keys(node: yaml.Node, kind: Any) -> Iterator[tuple[type, str, int]]:
     """Every key of a recipe that is a field of a dataclass: class, name, line (0-based)."""
-    kind = next((arg for arg in typing.get_args(kind) if arg is not type(None)), kind)  # list[X], X | None -> X
+    kind = next(
+        (arg for arg in typing.get_args(kind) if arg is not type(None)), kind
+    )  # list[X], X | None -> X
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from keys(item, kind)
@@ -48,7 +50,9 @@ def expected_comment(kind: type, name: str) -> str:
     if field.default is dataclasses.MISSING:
         return f"# {words}, required: "
     default = str(field.default)
-    return f"# {words}, default { {'None': 'null', 'True': 'true', 'False': 'false'}.get(default, default)}: "
+    return (
+        f"# {words}, default { {'None': 'null', 'True': 'true', 'False': 'false'}.get(default, default) }: "
+    )
 
 
 def comment_over(lines: list[str], number: int) -> str:
@@ -146,7 +150,10 @@ def test_changes_behind_the_recipe(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("sead=3", "unknown key 'sead'; did you mean 'seed'"),
-        ("stages.pretrian.lr=1", "stages.pretrian.lr=1: unknown key 'pretrian' in stages; did you mean 'pretrain'"),
+        (
+            "stages.pretrian.lr=1",
+            "stages.pretrian.lr=1: unknown key 'pretrian' in stages; did you mean 'pretrain'",
+        ),
         ("stages.pretrain.rl=1", "stages.pretrain: unknown key 'rl'; known: trains, data, lr"),
         ("stages.pretrain.epoch=1", "stages.pretrain: unknown key 'epoch'; did you mean 'epochs'"),
         ("stages.pretrain.data.2.limit=1", "stages.pretrain.data has 2 entries, 0 to 1"),

@@ -117,6 +117,30 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: P
     assert same(weights(run / "model"), weights(finished / "run" / "model"))
 
 
+class Unplugged(io.StringIO):
+    """Output that fails at a word, and with it the run."""
+
+    def write(self, text: str) -> int:
+        if "step 5 of" in text:
+            raise InterruptedError
+        return super().write(text)
+
+
+def test_a_stage_with_adapters_goes_on(tmp_path: Path) -> None:
+    """Adapters, their optimizer and the random numbers of their dropout come back."""
+    data = write_toy_data(tmp_path / "toy", 16)
+    lora = {"on": ["language_model.model"], "rank": 4, "alpha": 8.0, "dropout": 0.3}
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, epochs=4, lora=lora)})
+    with pytest.raises(InterruptedError):
+        train(recipe, console=Console(file=Unplugged(), width=200))
+    assert newest_checkpoint(tmp_path / "run" / "stages" / "all") is not None
+    train(recipe)
+    train(recipe, [f"output={tmp_path / 'whole'}"])
+    assert len(losses(tmp_path / "whole", "all")) == 8
+    assert losses(tmp_path / "run", "all") == losses(tmp_path / "whole", "all")
+    assert same(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method: str, tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 12)
@@ -193,7 +217,9 @@ def test_parts_from_folders(tmp_path: Path) -> None:
 def test_long_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 12)
     output = io.StringIO()
-    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1, max_length=80)}, method="anyres")
+    recipe = write_recipe(
+        tmp_path, {"all": stage(["connector"], data, steps=1, max_length=80)}, method="anyres"
+    )
     train(recipe, console=Console(file=output, width=200))
     assert ", 0 with pictures, 10 longer ones left out" in output.getvalue()
     assert "connector" in output.getvalue() and "frozen" in output.getvalue()
@@ -222,9 +248,17 @@ def missing(folder: Path) -> None:
 
 
 BAD = [
-    (["stages.pretrain.trains=[conector]"], None, "trains: 'conector' matches no module; did you mean connector"),
+    (
+        ["stages.pretrain.trains=[conector]"],
+        None,
+        "trains: 'conector' matches no module; did you mean connector",
+    ),
     (["stages.finetune.trains=[]"], None, "stages.finetune: 'trains' is empty"),
-    (["stages.finetune.freezes=[connector, language_model, vision_tower]"], None, "leaves nothing of 'trains'"),
+    (
+        ["stages.finetune.freezes=[connector, language_model, vision_tower]"],
+        None,
+        "leaves nothing of 'trains'",
+    ),
     (["model.method=lava"], None, "unknown method 'lava'"),
     (["stages.finetune.options.fits=pad"], None, "unknown key 'fits'; did you mean 'fit'"),
     (["model.options.fit=stretch"], None, "fit: 'stretch' is not one of pad, crop, squash"),
@@ -253,7 +287,10 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_broken_picture_stops_the_run_with_a_sentence(tmp_path: Path, workers: int) -> None:
     recipe = two_stages(tmp_path, n=8)
     broken(tmp_path)
-    with pytest.raises(FoveateError, match="^[^\n]*toy.json sample . .id 0000.. *: [^\n]*cannot be read as a picture[^\n]*$"):
+    with pytest.raises(
+        FoveateError,
+        match=r"^[^\n]*toy.json sample \d \(id 0000\d\): [^\n]*cannot be read as a picture[^\n]*$",
+    ):
         train(recipe, [f"stages.pretrain.workers={workers}"])
     assert not list((tmp_path / "run").rglob("model*"))
 
@@ -276,7 +313,11 @@ def test_other_folders_are_left_alone(finished: Path, tmp_path: Path) -> None:
         ([f"output={tmp_path / 'mine'}"], None, "exists already and holds no run: choose another output"),
         ([f"output={tmp_path / 'new'}"], True, "there is no run in .* to go on with"),
         ([], False, "holds a run already"),
-        (["stages.finetune.lr=1e-5"], None, "holds a run in which stages.finetune.lr was 0.01 and is now 1e-05"),
+        (
+            ["stages.finetune.lr=1e-5"],
+            None,
+            "holds a run in which stages.finetune.lr was 0.01 and is now 1e-05",
+        ),
     ):
         with pytest.raises(FoveateError, match=message):
             train(recipe, changes, resume)

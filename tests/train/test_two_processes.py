@@ -19,17 +19,19 @@ from tests.train.test_run import ENVIRONMENT
 STEPS = 6
 
 
-@pytest.mark.parametrize("method", ["anyres"])
-def test_two_processes_train_as_one(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [("anyres", ["connector", "language_model"]), ("llava", ["vision_tower", "connector"])],
+)
+def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 12)
     settings = {"batch": 2, "micro_batch": 1, "group_by": "none", "steps": STEPS, "epochs": 1, "lr": 1e-4}
-    trains = ["connector", "language_model", "vision_tower"]
     recipe = write_recipe(tmp_path, {"all": stage(trains, data, **settings)}, method=method)
     pictures = read_conversations(data).pictures
     order = np.array(list(EpochSampler(np.zeros(12), pictures, 2, "none", seed=42)))
     seen = (pictures[order] > 0).reshape(STEPS, 2)  # (step, process)
     assert (seen[:, 0] != seen[:, 1]).any(), "no step has a picture on one process and only text on the other"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "foveate", "train", str(recipe)],
         env=ENVIRONMENT,

@@ -235,7 +235,8 @@ def _trainer(
         bf16=stage.bf16,
         **(_checkpointing() if stage.checkpoint_activations else {}),
         use_cpu=_on_cpu(),
-        ddp_find_unused_parameters=True,  # some towers have mask tokens, which no forward pass uses
+        # Some towers have parameters that no forward pass uses, such as a mask token.
+        ddp_find_unused_parameters=any(p.requires_grad for p in model.vision_tower.parameters()),
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=not _on_cpu(),
         remove_unused_columns=False,
