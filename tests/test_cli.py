@@ -21,6 +21,7 @@ from foveate.encoders import VisionTower
 from tests.command import Result, foveate
 from tests.support import picture
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).parent / "foveate"
 
 
