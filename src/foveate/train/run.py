@@ -74,8 +74,10 @@ def train(
     processes.wait_for_everyone()  # all have looked at the output folder before it is written to
     if processes.is_main_process:
         _write_recipe(recipe)
-    for i, stage in enumerate(stages):
-        _train_stage(recipe, stage, model if i == 0 else _start(recipe, stage), console)
+    _train_stage(recipe, stages[0], model, console)
+    del model  # two of them may not fit
+    for stage in stages[1:]:
+        _train_stage(recipe, stage, _start(recipe, stage), console)
     return output
 
 
