@@ -85,11 +85,11 @@ class Descriptions:
             described.append(bags)
             questions.append(ask_about(scene, level.questions, self.rng))
         longest = max(len(bags) for bags in described)
-        ids = torch.full((size, longest, BAG), -1)
+        ids = np.full((size, longest, BAG), -1)
         for b, bags in enumerate(described):
             for i, bag in enumerate(bags):
-                ids[b, i, : len(bag)] = torch.tensor([self.ids[word] for word in bag])
-        return ids, self._positions(size, longest), questions
+                ids[b, i, : len(bag)] = [self.ids[word] for word in bag]
+        return torch.from_numpy(ids), self._positions(size, longest), questions
 
     def _bags(self, thing: Thing, cell: str, in_words: bool) -> list[list[str]]:
         """An object as a list of tokens, each a list of words whose embeddings are summed."""
