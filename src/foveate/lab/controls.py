@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,14 @@ from foveate.layers import mlp_projector
 from foveate.methods import METHODS
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 CONTROLS: dict[str, str] = {
     "pooled": "foveate.lab.controls:PooledTiles",
     "resampler": "foveate.lab.controls:Resampler",
     "oracle": "foveate.lab.controls:OracleCrop",
+    "convnet": "foveate.lab.controls:ConvNetOnly",
 }
 
 
@@ -164,7 +169,7 @@ class Resampler(Method):
         return ResamplerConnector(widths, self.options)
 
 
-class OracleConnector(Connector):
+class ProjectorConnector(Connector):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.projector = mlp_projector(widths.vision, widths.text)
@@ -195,5 +200,57 @@ class OracleCrop(GivenRegion):
         left, top = min(max(left, 0), picture.width - side), min(max(top, 0), picture.height - side)
         return Box(left, top, left + side, top + side)
 
-    def build_connector(self, widths: Widths) -> OracleConnector:
-        return OracleConnector(widths)
+    def build_connector(self, widths: Widths) -> ProjectorConnector:
+        return ProjectorConnector(widths)
+
+
+class ConvTower(nn.Module):
+    """Views (V, 3, h, w) -> features (V, N, C): halved until a token's pixels are few, then cut into tokens.
+
+    Args:
+        width: channels C of the features.
+        stride: pixels of the view per token, along each axis.
+    """
+
+    HALVINGS = 3
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for i in range(self.HALVINGS):
+            wider = max(8, width >> (self.HALVINGS - 1 - i))
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(4, wider), nn.GELU()]
+            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(4, wider), nn.GELU()]
+            channels = wider
+        self.layers = nn.Sequential(
+            *layers, nn.Conv2d(channels, width, stride >> self.HALVINGS, stride >> self.HALVINGS)
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layers(pixel_values).flatten(2).transpose(1, 2)
+
+
+class ConvNetOnly(Method):
+    title = "ConvNet only"
+    idea = "a convolutional tower on the whole picture at its own pixels"
+    paper = "control"
+    Options = TileOptions
+    options: TileOptions
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture = Size(height, width)
+        canvas = Size(*(self.options.tiles * side for side in self.tower.side))
+        return ViewPlan(
+            picture, (squashed(picture, canvas),), (View(0, whole(canvas), "global"),), self.tower.tokens
+        )
+
+    def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> ConvTower:
+        stride = self.options.tiles * self.tower.patch_size
+        if stride % 2**ConvTower.HALVINGS:
+            raise FoveateError(f"a token of {stride} pixels cannot be halved {ConvTower.HALVINGS} times")
+        return ConvTower(vision_config.hidden_size, stride)
+
+    def build_connector(self, widths: Widths) -> ProjectorConnector:
+        return ProjectorConnector(widths)
