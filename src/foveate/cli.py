@@ -217,9 +217,7 @@ def train(
     _quiet()
     from foveate.train.run import train as run
 
-    console = Console()
-    folder = run(recipe, changes or [], console=console)
-    console.print(f"model written to {folder / 'model'}")
+    run(recipe, changes or [], console=Console())
 
 
 def main() -> None:

@@ -79,10 +79,11 @@ def compose(
         model.language_model.load_state_dict(language_model.state_dict())
         model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
     processor = FoveateProcessor(
         image_processor_for(config, preprocessor or found), tokenizer, chat_template=chat_template(template)
     )
+    for token in (tokenizer.eos_token_id, processor.answer_end()):
+        model.stop_at(token)
     from foveate.ask import Foveate
 
     return Foveate(model.eval(), processor)

@@ -154,6 +154,13 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
+    def stop_at(self, token: int | None) -> None:
+        """Makes `generate` stop at one more token, the one that ends an answer; None changes nothing."""
+        known = self.generation_config.eos_token_id
+        ends = [known] if isinstance(known, int) else list(known or [])
+        if token is not None and token not in ends:
+            self.generation_config.eos_token_id = [*ends, token]
+
     def embedding_keys(self) -> set[str]:
         """Names of the parameters with one row per token of the vocabulary."""
         tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
@@ -354,7 +361,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         size = torch.tensor([[self.method.tower.image_size] * 2])
         views = [view.size for view in self.plans(size)[0].views]
         blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
-        return 0.0 * torch.cat(self.get_image_features(blank, size).pooler_output).sum()
+        visual = torch.cat(self.get_image_features(blank, size).pooler_output)
+        trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # injectors too
+        return 0.0 * (visual.sum() + sum(trained))
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:

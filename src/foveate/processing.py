@@ -237,6 +237,16 @@ class FoveateProcessor(ProcessorMixin):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "queries": queries}
         return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
 
+    def answer_end(self) -> int | None:
+        """The special token with which the chat template ends an answer; None where it uses none."""
+        messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        inputs = self.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True)
+        last = [int(token) for token, answer in pairs if answer][-1]
+        return last if last in self.tokenizer.all_special_ids else None
+
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]

@@ -33,7 +33,7 @@ from transformers import CLIPImageProcessorPil as ClipImageProcessor
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
 from foveate.methods import METHODS
-from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
+from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from tests.support import chat, gap, greedy, pictures, rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -244,3 +244,14 @@ def test_what_compose_refuses(tmp_path: Path) -> None:
         compose(tiny_vision(image_size=[56, 28]), tiny_text(), tokenizer=tiny_tokenizer())
     with pytest.raises(FoveateError, match="has no patches"):
         compose(tiny_vision(image_size=7), tiny_text(), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("plain", "</s>")]
+)
+def test_generation_stops_where_the_template_ends_an_answer(template: str, end: str) -> None:
+    made = tiny_model(template=template)
+    stops = made.model.generation_config.eos_token_id
+    assert made.processor.tokenizer.convert_tokens_to_ids(end) in (
+        stops if isinstance(stops, list) else [stops]
+    )

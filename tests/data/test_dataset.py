@@ -12,7 +12,7 @@ import torch
 
 from foveate import FoveateError
 from foveate.chat import TEMPLATES
-from foveate.data.dataset import IGNORED, Collator, Samples, answer_end
+from foveate.data.dataset import IGNORED, Collator, Samples
 from foveate.data.formats import read_conversations
 from foveate.data.sampling import EpochSampler, repeated
 from foveate.data.toy import COLOURS, write_toy_data
@@ -70,7 +70,7 @@ def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None
         assert tokenizer.decode(item["labels"][learnt]) == expected
         assert torch.equal(item["labels"][learnt], item["input_ids"][learnt])
         assert len(item["input_ids"]) == data.length(i)
-    stop = answer_end(data.processor)
+    stop = data.processor.answer_end()
     assert stop == (None if template == "plain" else tokenizer.convert_tokens_to_ids(end))
 
 

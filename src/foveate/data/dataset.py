@@ -93,14 +93,6 @@ def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> d
     return encoded
 
 
-def answer_end(processor: FoveateProcessor) -> int | None:
-    """The special token with which the chat template ends an answer; None where it uses none."""
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    encoded = encode(processor, messages)
-    last = int(encoded["input_ids"][encoded["labels"] != IGNORED][-1])
-    return last if last in processor.tokenizer.all_special_ids else None
-
-
 @dataclass(frozen=True)
 class Collator:
     """Items of `Samples` -> a batch. Texts are padded on the right, questions on the left as when asking."""

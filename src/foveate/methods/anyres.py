@@ -26,7 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import Size, View, ViewPlan, best_fit, letterboxed, squashed, tiled, unpadded, whole
+from foveate.geometry import (
+    NO_TILES,
+    Size,
+    View,
+    ViewPlan,
+    best_fit,
+    letterboxed,
+    squashed,
+    tiled,
+    unpadded,
+    whole,
+)
 from foveate.layers import mlp_projector
 from foveate.layouts import Layout
 from foveate.methods.base import (
@@ -44,13 +55,13 @@ NEWLINE = -1
 
 @dataclass(frozen=True)
 class AnyResOptions(MethodOptions):
-    # Rows and columns of tiles that may be chosen: the five of LLaVA-1.6.
+    # Rows and columns of tiles that may be chosen: the five of LLaVA-1.6. Empty: the global view alone.
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     projector_depth: int = 2  # linear layers of the projector
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.grids or any(len(grid) != 2 or min(grid) < 1 for grid in self.grids):
+        if any(len(grid) != 2 or min(grid) < 1 for grid in self.grids):
             raise FoveateError("grids must be pairs of rows and columns, each at least 1")
 
 
@@ -61,6 +72,8 @@ def token_sources(plan: ViewPlan, grid: Size) -> np.ndarray:
     letterbox padding is cut off, and a newline ends each row.
     """
     per_view = grid.height * grid.width
+    if plan.tiles == NO_TILES:
+        return np.arange(per_view)
     patches = np.arange(per_view, (1 + plan.tiles.height * plan.tiles.width) * per_view)
     tiles = patches.reshape(plan.tiles.height, plan.tiles.width, grid.height, grid.width)
     joined = tiles.transpose(0, 2, 1, 3)  # (tile rows, tile cols, h, w) -> (tile rows, h, tile cols, w)
@@ -101,22 +114,27 @@ class AnyRes(Method):
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
         picture, side = Size(height, width), self.tower.side
-        plans = {grid: self._plan(picture, Size(*grid)) for grid in self.options.grids}
+        plans = {grid: self._plan(picture, Size(*grid)) for grid in self.options.grids or (NO_TILES,)}
         fitting = {grid: plan for grid, plan in plans.items() if self._within_budget(plan.tokens)}
         if not fitting:
             raise self._refuse_budget(min(plan.tokens for plan in plans.values()))
+        if NO_TILES in fitting:
+            return fitting[NO_TILES]
         canvases = {Size(r * side.height, c * side.width): (r, c) for r, c in fitting}
         return fitting[canvases[best_fit(picture, canvases)]]
 
     def _plan(self, picture: Size, tiles: Size) -> ViewPlan:
         side, grid = self.tower.side, self.tower.grid
+        view = View(0, whole(side), "global")
+        if tiles == NO_TILES:
+            return ViewPlan(picture, (squashed(picture, side),), (view,), self.tower.tokens)
         canvas = Size(tiles.height * side.height, tiles.width * side.width)
         rows, columns = unpadded(Size(tiles.height * grid.height, tiles.width * grid.width), picture)
         lines, columns_kept = rows.stop - rows.start, columns.stop - columns.start
         return ViewPlan(
             picture=picture,
             canvases=(squashed(picture, side), letterboxed(picture, canvas)),
-            views=(View(0, whole(side), "global"), *tiled(1, tiles, side)),
+            views=(view, *tiled(1, tiles, side)),
             tokens=self.tower.tokens + lines * (columns_kept + 1),
             tiles=tiles,
         )

@@ -78,6 +78,7 @@ def train(
     del model  # two of them may not fit
     for stage in stages[1:]:
         _train_stage(recipe, stage, _start(recipe, stage), console)
+    console.print(f"model written to {output / 'model'}")
     return output
 
 
@@ -146,7 +147,7 @@ def _result(recipe: Recipe, name: str) -> Path:
 def _train_stage(
     recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration, console: Console
 ) -> None:
-    from foveate.data.dataset import answer_end, errors_of_workers
+    from foveate.data.dataset import errors_of_workers
     from foveate.train.parts import add_adapters, merge_adapters, select
     from foveate.train.trainer import newest_checkpoint
 
@@ -164,7 +165,7 @@ def _train_stage(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stage.lora is not None:
         merge_adapters(model)
-    _stop_at(model, answer_end(prepared.processor))
+    model.stop_at(prepared.processor.answer_end())
     _save(recipe, prepared, trainer)
 
 
@@ -266,14 +267,6 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _stop_at(model: FoveateForConditionalGeneration, token: int | None) -> None:
-    """Makes `generate` stop where the model has learnt to end its answers."""
-    known = model.generation_config.eos_token_id
-    ends = [known] if isinstance(known, int) else list(known or [])
-    if token is not None and token not in ends:
-        model.generation_config.eos_token_id = [*ends, token]
 
 
 def _checkpointing() -> dict[str, Any]:
