@@ -99,7 +99,8 @@ def test_an_interrupted_cell_ends_where_an_uninterrupted_one_does(
     again = train_cell(wanted, other, lambda step, steps, loss: seen.append(step))
     assert seen == [5, 6, 7, 8]
     assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    paths = [tmp_path / name / "cells" / "nano" / wanted.key / "weights.pt" for name in ("whole", "cut")]
+    folders = [replace(bench, folder=tmp_path / name).cells("nano") for name in ("whole", "cut")]
+    paths = [folder / wanted.key / "weights.pt" for folder in folders]
     a, b = (torch.load(path, weights_only=True) for path in paths)
     assert all(gap(a[key], b[key]) < 1e-6 for key in a)
 
@@ -117,7 +118,11 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(bench: Ben
         for n, seed in enumerate((0, 0, 1))
     ]
     weights = [
-        torch.load(tmp_path / str(n) / "cells" / "nano" / cell("llava", seed=seed).key / "weights.pt")
+        torch.load(
+            replace(bench, folder=tmp_path / str(n)).cells("nano")
+            / cell("llava", seed=seed).key
+            / "weights.pt"
+        )
         for n, seed in enumerate((0, 0, 1))
     ]
     key = "connector.projector.0.weight"
@@ -223,7 +228,7 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
     assert done.exit_code == 0
     assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == [result]
     other = Cell("pooled", 3, "easy", "nano", 2, {"with_global": True})
-    assert other.key not in str(list(prepared.glob("cells/nano/*")))
+    assert other.key not in str(list(prepared.glob("cells/*/*")))
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,14 @@ def test_descriptions_fit_their_questions() -> None:
     tokenizer = lab_tokenizer()
     source = Descriptions(tokenizer, 0)
     for _ in range(8):
-        ids, positions, questions = source.batch(4)
+        ids, positions, scenes, questions = source.batch(4)
         assert ids.shape[2] == BAG and positions.shape == ids.shape[:2]
         assert (positions.diff(dim=1) > 0).all() and int(positions.max()) <= LONGEST
+        for scene in scenes:
+            for thing, sample in zip(scene.things, source.captions(scene), strict=True):
+                said = tokenizer.decode(sample.ids).split()
+                assert {thing.colour, thing.shape, scene.cell(thing)} <= set(said)
+                assert 1 <= sample.answer < len(sample.ids)
         for bags, row in zip(ids, questions, strict=True):
             known = set(bags[bags >= 0].tolist())
             for question in row:
@@ -134,7 +139,9 @@ def test_prepared_parts_are_noted_and_named_by_their_weights(prepared: Path) -> 
     assert set(notes["reader"]["accuracy"]) == set(KINDS)
     assert set(notes["tower"]["accuracy_by_zoom"]) == {"1", "1.5", "2", "3", "4"}
     parts = load_parts("nano", prepared)
-    assert parts.key == load_parts("nano", prepared).key
+    again = load_parts("nano", prepared)
+    assert (parts.tower_key, parts.reader_key) == (again.tower_key, again.reader_key)
+    assert parts.tower_key != parts.reader_key
     assert parts.reader.config.vocab_size == len(parts.tokenizer)
 
 

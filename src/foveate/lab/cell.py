@@ -111,6 +111,10 @@ class Bench:
     train: Examples
     test: Examples
 
+    def cells(self, scale: str) -> Path:
+        """The folder of results; other parts have another one."""
+        return self.folder / "cells" / f"{scale}-{self.parts.tower_key}-{self.parts.reader_key}"
+
     @cached_property
     def samples(self) -> dict[tuple[str, str], Sample]:
         """Every different question with its answer, as token ids."""
@@ -171,7 +175,7 @@ class Student:
         self.by_question = self.method.uses_query or isinstance(self.method, GivenRegion)
 
     def _features(self, data: Examples) -> Features:
-        return Features(self.bench.folder, data, self.bench.parts.key, self._encode_frozen, self._views)
+        return Features(self.bench.folder, data, self.bench.parts.tower_key, self._encode_frozen, self._views)
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
         return self.processor.image_processor.views(Image.fromarray(picture), plan)
@@ -300,7 +304,7 @@ def train_cell(cell: Cell, bench: Bench, report: Report | None = None) -> dict[s
 
     Returns what `result.json` in the cell's folder holds.
     """
-    place = bench.folder / "cells" / cell.scale / cell.key
+    place = bench.cells(cell.scale) / cell.key
     result_file = place / "result.json"
     if result_file.is_file():
         return json.loads(result_file.read_text(encoding="utf-8"))

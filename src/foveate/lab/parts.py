@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foveate.errors import FoveateError
@@ -31,13 +32,14 @@ class Parts:
         tower: frozen, the stand-in for CLIP.
         reader: the LLM, the stand-in for Vicuna.
         tokenizer: of the LLM.
-        key: names the tower's weights.
+        tower_key, reader_key: name their weights.
     """
 
     tower: CLIPVisionModel
     reader: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
-    key: str
+    tower_key: str
+    reader_key: str
 
 
 def prepare(name: str, scale: Scale, folder: Path, seed: int = 0, report: Report | None = None) -> Path:
@@ -87,10 +89,14 @@ def load_parts(name: str, folder: Path) -> Parts:
         )
     tower = CLIPVisionModel.from_pretrained(place / "tower", dtype=torch.float32).eval()
     reader = LlamaForCausalLM.from_pretrained(place / "reader", dtype=torch.float32)
-    digest = blake2b(digest_size=8)
-    for key, tensor in sorted(tower.state_dict().items()):
-        digest.update(key.encode() + tensor.numpy().tobytes())
-    return Parts(tower, reader, lab_tokenizer(), digest.hexdigest())
+    return Parts(tower, reader, lab_tokenizer(), _key(tower), _key(reader))
+
+
+def _key(model: nn.Module) -> str:
+    digest = blake2b(digest_size=4)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_notes(path: Path, notes: dict[str, Any]) -> None:

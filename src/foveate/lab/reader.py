@@ -1,13 +1,15 @@
 """Pre-training of the LLM, the stand-in for Vicuna: a `LlamaForCausalLM` that answers from descriptions.
 
-No picture is involved. A scene is described in one of two ways, and the questions follow:
+No picture is involved. A scene is described in one of two ways, and questions and captions follow:
 
 * in words: `red square k top-left .` for every object;
 * as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
   times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order.
 
-Bags stand at random rising positions with gaps, up to `LONGEST`: an LLM that has only seen short prefixes
-makes methods with many visual tokens look bad for a reason that is not theirs.
+A caption is an object's words in any order, the first given: they make the LLM learn to find an object by a
+word, where questions alone leave it guessing among all that are there. Bags stand at random rising positions
+with gaps, up to `LONGEST`: an LLM that has only seen short prefixes makes methods with many visual tokens
+look bad for a reason that is not theirs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from foveate.lab.scales import Scale
 from foveate.lab.scenes import CELLS, COLOURS, PLAIN, SIGN, Scene, Thing
 
 LONGEST = 640  # largest position of a visual token
+CROWDED, GAPPED = 0.4, 0.6  # parts of the steps after which scenes are full, and positions have gaps
 IN_WORDS = 0.25  # of the batches
 REPEATS = (1, 4)  # times that a bag is repeated
 EMPTY = 0.3  # chance of a token of pure noise after a bag
@@ -36,11 +39,11 @@ NOISE = 0.3  # of the embeddings' size
 BAG = 4  # most words in a bag
 
 
-def sketch(level: Level, rng: np.random.Generator) -> Scene:
-    """A scene of one level without its picture: cells are its pixels."""
+def sketch(level: Level, rng: np.random.Generator, most: int = 99) -> Scene:
+    """A scene of one level without its picture, with up to `most` objects: cells are its pixels."""
     words = materials("train").words
     pairs: dict[tuple[str, str], None] = {}
-    wanted = int(rng.integers(2, level.objects[1] + 1))
+    wanted = int(rng.integers(2, min(level.objects[1], most) + 1))
     while len(pairs) < wanted:
         shape = SIGN if rng.random() < level.signs else PLAIN[rng.integers(len(PLAIN))]
         pairs[shape, list(COLOURS)[rng.integers(len(COLOURS))]] = None
@@ -72,14 +75,21 @@ class Descriptions:
         self.ids: dict[str, int] = tokenizer.get_vocab()
         self.known: dict[tuple[str, str], Sample] = {}
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, list[list[Question]]]:
-        """Bags (B, n, BAG) of token ids, -1 for none; rising positions (B, n); questions of each scene."""
+    def batch(
+        self, size: int, progress: float = 1.0
+    ) -> tuple[Tensor, Tensor, list[Scene], list[list[Question]]]:
+        """Bags (B, n, BAG) of token ids, -1 for none; rising positions (B, n); scenes; their questions.
+
+        `progress` is the part of the pre-training that is over: few objects and dense positions come first.
+        """
+        most = 99 if progress >= CROWDED else 3 + int(5 * progress / CROWDED)
         in_words = self.rng.random() < IN_WORDS
-        described, questions = [], []
+        described, scenes, questions = [], [], []
         levels = list(LEVELS.values())
         for _ in range(size):
             level = levels[self.rng.integers(len(levels))]
-            scene = sketch(level, self.rng)
+            scene = sketch(level, self.rng, most)
+            scenes.append(scene)
             things = [scene.things[i] for i in self.rng.permutation(len(scene.things))]
             bags = [bag for thing in things for bag in self._bags(thing, scene.cell(thing), in_words)]
             described.append(bags)
@@ -89,7 +99,7 @@ class Descriptions:
         for b, bags in enumerate(described):
             for i, bag in enumerate(bags):
                 ids[b, i, : len(bag)] = [self.ids[word] for word in bag]
-        return torch.from_numpy(ids), self._positions(size, longest), questions
+        return torch.from_numpy(ids), self._positions(size, longest, progress >= GAPPED), scenes, questions
 
     def _bags(self, thing: Thing, cell: str, in_words: bool) -> list[list[str]]:
         """An object as a list of tokens, each a list of words whose embeddings are summed."""
@@ -104,11 +114,24 @@ class Descriptions:
                     tokens.append([])
         return tokens
 
-    def _positions(self, rows: int, count: int) -> Tensor:
+    def _positions(self, rows: int, count: int, gapped: bool) -> Tensor:
         """Rising positions: dense ones, or with random gaps up to `LONGEST`."""
+        if not gapped:
+            return torch.arange(count).repeat(rows, 1)
         reach = int(self.rng.integers(count, max(LONGEST, count) + 1))
         places = [np.sort(self.rng.choice(reach, count, replace=False)) for _ in range(rows)]
         return torch.from_numpy(np.stack(places))
+
+    def captions(self, scene: Scene) -> list[Sample]:
+        """Every object's words in any order: the first names it, and the others follow from the scene."""
+        samples = []
+        for thing in scene.things:
+            texts = [text for text in (thing.letter, thing.digit, thing.word) if text is not None]
+            words = [thing.colour, thing.shape, scene.cell(thing), *texts]
+            words = [words[i] for i in self.rng.permutation(len(words))]
+            parts = self.tokenizer(words, add_special_tokens=False).input_ids
+            samples.append(Sample([token for part in parts for token in part], len(parts[0])))
+        return samples
 
     def sample(self, question: Question) -> Sample:
         key = (question.text, question.answer)
@@ -125,11 +148,13 @@ def bag_embeddings(ids: Tensor, embedding: nn.Embedding, noise: float) -> Tensor
 
 
 def read(
-    model: LlamaForCausalLM, source: Descriptions, size: int
+    model: LlamaForCausalLM, source: Descriptions, size: int, progress: float = 1.0
 ) -> tuple[Tensor, Tensor, Packed, list[list[Question]]]:
     """One batch through the LLM: loss, logits, what was packed, and the questions."""
-    ids, positions, questions = source.batch(size)
+    ids, positions, scenes, questions = source.batch(size, progress)
     samples = [[source.sample(question) for question in row] for row in questions]
+    if model.training:
+        samples = [[*row, *source.captions(scene)] for row, scene in zip(samples, scenes, strict=True)]
     packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
     embedding = model.get_input_embeddings()
     described = bag_embeddings(ids, embedding, NOISE)
@@ -157,7 +182,7 @@ def train_reader(
     optimise = optimiser([(model, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
-        loss, *_ = read(model, source, schedule.batch)
+        loss, *_ = read(model, source, schedule.batch, (step - 1) / schedule.steps)
         optimise.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
