@@ -11,7 +11,9 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --editable '.[dev,docs]'
 	touch $@
 
-# Lint, types, docs, then the tests: the last line is pytest's.
+# Lint, types, docs, then the tests: the last line is pytest's. One thread per process: on two cores, the
+# threads of several processes would wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

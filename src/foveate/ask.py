@@ -355,7 +355,8 @@ class Chat:
         costs = (
             f"{plan.picture.width} x {plan.picture.height} pixels, "
             f"seen at {plan.effective.width} x {plan.effective.height}   |   "
-            f"{ledger.views} views, {ledger.visual_tokens} visual tokens, {ledger.tflop:.3g} TFLOP, "
+            f"{ledger.views} view{'' if ledger.views == 1 else 's'}, {ledger.visual_tokens} visual tokens, "
+            f"{ledger.tflop:.3g} TFLOP, "
             f"{ledger.total_seconds:.2f} s"
         )
         caption = [

@@ -111,7 +111,9 @@ def chat(
 @app.command()
 def inspect(
     picture: Annotated[Path, typer.Argument(help="The picture's file; its size is all that is read.")],
-    method: Annotated[str, typer.Option(help="A method's name, or all.")] = "all",
+    method: Annotated[
+        str | None, typer.Option(help="A method's name, or all; by default all, or that of --model.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id whose shapes are used.")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Length of the text around the picture.")] = 64,
     option: Option = None,
@@ -127,7 +129,11 @@ def inspect(
     _quiet()
     from foveate.methods import METHODS, method_class
 
-    names = list(METHODS) if method == "all" else [method]
+    if method is None and model is not None:
+        from foveate.checkpoints import read_config
+
+        method = read_config(model).method
+    names = list(METHODS) if method in (None, "all") else [method]
     rows: dict[str, Any] = {}
     for name in names:
         title = method_class(name).title
@@ -223,7 +229,7 @@ def train(
 def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
     try:
-        app()
+        app(prog_name="foveate")
     except FoveateError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="red", end=" ")
@@ -312,7 +318,8 @@ def _print_answer(console: Console, answer: Answer) -> None:
 def _costs(answer: Answer) -> str:
     ledger = answer.ledger
     return (
-        f"{ledger.views} views ({ledger.encoded_views} encoded now), {ledger.visual_tokens} visual tokens, "
+        f"{ledger.views} view{'' if ledger.views == 1 else 's'} ({ledger.encoded_views} encoded now), "
+        f"{ledger.visual_tokens} visual tokens, "
         f"{ledger.prompt_tokens} prompt tokens, {ledger.new_tokens} new, {ledger.tflop:.3g} TFLOP, "
         f"KV {ledger.kv_megabytes:.3g} MB, {ledger.total_seconds:.2f} s"
     )

@@ -12,13 +12,14 @@ import torch
 
 from foveate import FoveateError
 from foveate.chat import TEMPLATES
-from foveate.data.dataset import IGNORED, Collator, Samples
+from foveate.data.dataset import IGNORED, Collator, Samples, encode
 from foveate.data.formats import read_conversations
 from foveate.data.sampling import EpochSampler, repeated
 from foveate.data.toy import COLOURS, write_toy_data
 from foveate.tiny import tiny_model
 from tests.support import picture
 
+TEXT = {"type": "text", "text": "What is it?"}
 END = {"plain": "\n", "vicuna_v1": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "chatml": "<|im_end|>"}
 
 
@@ -63,8 +64,10 @@ def talk(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("method", ["llava", "anyres"])
 def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None:
     data, end = samples(talk, method, template), END[template]
+    start = " " if template in ("vicuna_v1", "mistral") else ""  # where the prompt ends in "ASSISTANT:"
     tokenizer = data.processor.tokenizer
-    for i, expected in enumerate([f"A dog.{end}Two é.{end}", f"Hi{end}", f"Noise.{end}"]):
+    answers = [["A dog.", "Two é."], ["Hi"], ["Noise."]]
+    for i, expected in enumerate("".join(f"{start}{a}{end}" for a in spoken) for spoken in answers):
         item = data[i]
         learnt = item["labels"] != IGNORED
         assert tokenizer.decode(item["labels"][learnt]) == expected
@@ -72,6 +75,19 @@ def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None
         assert len(item["input_ids"]) == data.length(i)
     stop = data.processor.answer_end()
     assert stop == (None if template == "plain" else tokenizer.convert_tokens_to_ids(end))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_is_learnt_from_its_first_token(template: str) -> None:
+    """What is asked for is what was learnt: the prompt, then the first token that the loss is taken on."""
+    processor = tiny_model(template=template).processor
+    question = [{"role": "user", "content": [{"type": "image", "image": picture(40, 50)}, TEXT]}]
+    prompt = processor.apply_chat_template(
+        [question], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    learnt = encode(processor, [*question, {"role": "assistant", "content": "A dog."}])
+    first = int((learnt["labels"] != IGNORED).int().argmax())
+    assert prompt["input_ids"][0] == learnt["input_ids"][:first].tolist()
 
 
 @pytest.mark.parametrize("method", ["llava", "anyres"])

@@ -67,7 +67,7 @@ def prompts(compare: Comparison) -> None:
     )
     runs = groupby(zip(tokens["input_ids"], tokens["assistant_masks"], strict=True), key=itemgetter(1))
     spans = [tokenizer.decode([i for i, _ in run]) for supervised, run in runs if supervised]
-    compare.equal("supervised", spans, [span.lstrip() for span in rendered["train_supervised"]])
+    compare.equal("supervised", spans, rendered["train_supervised"])
 
 
 FAMILY = Family(
