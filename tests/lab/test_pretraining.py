@@ -13,9 +13,9 @@ from foveate.geometry import Box
 from foveate.lab.levels import KINDS, LEVELS
 from foveate.lab.materials import materials
 from foveate.lab.pages import make_page, page_labels
-from foveate.lab.parts import load_parts
+from foveate.lab.parts import ASSETS, load_parts
 from foveate.lab.questions import ask_about
-from foveate.lab.reader import BAG, LONGEST, Descriptions, bag_embeddings, sketch
+from foveate.lab.reader import BAG, LONGEST, Descriptions, bag_embeddings, comprehension, sketch
 from foveate.lab.scales import SCALES, Scale, Schedule
 from foveate.lab.scenes import CELLS, COLOURS, SHAPES, Glyph, Scene, Thing
 from foveate.lab.tower import (
@@ -151,3 +151,12 @@ def test_wrong_scales_and_schedules_are_refused() -> None:
         Scale(**values)
     with pytest.raises(ValueError, match="positive steps"):
         Schedule(0, 4, 1e-3)
+
+
+def test_the_packaged_reader_finds_what_it_is_asked_for(tmp_path: Path) -> None:
+    """Far above the in-scene guess: an LLM that cannot retrieve would make every method look alike."""
+    parts = load_parts("tiny", tmp_path)
+    found = comprehension(parts.reader.eval(), parts.tokenizer, batches=3)
+    assert min(found[kind] for kind in ("letter", "digit", "rev", "attr", "where")) > 0.8
+    place = ASSETS / "tiny"
+    assert sum(file.stat().st_size for file in place.rglob("*")) < 4 * 2**20
