@@ -118,7 +118,7 @@ class Bench:
     @cached_property
     def samples(self) -> dict[tuple[str, str], Sample]:
         """Every different question with its answer, as token ids."""
-        asked = [*self.train.asked, *self.test.asked]
+        asked = [*self.train.asked, *self.test.asked, *(said for row in self.train.captions for said in row)]
         return {(q.text, q.answer): encode(q, self.parts.tokenizer) for q in asked}
 
     @cached_property
@@ -136,7 +136,7 @@ def make_bench(level: str, scale: str, folder: Path, parts: Parts) -> Bench:
 
 
 class Stage(NamedTuple):
-    """Steps with the LLM frozen, or with everything but a frozen tower."""
+    """Steps on questions and captions with the LLM frozen, or on questions with it."""
 
     steps: int
     with_llm: bool
@@ -192,9 +192,12 @@ class Student:
             features.ready(self.plan)
         return next((f.fallback for f in self.features.values() if f.fallback), None)
 
-    def forward(self, data: Examples, indices: Sequence[int]) -> tuple[Tensor | None, Tensor, Packed]:
+    def forward(
+        self, data: Examples, indices: Sequence[int], captions: bool = False
+    ) -> tuple[Tensor | None, Tensor, Packed]:
         """Loss, logits (B, T, vocabulary) and what was packed, for all questions about these pictures."""
-        rows = [[self.bench.samples[q.text, q.answer] for q in data.questions[i]] for i in indices]
+        texts = [[*data.questions[i], *(data.captions[i] if captions else [])] for i in indices]
+        rows = [[self.bench.samples[q.text, q.answer] for q in row] for row in texts]
         if not self.by_question:
             encoded = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
             packed = self._pack(rows)
@@ -205,7 +208,7 @@ class Student:
                 use_cache=False,
             )
             return output.loss, output.logits, packed
-        questions = [(i, question) for i in indices for question in data.questions[i]]
+        questions = [(i, question) for i, row in zip(indices, texts, strict=True) for question in row]
         samples = [sample for row in rows for sample in row]
         encoded = self._connect_questions(data, questions, samples)
         packed = self._pack([[sample] for sample in samples])
@@ -261,7 +264,7 @@ class Student:
         return pack(rows, self.plan.tokens, placeholder, padding)
 
     def stages(self) -> list[Stage]:
-        """First the connector alone, then the LLM with it."""
+        """First the connector alone, with captions, then the LLM with it."""
         scale, steps = self.bench.scale, self.cell.steps
         warm = round(scale.warm_up * steps)
         stages = [
@@ -365,7 +368,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
         for step in range(max(first, begin) + 1, end + 1):
-            loss, *_ = student.forward(bench.train, next(order))
+            loss, *_ = student.forward(bench.train, next(order), captions=not stage.with_llm)
             assert loss is not None
             optimise.zero_grad()
             loss.backward()

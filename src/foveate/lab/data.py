@@ -21,7 +21,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Canvas, Size, View, ViewPlan, whole
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Split
-from foveate.lab.questions import Question, ask_about
+from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scenes import make_scene
 
 SPARE = 200 * 2**20  # bytes that are left free on the disk
@@ -30,11 +30,12 @@ Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> feat
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures (n, H, W, 3) bytes, and per picture its questions."""
+    """Pictures (n, H, W, 3) bytes, and per picture its questions and its captions."""
 
     key: str
     pictures: np.ndarray
     questions: list[list[Question]]
+    captions: list[list[Question]]
 
     @property
     def size(self) -> Size:
@@ -57,12 +58,14 @@ def examples(
     described = repr((asdict(replace(level, questions={})), dict(level.questions), view, magnify))  # type: ignore[arg-type]
     key = _digest(described, split, str(seed), str(count))
     kept = folder / "data" / key
-    if not (kept / "questions.json").is_file():
+    if not (kept / "texts.json").is_file():
         with _ComplaintAboutSpace(folder):
             _make_examples(kept, level, view, magnify, split, count, seed)
-    rows = json.loads((kept / "questions.json").read_text(encoding="utf-8"))
-    questions = [[_question(values) for values in row] for row in rows]
-    return Examples(key, np.load(kept / "pictures.npy", mmap_mode="r"), questions)
+    texts = json.loads((kept / "texts.json").read_text(encoding="utf-8"))
+    questions, captions = (
+        [[_question(values) for values in row] for row in texts[name]] for name in ("questions", "captions")
+    )
+    return Examples(key, np.load(kept / "pictures.npy", mmap_mode="r"), questions, captions)
 
 
 def _make_examples(
@@ -71,13 +74,14 @@ def _make_examples(
     kept.mkdir(parents=True, exist_ok=True)
     side = view * level.ratio
     pictures = _new_array(kept / "pictures.npy", (count, side, side, 3), np.uint8)
-    rows = []
+    texts: dict[str, list[list[dict[str, Any]]]] = {"questions": [], "captions": []}
     for i in range(count):
         scene = make_scene(level, view, magnify, split, seed, i)
         pictures[i] = scene.picture
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
-        rows.append([asdict(question) for question in ask_about(scene, level.questions, rng)])
-    _write(kept / "questions.json", json.dumps(rows).encode())
+        texts["questions"].append([asdict(question) for question in ask_about(scene, level.questions, rng)])
+        texts["captions"].append([asdict(said) for said in caption(scene, rng)])
+    _write(kept / "texts.json", json.dumps(texts).encode())
 
 
 def _question(values: dict[str, Any]) -> Question:

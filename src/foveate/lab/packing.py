@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.lab.questions import Question
+from foveate.lab.questions import CAPTION, Question
 
 IGNORED = -100  # label without loss
 VISUAL, PADDING = 0, -1  # block numbers; questions count from 1
@@ -54,10 +54,11 @@ class Packed:
 
 
 def encode(question: Question, tokenizer: Any) -> Sample:
-    """The question, its answer, and the token that ends it."""
+    """The question, its answer, and the token that ends it; a caption may go on and has no end."""
     asked = tokenizer(question.text, add_special_tokens=False).input_ids
     answer = tokenizer(question.answer, add_special_tokens=False).input_ids
-    return Sample([*asked, *answer, tokenizer.eos_token_id], len(asked))
+    end = [] if question.kind == CAPTION else [tokenizer.eos_token_id]
+    return Sample([*asked, *answer, *end], len(asked))
 
 
 def pack(

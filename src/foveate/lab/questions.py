@@ -12,13 +12,15 @@ from foveate.geometry import Box
 from foveate.lab.levels import FINE
 from foveate.lab.scenes import COLOURS, PLAIN, Scene, Thing
 
+CAPTION = "caption"  # a kind beside those that are measured
+
 
 @dataclass(frozen=True)
 class Question:
     """One question about one scene.
 
     Attributes:
-        kind: one of `foveate.lab.levels.KINDS`.
+        kind: one of `foveate.lab.levels.KINDS`, or `CAPTION`.
         text: the question.
         answer: lower case.
         region: box of the object that must be read, pixels of the picture; None where the question is about
@@ -52,6 +54,17 @@ def ask_about(scene: Scene, wanted: Mapping[str, int], rng: np.random.Generator)
             weights = np.array([1 / times[question.answer] for question in possible])
             asked.append(possible.pop(int(rng.choice(len(possible), p=weights / weights.sum()))))
     return asked
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Every object's words in any order, with its place: the first is the text, the others are the answer."""
+    captions = []
+    for thing in scene.things:
+        texts = [text for text in (thing.letter, thing.digit, thing.word) if text is not None]
+        words = [thing.colour, thing.shape, scene.cell(thing), *texts]
+        first, *rest = (words[i] for i in rng.permutation(len(words)))
+        captions.append(Question(CAPTION, first, " ".join(rest), None, ()))
+    return captions
 
 
 def chance(questions: Iterable[Question]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
 from foveate.lab.optimise import optimiser, warm_cosine
 from foveate.lab.packing import Packed, Sample, all_right, encode, pack
-from foveate.lab.questions import Question, ask_about
+from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scales import Scale
 from foveate.lab.scenes import CELLS, COLOURS, PLAIN, SIGN, Scene, Thing
 
@@ -122,17 +122,6 @@ class Descriptions:
         places = [np.sort(self.rng.choice(reach, count, replace=False)) for _ in range(rows)]
         return torch.from_numpy(np.stack(places))
 
-    def captions(self, scene: Scene) -> list[Sample]:
-        """Every object's words in any order: the first names it, and the others follow from the scene."""
-        samples = []
-        for thing in scene.things:
-            texts = [text for text in (thing.letter, thing.digit, thing.word) if text is not None]
-            words = [thing.colour, thing.shape, scene.cell(thing), *texts]
-            words = [words[i] for i in self.rng.permutation(len(words))]
-            parts = self.tokenizer(words, add_special_tokens=False).input_ids
-            samples.append(Sample([token for part in parts for token in part], len(parts[0])))
-        return samples
-
     def sample(self, question: Question) -> Sample:
         key = (question.text, question.answer)
         if key not in self.known:
@@ -154,7 +143,8 @@ def read(
     ids, positions, scenes, questions = source.batch(size, progress)
     samples = [[source.sample(question) for question in row] for row in questions]
     if model.training:
-        samples = [[*row, *source.captions(scene)] for row, scene in zip(samples, scenes, strict=True)]
+        for row, scene in zip(samples, scenes, strict=True):
+            row += [encode(said, source.tokenizer) for said in caption(scene, source.rng)]
     packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
     embedding = model.get_input_embeddings()
     described = bag_embeddings(ids, embedding, NOISE)

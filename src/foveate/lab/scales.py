@@ -37,7 +37,7 @@ class Scale:
         tower, reader: pre-training of the two; batches of crops and of texts.
         tower_scenes: pictures that the tower's crops come from.
         cell: training of a method; batches of pictures with all their questions.
-        warm_up: part of the steps of a cell in which only new modules train.
+        warm_up: part of the steps of a cell in which only new modules train, with captions.
         cell_llm_lr: learning rate of the LLM's weights in a cell.
         scenes, test_scenes: pictures of a level to train on and to be measured on.
     """
@@ -59,7 +59,7 @@ class Scale:
     cell_llm_lr: float
     scenes: int
     test_scenes: int
-    warm_up: float = 0.12
+    warm_up: float = 0.25
 
     def __post_init__(self) -> None:
         if self.view % self.patch:
