@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.errors import FoveateError
+from foveate.lab.cli import app as lab
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Option(help="Model folder or Hugging Face hub id.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
