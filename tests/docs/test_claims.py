@@ -83,16 +83,20 @@ def test_every_method_has_a_page_with_all_its_options() -> None:
 
 
 def test_file_tree() -> None:
-    """Every file of the package is in the README's tree with a comment, and the tree has no other."""
+    """Every file of the package is in the README's tree with a comment, and the tree has no other.
+
+    A folder with a comment stands for all that is in it.
+    """
     block = next(block for block in blocks_of("README.md") if block.text.startswith("src/foveate/"))
     folders = [Path("src/foveate")]
-    listed = []
+    listed, whole = [], []
     for line in block.text.splitlines()[1:]:
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, comment = line.strip().partition(" ")
         folders = folders[:depth]
         if name.endswith("/"):
             folders.append(folders[-1] / name)
+            whole += [folders[-1]] if comment.strip() else []
             continue
         assert comment.strip(), f"{name} has no comment"
         listed.append((folders[-1] / name).as_posix())
@@ -101,6 +105,10 @@ def test_file_tree() -> None:
         for path in (ROOT / "src/foveate").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    for folder in whole:
+        inside = {file for file in files if file.startswith(f"{folder.as_posix()}/")}
+        assert inside, f"{folder} is empty"
+        files -= inside
     assert len(listed) == len(set(listed))
     assert set(listed) == files
 
