@@ -132,5 +132,5 @@ def plot(results: Sequence[Result], path: Path) -> None:
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
     axes.set(xlabel="visual tokens", ylabel="fine questions, % right", xscale="log", ylim=(0, 100))
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.02))
+    figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
