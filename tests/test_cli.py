@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -355,3 +356,61 @@ def test_usage_errors(arguments: list[str]) -> None:
     assert result.code == 2
     assert "Usage: foveate" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def change_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: (f / "processor_config.json").unlink(), ["processor_config.json", "missing"]),
+        (lambda f: (f / "processor_config.json").write_text("{"), ["processor_config.json", "JSON"]),
+        (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer"]),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer"]),
+        (lambda f: (f / "chat_template.jinja").unlink(), ["chat_template"]),
+        (lambda f: (f / "chat_template.jinja").write_text("{% for"), ["chat template"]),
+        (lambda f: change_json(f / "config.json", options=[1]), ["config.json", "options"]),
+        (lambda f: change_json(f / "config.json", text_config="x"), ["config.json", "text_config"]),
+        (lambda f: change_json(f / "config.json", method=None), ["config.json", "method"]),
+        (lambda f: change_json(f / "config.json", image_token_id=999_999), ["config.json", "vocabulary"]),
+        (lambda f: change_json(f / "config.json", vision_feature_layer="x"), ["vision_feature_layer"]),
+    ],
+)
+def test_broken_model_folders(
+    model: Path, photo: Path, tmp_path: Path, break_it: Callable[[Path], object], words: list[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    break_it(broken)
+    refused(ask(photo, "Why?", "--model", broken), *words)
+
+
+def test_a_placeholder_in_the_question(model: Path, photo: Path) -> None:
+    refused(ask(photo, "What is <image> here?", "--model", model), "<image>", "question")
+    result = foveate("chat", photo, "--model", model, "--max-new-tokens", 2, stdin="<image>\nWhy?\n\n")
+    assert result.code == 0
+    assert "leave it out" in result.stdout and "visual tokens" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.pretrain.lr=nan", ["lr", "number"]),
+        ("stages.pretrain.lr=.inf", ["lr", "number"]),
+        ("seed=-1", ["seed"]),
+        ("output=photo.png/x", ["output", "photo.png"]),
+    ],
+)
+def test_wrong_changes_of_a_recipe_write_nothing(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, change: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    before = sorted(photo.parent.rglob("*"))
+    refused(foveate("train", ROOT / "recipes" / "tiny.yaml", "output=run", change), *words)
+    assert sorted(photo.parent.rglob("*")) == before
+
+
+def test_a_tower_for_a_model_that_has_one(model: Path, photo: Path, tmp_path: Path) -> None:
+    refused(ask(photo, "Why?", "--model", model, "--vision-tower", tmp_path), "vision tower")

@@ -72,6 +72,8 @@ def load(
         FoveateError: no such folder, unknown layout, missing weights or tokenizer, wrong options.
     """
     device = device or choose_device()
+    if device.partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise FoveateError(f"unknown device {device!r}: choose cuda, mps or cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -148,7 +150,11 @@ class Answer:
         """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
         drawing = self._draw(self)
         if out is not None:
-            drawing.save(drawing_path(out))
+            path = drawing_path(out)
+            try:
+                drawing.save(path)
+            except OSError as error:
+                raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
         return drawing
 
     def to_dict(self) -> dict[str, Any]:
@@ -314,8 +320,13 @@ class Chat:
 
     def ask(self, question: str, **generation: Any) -> Answer:
         """As `Foveate.ask`."""
+        if not isinstance(question, str):
+            raise FoveateError(f"a question must be a text, not {type(question).__name__}")
         if not question.strip():
             raise FoveateError("the question is empty")
+        token = self.foveate.processor.image_token
+        if token in question:
+            raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
         ledger = Ledger()
         messages = list(self.messages)
         encoded: EncodedPictures | None = None

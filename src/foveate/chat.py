@@ -23,9 +23,13 @@ def chat_template(name: str) -> str:
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies messages with every content as a list of parts."""
+    """Copies messages with every content as a list of parts. Raises `FoveateError` for what is no message."""
+    if not messages:
+        raise FoveateError("the conversation is empty: give at least one message")
     normal = []
     for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise FoveateError(f"a message needs a role and a content, got {message!r}")
         content = message["content"]
         parts = (
             [{"type": "text", "text": content}]
@@ -51,7 +55,7 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FoveateError(
             f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
         ) from error

@@ -93,6 +93,8 @@ def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released 
     """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
     config = read_json(folder / "config.json")
     if config.get("model_type") == "foveate":
+        if vision_tower is not None:
+            raise FoveateError(f"{folder} has its own vision tower: leave out the one given")
         return None
     for method in METHODS:
         for layout in method_class(method).layouts:
@@ -169,11 +171,30 @@ def convert_config(released: Released) -> Any:
 
 def read_config(name: str | Path, vision_tower: str | Path | None = None) -> Any:
     """The `FoveateConfig` of a model folder or hub id of any known layout, without its weights."""
-    from foveate.config import FoveateConfig
-
     folder = local_folder(name)
     released = recognise(folder, vision_tower)
-    return FoveateConfig.from_pretrained(folder) if released is None else convert_config(released)
+    return own_config(folder) if released is None else convert_config(released)
+
+
+def own_config(folder: Path) -> Any:
+    """The `FoveateConfig` of one of Foveate's own folders. Raises `FoveateError` that names the file."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from foveate.config import FoveateConfig
+
+    path = folder / "config.json"
+    given = read_json(path)
+    kinds = {"vision_config": dict, "text_config": dict, "method": str, "options": dict}
+    for key, kind in {**kinds, "vision_feature_layer": int, "image_token_id": int}.items():
+        if not isinstance(given.get(key), kind):
+            raise FoveateError(f"{path}: {key!r} is missing or of a wrong type")
+    try:
+        config = FoveateConfig.from_pretrained(folder)
+    except (FoveateError, StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FoveateError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not 0 <= config.image_token_id < config.text_config.vocab_size:
+        raise FoveateError(f"{path}: 'image_token_id' lies outside of the LLM's vocabulary")
+    return config
 
 
 def _image_token_id(folder: Path, vocab_size: int) -> int:

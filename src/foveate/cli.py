@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,16 +69,19 @@ def ask(
         drawing_path(out)  # before the model loads
     foveate = _load(model, device, dtype, vision_tower, template, option)
     answers = [foveate.ask(image, question, max_new_tokens=max_new_tokens) for question in questions]
-    if out is not None:
-        for i, answer in enumerate(answers):
-            answer.show(out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}"))
+    console = Console()
     if as_json:
         values = [answer.to_dict() for answer in answers]
         _print_json(values[0] if len(values) == 1 else values)
-        return
-    console = Console()
-    for answer in answers:
-        _print_answer(console, answer)
+    else:
+        for answer in answers:
+            _print_answer(console, answer)
+    if out is not None:
+        for i, answer in enumerate(answers):
+            drawing = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+            answer.show(drawing)
+            if not as_json:
+                console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -107,8 +111,12 @@ def chat(
             break
         if not question.strip():
             break
-        answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
-        console.print(_costs(answer), style="dim")
+        try:
+            answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
+        except FoveateError as error:  # the conversation goes on
+            console.print(str(error), style="red", markup=False)
+            continue
+        console.print(_costs(answer), style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -286,7 +294,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _refuse_existing(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise FoveateError(f"{out} exists already: choose a new folder")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -311,11 +319,13 @@ def _print_json(value: Any) -> None:
 
 
 def _print_answer(console: Console, answer: Answer) -> None:
-    console.print(answer.question, style="dim", highlight=False, markup=False)
-    console.print(answer.text or "(no text)", style="bold", highlight=False, markup=False)
+    plain: Any = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(answer.question, style="dim", **plain)
+    text = "".join(c for c in answer.text if c == "\n" or unicodedata.category(c) != "Cc")
+    console.print(text or "(no text)", style="bold", **plain)
     regions = "  ".join(str(list(box.rounded())) for box in answer.regions)
-    console.print(f"looked at {regions}", style="dim", highlight=False, markup=False)
-    console.print(_costs(answer), style="dim", highlight=False, markup=False)
+    console.print(f"looked at {regions}", style="dim", **plain)
+    console.print(_costs(answer), style="dim", **plain)
 
 
 def _costs(answer: Answer) -> str:

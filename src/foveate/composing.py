@@ -16,7 +16,9 @@ from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer
 from foveate.config import FoveateConfig
 from foveate.encoders import VisionTower
 from foveate.errors import FoveateError
+from foveate.methods import method_class
 from foveate.modeling import FoveateForConditionalGeneration
+from foveate.options import build_options
 from foveate.processing import FoveateProcessor, image_processor_for
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def compose(
     Raises:
         FoveateError: parts that cannot be found or do not fit.
     """
+    build_options(method_class(method).Options, options or {}, where=f"options of {method}")  # before weights
     vision_config, tower, found = _vision(vision, dtype)
     text_config, language_model = _text(text, dtype)
     if tokenizer is None:

@@ -123,7 +123,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
-            config = given or FoveateConfig.from_pretrained(folder)
+            config = given or checkpoints.own_config(folder)
             config.options.update(options or {})
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
@@ -303,10 +303,15 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["input_ids"] = inputs
         names = ("pixel_values", "image_sizes", "query_ids", "query_mask")
         if kwargs.get("pixel_values") is not None:
+            if kwargs.get("image_sizes") is None:
+                raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
             encoded = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
             kwargs["mm_encoder_outputs"] = {"image": encoded}
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None:
+            ids = kwargs.get("input_ids")
+            if ids is not None and bool((ids == self.config.image_token_id).any()):
+                raise FoveateError("input_ids have image placeholders, but there are no pixel_values")
             return super().generate(**kwargs)
         image = EncodedPictures(**pictures)  # a copy: for beams, transformers repeats tokens in place
         kwargs["mm_encoder_outputs"] = {"image": image}

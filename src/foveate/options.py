@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -77,13 +78,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build_options(kind, value, where)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-3 as a string
+            number = float(value)  # YAML reads 1e-3 as a string
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise FoveateError(f"{where}: expected {type_name(kind)}, got {value!r}")

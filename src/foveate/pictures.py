@@ -24,14 +24,20 @@ def read_picture(picture: Picture | Any) -> Image.Image:
     """
     if isinstance(picture, Image.Image):
         image, name = picture, "picture"
+        if 0 in image.size:
+            raise FoveateError("the picture is empty: it has no pixels")
     elif isinstance(picture, np.ndarray):
         image, name = _from_array(picture), "array"
     elif isinstance(picture, (bytes, bytearray)):
         image, name = _open(io.BytesIO(picture), "the bytes given"), "bytes"
     elif isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
+        from huggingface_hub.errors import HfHubHTTPError
         from transformers.image_utils import load_image
 
-        image, name = load_image(picture), picture[:60]
+        try:
+            image, name = load_image(picture), picture[:60]
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise FoveateError(f"no picture could be had from {picture[:60]}: {error}") from error
     elif isinstance(picture, (str, os.PathLike)):
         path = Path(picture)
         if path.is_dir():
@@ -84,7 +90,8 @@ def _open(source: Any, name: str) -> Image.Image:
         image = Image.open(source)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FoveateError(f"{name} cannot be read as a picture: {error}") from error
+        what = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise FoveateError(f"{name} cannot be read as a picture: {what}") from error
     return image
 
 

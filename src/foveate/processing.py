@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
@@ -189,7 +190,15 @@ class FoveateProcessor(ProcessorMixin):
         folder = checkpoints.local_folder(pretrained_model_name_or_path)
         released = checkpoints.recognise(folder, vision_tower)
         if released is None:
-            processor = super().from_pretrained(folder, **kwargs)
+            own = checkpoints.read_json(folder / "processor_config.json").get("image_processor")
+            if not isinstance(own, dict):
+                raise FoveateError(f"{folder / 'processor_config.json'} is missing or has no image_processor")
+            checkpoints.own_config(folder)  # this and the next for their errors
+            load_tokenizer(folder)
+            try:
+                processor = super().from_pretrained(folder, **kwargs)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FoveateError(f"{folder}: its processor cannot be read: {error}") from error
         else:
             processor = cls._of_released(released)
         if template is not None:
@@ -235,7 +244,12 @@ class FoveateProcessor(ProcessorMixin):
         if kwargs.get("tokenize") and self.image_processor.planner().uses_query:
             queries = [query for messages in conversations for query in picture_queries(messages)]
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "queries": queries}
-        return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
+        if self.chat_template is None and kwargs.get("chat_template") is None:
+            raise FoveateError("the model's folder has no chat_template.jinja: name a template")
+        try:
+            return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
+        except TemplateError as error:
+            raise FoveateError(f"the chat template is broken: {error}; name another template") from error
 
     def answer_end(self) -> int | None:
         """The special token with which the chat template ends an answer; None where it uses none."""

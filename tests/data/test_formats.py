@@ -153,6 +153,8 @@ def test_a_wrong_record_is_named(write: Write, name: str, place: str, record: An
         ("a.json", "[]", "holds no samples"),
         ("a.json", "", "should hold a JSON list"),
         ("a.json", json.dumps([GOOD])[:-1], "expected a comma or the list's end"),
+        ("a.json", json.dumps([GOOD]) + "garbage", "more after the list's end"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", json.dumps(GOOD) + "\n\n{", "a.jsonl line 3 is not valid JSON"),
         ("a.jsonl", "\n", "holds no samples"),
         ("a.csv", "x", r"must end in .json .* or .jsonl"),

@@ -151,7 +151,7 @@ def _objects(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def _role(turn: Mapping[str, Any], key: str) -> str:
     role = turn.get(key)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise FoveateError(f"{key!r} of a turn is {role!r}: choose one of {', '.join(ROLES)}")
     return ROLES[role]
 
@@ -243,6 +243,8 @@ def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise FoveateError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+        except RecursionError:
+            raise FoveateError(f"{path} sample {index} is nested too deeply to be a record") from None
         source = text[position:end]
         if not source.isascii():
             record = _parse(source.encode("latin-1"), f"{path} sample {index}")
@@ -250,6 +252,8 @@ def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
         index, position = index + 1, _skip(text, end)
         separator = text[position : position + 1]
         if separator == "]":
+            if _skip(text, position + 1) < len(text):
+                raise FoveateError(f"{path} is not valid JSON: there is more after the list's end")
             return
         if separator != ",":
             line = text.count("\n", 0, position) + 1
@@ -267,3 +271,5 @@ def _parse(source: bytes, where: str) -> Any:
         return json.loads(source)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FoveateError(f"{where} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise FoveateError(f"{where} is nested too deeply to be a record") from None

@@ -82,6 +82,8 @@ class Lora:
             raise FoveateError("'on' names no module: list those whose linear layers get adapters")
         if self.rank < 1:
             raise FoveateError(f"rank must be at least 1, not {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise FoveateError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise FoveateError(f"seed must be at least 0 and below 2^32, not {self.seed}")
         if not self.stages:
             raise FoveateError("'stages' is empty: a recipe needs at least one stage")
         for name in self.stages:

@@ -98,10 +98,19 @@ def _check_output(recipe: Recipe, resume: bool | None) -> None:
             raise FoveateError(f"there is no run in {output} to go on with: check output, or start a new run")
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise FoveateError(f"{output} exists already and holds no run: choose another output")
+        parent = next(folder for folder in output.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise FoveateError(f"output {output}: {parent} is not a folder that can be written to")
         return
     if resume is False:
         raise FoveateError(f"{output} holds a run already: choose another output, or go on with that run")
-    changed = difference(yaml.safe_load(found.read_text(encoding="utf-8")), to_dict(recipe))
+    try:
+        before = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict):
+        raise FoveateError(f"{found} is broken: choose another output, or delete that run")
+    changed = difference(before, to_dict(recipe))
     if changed:
         raise FoveateError(f"{output} holds a run in which {changed}: choose another output, or undo that")
 
