@@ -55,7 +55,8 @@ def compose(
     Raises:
         FoveateError: parts that cannot be found or do not fit.
     """
-    build_options(method_class(method).Options, options or {}, where=f"options of {method}")  # before weights
+    kind = method_class(method)  # checked before any weights are read
+    build_options(kind.Options, options or {}, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)
     text_config, language_model = _text(text, dtype)
     if tokenizer is None:
