@@ -12,7 +12,8 @@ from foveate.geometry import Box, View, ViewPlan
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))
 MARGIN, GAP, LINE = 24, 10, 22
-PICTURE_SIDE, VIEWS_WIDTH = 620, 560
+PICTURE_SIDE, VIEWS_WIDTH, PAGE_WIDTH = 620, 560, 1100
+CAPTION_LINES = 6  # of each paragraph
 
 
 def draw(
@@ -22,7 +23,7 @@ def draw(
     canvases: Sequence[Image.Image],
     caption: Sequence[tuple[str, bool]],
 ) -> Image.Image:
-    """The picture with numbered regions on the left, all views on the right, a caption below.
+    """The picture with numbered regions, all views beside it (below it if it is wide), and a caption.
 
     Args:
         picture: the original.
@@ -34,12 +35,18 @@ def draw(
     left = mark_regions(picture, regions, PICTURE_SIDE)
     views = [cut_view(canvases[view.canvas], view) for view in plan.views]
     right = contact_sheet(views, [view.role for view in plan.views], VIEWS_WIDTH)
-    lines = [(line, INK if bold else FAINT) for text, bold in caption for line in textwrap.wrap(text, 130)]
-    width = 3 * MARGIN + left.width + right.width
-    top = 2 * MARGIN + max(left.height, right.height)
+    lines = [
+        (line, INK if bold else FAINT)
+        for text, bold in caption
+        for line in textwrap.wrap(text, 130, max_lines=CAPTION_LINES, placeholder=" ...")
+    ]
+    wide = left.width > 2 * left.height
+    place = (MARGIN, 2 * MARGIN + left.height) if wide else (2 * MARGIN + left.width, MARGIN)
+    width = max(PAGE_WIDTH, place[0] + right.width + MARGIN)
+    top = max(MARGIN + left.height, place[1] + right.height) + MARGIN
     page = Image.new("RGB", (width, top + LINE * len(lines) + MARGIN), PAPER)
     page.paste(left, (MARGIN, MARGIN))
-    page.paste(right, (2 * MARGIN + left.width, MARGIN))
+    page.paste(right, place)
     pen = ImageDraw.Draw(page)
     for i, (text, colour) in enumerate(lines):
         pen.text((MARGIN, top + i * LINE), text, colour, font=_font(16))
@@ -47,9 +54,10 @@ def draw(
 
 
 def mark_regions(picture: Image.Image, regions: Sequence[Box], side: int) -> Image.Image:
-    """The picture, at most `side` pixels long, with numbered boxes."""
-    scale = min(side / max(picture.size), 8.0)
-    marked = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    """The picture, `side` pixels long, with numbered boxes."""
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    marked = picture.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(marked)
     for i, box in enumerate(regions):
         colour = COLOURS[i % len(COLOURS)]
