@@ -9,8 +9,8 @@ Authors' code: haotian-liu/LLaVA (Apache-2.0), `spatial_unpad` with newline toke
     patch tokens -> MLP -> that order       AnyResConnector.forward, one gather for the whole batch
 
 Where versions differ: the authors cut the padding of the feature grid with `int(h * scale)`, Hugging Face's
-port rounds to 7 digits first (`geometry.unpadded`); they differ by one row on rare sizes. We follow the port,
-whose processor counts the same way.
+port rounds to 7 digits first (`geometry.unpadded`); they differ where that product falls just below a whole
+number. We follow the port, whose processor counts the same way.
 """
 
 from __future__ import annotations
