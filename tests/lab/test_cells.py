@@ -185,7 +185,7 @@ def test_pooled_tokens_are_means_of_the_tiles_under_them() -> None:
     with controls():
         pooled = method_class("pooled")(TowerGeometry(48, 8), {"with_global": False})
     connector = pooled.build_connector(Widths(2, 2))
-    connector.projector = torch.nn.Identity()
+    connector.tile_projector = torch.nn.Identity()
     plan = pooled.plan(144, 144)
     rows, columns = torch.meshgrid(torch.arange(18.0), torch.arange(18.0), indexing="ij")
     places = torch.stack([rows, columns], -1)  # of every patch of the 3 x 3 tiles

@@ -11,8 +11,9 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, tiled
 from foveate.lab.levels import KINDS, LEVELS, Level, level_named
 from foveate.lab.materials import LETTERS, WORDS, materials
+from foveate.lab.objects import COLOURS
 from foveate.lab.questions import ask_about, by_kind, chance, in_scene_guess
-from foveate.lab.scenes import CELLS, COLOURS, Scene, make_scene
+from foveate.lab.scenes import CELLS, Scene, make_scene
 from foveate.lab.words import lab_tokenizer
 
 VIEW = 48
@@ -134,7 +135,10 @@ def test_answers_are_right(level: str) -> None:
             elif question.kind == "rev":
                 holders = [t for t in scene.things if words[4] in (t.letter, t.digit)]
                 assert [t.colour for t in holders] == [question.answer]
-            assert question.answer in question.candidates or question.kind == "count"
+            elif question.kind == "absent":
+                assert question.answer == "none"
+                assert not any(t.shape in words or t.colour in words for t in scene.things)
+            assert question.answer in question.candidates or question.kind in ("count", "absent")
 
 
 def test_chance_and_guessing_lines() -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, set_seed
@@ -50,7 +49,7 @@ class Cell:
         seed: of the connector's weights and of the order of the data.
         level, scale: names.
         steps: of training; None: those of the scale.
-        options: the method's options beyond those of `methods.yaml`.
+        options: the method's options beyond its `options_for` the level's ratio.
     """
 
     method: str
@@ -78,20 +77,6 @@ class Cell:
         for key, value in self.options.items():
             words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
         return shlex.join(words)
-
-
-def lab_options(method: str, ratio: int) -> dict[str, Any]:
-    """The options in `methods.yaml` that make a method see the picture's own pixels."""
-    settings = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text(encoding="utf-8"))
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: filled(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [filled(item) for item in value]
-        return ratio if value == "ratio" else value
-
-    return filled(settings.get(method, {}))
 
 
 @dataclass(frozen=True)
@@ -148,7 +133,7 @@ class Student:
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         self.cell, self.bench = cell, bench
-        options = {**lab_options(cell.method, level_named(cell.level).ratio), **cell.options}
+        options = {**method_class(cell.method).options_for(level_named(cell.level).ratio), **cell.options}
         self.builds_tower = method_class(cell.method).build_tower is not Method.build_tower
         set_seed(cell.seed)
         made = compose(

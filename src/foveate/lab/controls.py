@@ -2,6 +2,7 @@
 
 pooled       tiles, averaged down to the tokens of one view, no enhancement of any kind
 resampler    learned queries that attend to all tokens of the tiles
+convnet      a convolutional tower in place of the prepared one, on the whole picture at its own pixels
 oracle       the region that the question is about as a second view: how much there is to win
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +69,33 @@ class TileOptions(MethodOptions):
             raise FoveateError(f"tiles must be at least 1, not {self.tiles}")
 
 
-def tiled_plan(method: Method, tiles: int, tokens: int, height: int, width: int) -> ViewPlan:
+class Tiled(Method):
     """The whole picture squashed to one view, and squashed to a square of tiles."""
-    picture, side, grid = Size(height, width), method.tower.side, Size(tiles, tiles)
-    canvas = Size(tiles * side.height, tiles * side.width)
-    return ViewPlan(
-        picture=picture,
-        canvases=(squashed(picture, side), squashed(picture, canvas)),
-        views=(View(0, whole(side), "global"), *tiled(1, grid, side)),
-        tokens=tokens,
-        tiles=grid,
-    )
+
+    paper = "control"
+    Options = TileOptions
+    options: TileOptions
+
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        return {"tiles": ratio}
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of a picture."""
+        return self.tower.tokens
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture, side, tiles = Size(height, width), self.tower.side, self.options.tiles
+        canvas, grid = Size(tiles * side.height, tiles * side.width), Size(tiles, tiles)
+        return ViewPlan(
+            picture=picture,
+            canvases=(squashed(picture, side), squashed(picture, canvas)),
+            views=(View(0, whole(side), "global"), *tiled(1, grid, side)),
+            tokens=self.tokens,
+            tiles=grid,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,9 @@ class PooledConnector(Connector):
     def __init__(self, widths: Widths, grid: Size, options: PooledOptions) -> None:
         super().__init__()
         self.grid, self.options = grid, options
-        self.projector = mlp_projector(widths.vision, widths.text)
+        self.tile_projector = mlp_projector(widths.vision, widths.text)
+        if options.with_global:
+            self.global_projector = mlp_projector(widths.vision, widths.text)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         t, (h, w) = self.options.tiles, self.grid
@@ -98,22 +117,17 @@ class PooledConnector(Connector):
         tiles = views[:, 1:].unflatten(1, (t, t)).unflatten(3, (h, w))  # (P, t, t, h, w, C)
         large = tiles.permute(0, 1, 3, 2, 4, 5)  # (P, t, h, t, w, C): the feature map of all tiles
         map_of_tiles = large.reshape(len(plans), h, t, w, t, -1)  # every token's t x t neighbours together
-        tokens = self.projector(map_of_tiles.mean((2, 4)).flatten(1, 2))  # (P, N, D)
+        tokens = self.tile_projector(map_of_tiles.mean((2, 4)).flatten(1, 2))  # (P, N, D)
         if self.options.with_global:
-            tokens = (tokens + self.projector(views[:, 0])) / 2
+            tokens = (tokens + self.global_projector(views[:, 0])) / 2
         return VisualTokens(flat(tokens))
 
 
-class PooledTiles(Method):
+class PooledTiles(Tiled):
     title = "pooled tiles"
     idea = "tiles averaged down to the tokens of one view"
-    paper = "control"
     Options = PooledOptions
     options: PooledOptions
-
-    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
-    def plan(self, height: int, width: int) -> ViewPlan:
-        return tiled_plan(self, self.options.tiles, self.tower.tokens, height, width)
 
     def build_connector(self, widths: Widths) -> PooledConnector:
         return PooledConnector(widths, self.tower.grid, self.options)
@@ -154,16 +168,15 @@ class ResamplerConnector(Connector):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class Resampler(Method):
+class Resampler(Tiled):
     title = "resampler"
     idea = "learned queries attend to the tokens of all tiles"
-    paper = "control"
     Options = ResamplerOptions
     options: ResamplerOptions
 
-    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
-    def plan(self, height: int, width: int) -> ViewPlan:
-        return tiled_plan(self, self.options.tiles, self.options.queries, height, width)
+    @property
+    def tokens(self) -> int:
+        return self.options.queries
 
     def build_connector(self, widths: Widths) -> ResamplerConnector:
         return ResamplerConnector(widths, self.options)
@@ -231,12 +244,9 @@ class ConvTower(nn.Module):
         return self.layers(pixel_values).flatten(2).transpose(1, 2)
 
 
-class ConvNetOnly(Method):
+class ConvNetOnly(Tiled):
     title = "ConvNet only"
     idea = "a convolutional tower on the whole picture at its own pixels"
-    paper = "control"
-    Options = TileOptions
-    options: TileOptions
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from foveate.errors import FoveateError
 
 FINE = ("letter", "digit", "word", "rev")  # kinds of questions that need the small glyphs
-COARSE = ("attr", "count", "where")
+COARSE = ("attr", "count", "where", "absent")
 KINDS = FINE + COARSE
 
 
@@ -22,8 +22,10 @@ class Level:
         objects: fewest and most objects.
         side: smallest and largest side of an object, pixels.
         glyph: smallest and largest font size, pixels; a capital is about 0.73 of it high.
+            No glyph is larger than half of its object.
         both: every plain object carries a letter and a digit.
         signs: chance that an object is a sign with a word on it.
+        wild: photographs in any colours, contrast and grain; otherwise pale, with an even grain.
         questions: questions per picture of each kind; kinds that a picture cannot ask are left out.
     """
 
@@ -34,6 +36,7 @@ class Level:
     glyph: tuple[int, int]
     both: bool = False
     signs: float = 0.0
+    wild: bool = False
     questions: MappingProxyType[str, int] = field(
         default_factory=lambda: MappingProxyType(
             {"letter": 1, "digit": 1, "rev": 1, "attr": 1, "count": 1, "where": 2}
@@ -67,6 +70,10 @@ LEVELS: dict[str, Level] = {
     "dense": Level(
         "a letter and a digit an object, and words, 4x", 4, (5, 8), (32, 38), (10, 11), both=True, signs=0.3,
         questions=_WITH_WORDS,
+    ),
+    "signs": Level(
+        "letters, digits and words of any size on photographs of any colours, 3x", 3, (1, 5), (20, 80),
+        (7, 26), signs=0.4, wild=True, questions=MappingProxyType({**_WITH_WORDS, "where": 1, "absent": 1}),
     ),
 }  # fmt: skip
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from foveate.lab.materials import DIGITS, FONTS, LETTERS, Materials, letter_mask
-from foveate.lab.scenes import COLOURS, DARK_INK, NOISE
+from foveate.lab.objects import COLOURS, DARK_INK, SHADE
+from foveate.lab.scenes import NOISE
 
 GLYPH_SIZES = (10, 11)  # font pixels at `magnify` 1, as in the levels
 NEAR = 0.6  # of a glyph's size: patches whose middle is that near to the glyph's are labelled with it
@@ -42,7 +43,7 @@ def make_page(
     for top in range(int(shift[1]), side, spacing):
         for left in range(int(shift[0]), side, spacing):
             colour = list(COLOURS)[rng.integers(len(COLOURS))]
-            shade = tuple(int(np.clip(c + rng.integers(-12, 13), 0, 255)) for c in COLOURS[colour])
+            shade = tuple(int(np.clip(c + rng.integers(-SHADE, SHADE + 1), 0, 255)) for c in COLOURS[colour])
             picture.paste(shade, (left, top, left + spacing, top + spacing))
             if rng.random() < 0.5:
                 character = LETTERS[rng.integers(len(LETTERS))]

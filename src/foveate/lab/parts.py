@@ -68,7 +68,10 @@ def prepare(name: str, scale: Scale, folder: Path, seed: int = 0, report: Report
         tokenizer = lab_tokenizer()
         reader = train_reader(scale, tokenizer, seed, report=tell("reader", scale.reader.steps))
         seconds = time.process_time() - start
-        notes["reader"] = {"seconds": round(seconds), "accuracy": comprehension(reader, tokenizer)}
+        notes["reader"] = {
+            "seconds": round(seconds),
+            "accuracy": comprehension(reader, tokenizer, scale.levels),
+        }
         reader.to(torch.bfloat16).save_pretrained(place / "reader")
         tokenizer.save_pretrained(place / "reader")
         _write_notes(notes_file, notes)

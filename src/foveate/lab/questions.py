@@ -10,8 +10,10 @@ import numpy as np
 
 from foveate.geometry import Box
 from foveate.lab.levels import FINE
-from foveate.lab.scenes import COLOURS, PLAIN, Scene, Thing
+from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
+from foveate.lab.scenes import Scene
 
+ABSENT = "none"  # the answer where the question is about nothing in the picture
 CAPTION = "caption"  # a kind beside those that are measured
 
 
@@ -162,6 +164,22 @@ def _where(scene: Scene) -> list[Question]:
     ]
 
 
+def _absent(scene: Scene) -> list[Question]:
+    """What is not there is asked for: the answer is `none`."""
+    shapes = {thing.shape for thing in scene.things}
+    colours = {thing.colour for thing in scene.things}
+    names = [f"the {shape}" for shape in PLAIN if shape not in shapes]
+    names += [f"the {colour} shape" for colour in COLOURS if colour not in colours]
+    asked = [
+        Question("absent", f"what {kind} is on {name} ?", ABSENT, None, ())
+        for name in names
+        for kind in ("letter", "digit")
+    ]
+    if SIGN not in shapes:
+        asked.append(Question("absent", f"what word is on the {SIGN} ?", ABSENT, None, ()))
+    return asked
+
+
 _KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "letter": _reading("letter"),
     "digit": _reading("digit"),
@@ -170,4 +188,5 @@ _KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "attr": _attr,
     "count": _count,
     "where": _where,
+    "absent": _absent,
 }

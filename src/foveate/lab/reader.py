@@ -4,7 +4,9 @@ No picture is involved. A scene is described in one of two ways, and questions a
 
 * in words: `red square k top-left .` for every object;
 * as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
-  times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order.
+  times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order, with
+  its place in the word. In half of the batches an overview comes first that tells no letters or digits, and
+  most bags after it tell no places in the picture: a view of the whole picture, and then its parts.
 
 A caption is an object's words in any order, the first given: they make the LLM learn to find an object by a
 word, where questions alone leave it guessing among all that are there. Bags stand at random rising positions
@@ -14,7 +16,7 @@ look bad for a reason that is not theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,26 +26,30 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from foveate.geometry import Box
 from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
+from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
 from foveate.lab.optimise import optimiser, warm_cosine
 from foveate.lab.packing import Packed, Sample, all_right, encode, pack
 from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scales import Scale
-from foveate.lab.scenes import CELLS, COLOURS, PLAIN, SIGN, Scene, Thing
+from foveate.lab.scenes import CELLS, Scene
+from foveate.lab.words import PLACES
 
-LONGEST = 640  # largest position of a visual token
+LONGEST = 800  # largest position of a visual token
 CROWDED, GAPPED = 0.4, 0.6  # parts of the steps after which scenes are full, and positions have gaps
 IN_WORDS = 0.25  # of the batches
 REPEATS = (1, 4)  # times that a bag is repeated
 EMPTY = 0.3  # chance of a token of pure noise after a bag
+OVERVIEW = 0.5  # of the other batches: a view of everything comes first
+PLACED = 0.3  # chance that a bag behind an overview tells where its object is
 NOISE = 0.3  # of the embeddings' size
-BAG = 4  # most words in a bag
+BAG = 5  # most words in a bag
 
 
 def sketch(level: Level, rng: np.random.Generator, most: int = 99) -> Scene:
     """A scene of one level without its picture, with up to `most` objects: cells are its pixels."""
     words = materials("train").words
     pairs: dict[tuple[str, str], None] = {}
-    wanted = int(rng.integers(2, min(level.objects[1], most) + 1))
+    wanted = int(rng.integers(min(2, level.objects[0]), min(level.objects[1], most) + 1))
     while len(pairs) < wanted:
         shape = SIGN if rng.random() < level.signs else PLAIN[rng.integers(len(PLAIN))]
         pairs[shape, list(COLOURS)[rng.integers(len(COLOURS))]] = None
@@ -69,8 +75,9 @@ def sketch(level: Level, rng: np.random.Generator, most: int = 99) -> Scene:
 class Descriptions:
     """Endless batches of described scenes with their questions."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, levels: Sequence[str], seed: int) -> None:
         self.tokenizer = tokenizer
+        self.levels = [LEVELS[name] for name in levels]
         self.rng = np.random.default_rng(seed)
         self.ids: dict[str, int] = tokenizer.get_vocab()
         self.known: dict[tuple[str, str], Sample] = {}
@@ -83,16 +90,17 @@ class Descriptions:
         `progress` is the part of the pre-training that is over: few objects and dense positions come first.
         """
         most = 99 if progress >= CROWDED else 3 + int(5 * progress / CROWDED)
-        in_words = self.rng.random() < IN_WORDS
+        in_words, overview = self.rng.random() < IN_WORDS, self.rng.random() < OVERVIEW
         described, scenes, questions = [], [], []
-        levels = list(LEVELS.values())
         for _ in range(size):
-            level = levels[self.rng.integers(len(levels))]
+            level = self.levels[self.rng.integers(len(self.levels))]
             scene = sketch(level, self.rng, most)
             scenes.append(scene)
             things = [scene.things[i] for i in self.rng.permutation(len(scene.things))]
-            bags = [bag for thing in things for bag in self._bags(thing, scene.cell(thing), in_words)]
-            described.append(bags)
+            if in_words:
+                described.append([bag for thing in things for bag in _in_words(thing, scene.cell(thing))])
+            else:
+                described.append(self._bags(scene, things, overview))
             questions.append(ask_about(scene, level.questions, self.rng))
         longest = max(len(bags) for bags in described)
         ids = np.full((size, longest, BAG), -1)
@@ -101,18 +109,23 @@ class Descriptions:
                 ids[b, i, : len(bag)] = [self.ids[word] for word in bag]
         return torch.from_numpy(ids), self._positions(size, longest, progress >= GAPPED), scenes, questions
 
-    def _bags(self, thing: Thing, cell: str, in_words: bool) -> list[list[str]]:
-        """An object as a list of tokens, each a list of words whose embeddings are summed."""
-        texts = [text for text in (thing.letter, thing.digit) if text is not None] or list(thing.word or "")
-        if in_words:
-            return [[word] for word in (thing.colour, thing.shape, *texts, cell, ".")]
-        tokens = []
-        for text in texts:
-            for _ in range(self.rng.integers(REPEATS[0], REPEATS[1] + 1)):
-                tokens.append([thing.colour, thing.shape, cell, text])
-                if self.rng.random() < EMPTY:
-                    tokens.append([])
+    def _bags(self, scene: Scene, things: Sequence[Thing], overview: bool) -> list[list[str]]:
+        """A scene as a list of tokens, each a list of words whose embeddings are summed."""
+        tokens: list[list[str]] = []
+        if overview:
+            for thing in things:
+                self._repeat(tokens, thing, [scene.cell(thing)])
+        for thing in things:
+            for text in _texts(thing):
+                placed = not overview or self.rng.random() < PLACED
+                self._repeat(tokens, thing, [*text, *([scene.cell(thing)] if placed else [])])
         return tokens
+
+    def _repeat(self, tokens: list[list[str]], thing: Thing, words: list[str]) -> None:
+        for _ in range(self.rng.integers(REPEATS[0], REPEATS[1] + 1)):
+            tokens.append([thing.colour, thing.shape, *words])
+            if self.rng.random() < EMPTY:
+                tokens.append([])
 
     def _positions(self, rows: int, count: int, gapped: bool) -> Tensor:
         """Rising positions: dense ones, or with random gaps up to `LONGEST`."""
@@ -127,6 +140,18 @@ class Descriptions:
         if key not in self.known:
             self.known[key] = encode(question, self.tokenizer)
         return self.known[key]
+
+
+def _texts(thing: Thing) -> list[list[str]]:
+    """What is written on an object: its letter and digit, or the letters of its word with their places."""
+    if thing.word is not None:
+        return [[letter, place] for letter, place in zip(thing.word, PLACES, strict=False)]
+    return [[text] for text in (thing.letter, thing.digit) if text is not None]
+
+
+def _in_words(thing: Thing, cell: str) -> list[list[str]]:
+    written = [words[0] for words in _texts(thing)]
+    return [[word] for word in (thing.colour, thing.shape, *written, cell, ".")]
 
 
 def bag_embeddings(ids: Tensor, embedding: nn.Embedding, noise: float) -> Tensor:
@@ -168,7 +193,7 @@ def train_reader(
     torch.manual_seed(seed)
     schedule = scale.reader
     model = LlamaForCausalLM(scale.text_config(len(tokenizer)))
-    source = Descriptions(tokenizer, seed)
+    source = Descriptions(tokenizer, scale.levels, seed)
     optimise = optimiser([(model, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
@@ -184,10 +209,10 @@ def train_reader(
 
 @torch.no_grad()
 def comprehension(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: int = 20
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, levels: Sequence[str], batches: int = 20
 ) -> dict[str, float]:
     """Exact match per kind of question, on new descriptions."""
-    source = Descriptions(tokenizer, seed=1_000_003)
+    source = Descriptions(tokenizer, levels, seed=1_000_003)
     hits: dict[str, list[bool]] = {}
     for _ in range(batches):
         _, logits, packed, questions = read(model, source, 32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.lab.levels import KINDS, level_named
+from foveate.lab.levels import FINE, KINDS, level_named
 
 Result = Mapping[str, Any]
 LINES = ("chance", "in-scene guess")
@@ -44,7 +44,7 @@ def markdown(results: Sequence[Result]) -> str:
     level = level_named(cell["level"])
     counts: Mapping[str, int] = results[0]["questions"]
     kinds = [kind for kind in KINDS if kind in counts]
-    fine = [kind for kind in kinds if kind not in ("attr", "count", "where")]
+    fine = [kind for kind in kinds if kind in FINE]
     groups = by_method(results)
     head, kind_head = [*COLUMNS], ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
     lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]

@@ -36,6 +36,10 @@ class Scale:
         text_width, text_layers, text_heads: of the LLM.
         tower, reader: pre-training of the two; batches of crops and of texts.
         tower_scenes: pictures that the tower's crops come from.
+        levels: names of the levels that tower and LLM are pre-trained for.
+        page_sizes: factors on the size of the glyphs on the pages that the tower learns to read on.
+        uneven: largest ratio of sides of the windows that the tower sees in pre-training; above 1, some
+            stand out of the picture, as padded views do.
         cell: training of a method; batches of pictures with all their questions.
         warm_up: part of the steps of a cell in which only new modules train, with captions.
         cell_llm_lr: learning rate of the LLM's weights in a cell.
@@ -59,6 +63,9 @@ class Scale:
     cell_llm_lr: float
     scenes: int
     test_scenes: int
+    levels: tuple[str, ...] = ("easy", "near", "words", "dense")
+    page_sizes: tuple[float, ...] = (1.0,)
+    uneven: float = 1.0
     warm_up: float = 0.25
 
     def __post_init__(self) -> None:
@@ -108,12 +115,54 @@ SCALES: dict[str, Scale] = {
         text_layers=3,
         text_heads=3,
         tower=Schedule(steps=6000, batch=64, lr=2e-3),
-        reader=Schedule(steps=1400, batch=32, lr=2e-3),
+        reader=Schedule(steps=2500, batch=32, lr=2e-3),
         tower_scenes=8000,
         cell=Schedule(steps=800, batch=32, lr=2e-3),
         cell_llm_lr=1e-3,
         scenes=8000,
         test_scenes=1000,
+    ),
+    "small": Scale(
+        summary="views of 112 pixels and 49 tokens, networks of two million parameters: the embedded model's",
+        view=112,
+        patch=16,
+        magnify=7 / 3,
+        vision_width=128,
+        vision_layers=4,
+        vision_heads=4,
+        text_width=128,
+        text_layers=4,
+        text_heads=4,
+        tower=Schedule(steps=15000, batch=32, lr=1.5e-3),
+        reader=Schedule(steps=2500, batch=32, lr=1.5e-3),
+        tower_scenes=4000,
+        cell=Schedule(steps=1500, batch=16, lr=1.5e-3),
+        cell_llm_lr=7e-4,
+        scenes=8000,
+        test_scenes=1000,
+        levels=("signs", "words"),
+        page_sizes=(0.8, 1.0, 1.5, 2.0, 3.0),
+        uneven=1.6,
+    ),
+    "base": Scale(
+        summary="views of 224 pixels and 256 tokens, networks of 80 million parameters, for one GPU",
+        view=224,
+        patch=14,
+        magnify=14 / 3,
+        vision_width=512,
+        vision_layers=12,
+        vision_heads=8,
+        text_width=512,
+        text_layers=8,
+        text_heads=8,
+        tower=Schedule(steps=60000, batch=256, lr=5e-4),
+        reader=Schedule(steps=10000, batch=128, lr=5e-4),
+        tower_scenes=20000,
+        cell=Schedule(steps=4000, batch=64, lr=5e-4),
+        cell_llm_lr=1e-4,
+        scenes=50000,
+        test_scenes=2000,
+        uneven=1.6,
     ),
 }
 

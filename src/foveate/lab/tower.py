@@ -2,7 +2,9 @@
 
 It learns to read on pages (see `pages`). Then it sees windows of the pictures at every zoom between their own
 pixels and the base view, and learns for each patch the shape and colour of the object there and the glyph on
-it, nearest to the patch. The glyph is asked of every patch of the object as long as the window shows it.
+it, nearest to the patch, with its place in its word. The glyph is asked of every patch of the object as long
+as the window shows it. Where in the picture the object lies is asked where the window shows all of the
+picture; elsewhere the answer is that it cannot be known.
 Glyphs are legible to it at their own size, and too small in the base view: what the methods are there for.
 """
 
@@ -20,23 +22,34 @@ from transformers import CLIPVisionModel
 
 from foveate.lab.levels import LEVELS
 from foveate.lab.materials import DIGITS, LETTERS, Split, materials
+from foveate.lab.objects import COLOURS, SHAPES
 from foveate.lab.optimise import optimiser, warm_cosine
 from foveate.lab.pages import make_page, page_labels
 from foveate.lab.scales import Scale
-from foveate.lab.scenes import COLOURS, SHAPES, Scene, make_scene
+from foveate.lab.scenes import CELLS, Scene, make_scene
+from foveate.lab.words import PLACES
 from foveate.processing import CLIP_MEAN, CLIP_STD
 
 UNKNOWN = -100  # label without loss
-NOTHING = 0  # class of patches without an object, or without a glyph
+NOTHING = 0  # class of patches without an object, without a glyph, of an unknown cell, outside words
 GLYPHS = LETTERS.lower() + DIGITS
-CLASSES = {"shape": 1 + len(SHAPES), "colour": 1 + len(COLOURS), "glyph": 1 + len(GLYPHS)}
+CLASSES = {
+    "shape": 1 + len(SHAPES),
+    "colour": 1 + len(COLOURS),
+    "glyph": 1 + len(GLYPHS),
+    "cell": 1 + len(CELLS),
+    "place": 1 + len(PLACES),
+}
 NOTHING_WEIGHT = 0.06  # in the loss; most patches show background
+UNKNOWN_CELL_WEIGHT = 0.3  # in the loss, of patches with an object in a part of the picture
 VISIBLE = 0.6  # of a glyph's area inside the window: it can be read
 
 # Zooms that windows are cut at, as original pixels per pixel of the view, and their chances; 0: everything.
 ZOOMS = (1.0, 1.5, 2.0, 0.0)
 CHANCES = (0.55, 0.15, 0.10, 0.20)
+UNEVEN, OUTSIDE = 0.5, 0.4  # chances of an uneven window, and of one that may stand out along an axis
 STRIDED = 0.3  # of views of everything: every n-th pixel instead of a smooth reduction
+MEASURED = ("shape", "colour", "letter", "digit", "cell", "place")
 
 READING = 0.33  # part of the steps with pages alone
 ALIGNED, ASTRAY = (
@@ -47,35 +60,52 @@ PAGES = 0.2  # share of pages in a batch after that
 
 
 class Window(NamedTuple):
-    """A square part of a scene, in its pixels."""
+    """A part of a scene, in its pixels; what lies beyond the scene is black."""
 
     left: int
     top: int
-    side: int
+    width: int
+    height: int
 
 
-def random_window(rng: np.random.Generator, whole: int, side: int) -> Window:
-    left, top = rng.integers(whole - side + 1, size=2)
-    return Window(int(left), int(top), side)
+def whole_of(scene: Scene) -> Window:
+    height, width = scene.picture.shape[:2]
+    return Window(0, 0, width, height)
+
+
+def random_window(rng: np.random.Generator, whole: int, side: int, uneven: float = 1.0) -> Window:
+    """A window of about `side` x `side` pixels in a scene of `whole` x `whole`.
+
+    With `uneven` above 1 it may be wider or higher by up to that factor, and may stand out of the scene.
+    """
+    if uneven == 1.0:
+        left, top = rng.integers(whole - side + 1, size=2)
+        return Window(int(left), int(top), side, side)
+    stretch = uneven ** (rng.uniform(-0.5, 0.5) if rng.random() < UNEVEN else 0.0)
+    width, height = min(round(side * stretch), whole), min(round(side / stretch), whole)
+    out = rng.uniform(0, 0.5, 2) * (rng.random(2) < OUTSIDE)
+    left = rng.integers(-round(out[0] * width), whole - width + round(out[0] * width) + 1)
+    top = rng.integers(-round(out[1] * height), whole - height + round(out[1] * height) + 1)
+    return Window(int(left), int(top), width, height)
 
 
 def crop(scene: Scene, window: Window, view: int, stride: bool = False) -> np.ndarray:
     """The window as the tower sees it, (view, view, 3) bytes."""
-    left, top, side = window
-    part = scene.picture[top : top + side, left : left + side]
+    left, top, width, height = window
     if stride:
-        return part[:: side // view, :: side // view]
-    if side == view:
-        return part
-    return np.asarray(Image.fromarray(part).resize((view, view), Image.Resampling.BICUBIC))
+        return scene.picture[top : top + height : height // view, left : left + width : width // view]
+    part = Image.fromarray(scene.picture).crop((left, top, left + width, top + height))
+    return np.asarray(part.resize((view, view), Image.Resampling.BICUBIC))
 
 
 def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
-    """Shape, colour and glyph of every patch of the window: (3, grid * grid) classes, 0 for nothing."""
-    left, top, side = window
-    middles = (np.arange(grid) + 0.5) * side / grid
-    x, y = np.tile(middles + left, grid), np.repeat(middles + top, grid)  # (N,) in pixels of the picture
-    labels = np.zeros((3, grid * grid), dtype=np.int64)
+    """What every patch of the window shows: (labels, grid * grid) classes in the order of `CLASSES`."""
+    middles = (np.arange(grid) + 0.5) / grid
+    x = np.tile(window.left + middles * window.width, grid)  # (N,) in pixels of the picture
+    y = np.repeat(window.top + middles * window.height, grid)
+    labels = np.zeros((len(CLASSES), grid * grid), dtype=np.int64)
+    labels[3] = UNKNOWN
+    everything = window == whole_of(scene)
     for thing in scene.things:
         x0, y0, x1, y1 = (float(n) for n in thing.box)
         here = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
@@ -83,6 +113,7 @@ def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
             continue
         labels[0, here] = 1 + SHAPES.index(thing.shape)
         labels[1, here] = 1 + list(COLOURS).index(thing.colour)
+        labels[3, here] = 1 + CELLS.index(scene.cell(thing)) if everything else NOTHING
         shown = [glyph for glyph in thing.glyphs if _visible(glyph.box, window) >= VISIBLE]
         if shown:
             centres = np.array(
@@ -90,14 +121,18 @@ def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
             )
             apart = np.hypot(x[here, None] - centres[:, 0], y[here, None] - centres[:, 1])  # (n, glyphs)
             classes = np.array([1 + GLYPHS.index(glyph.character) for glyph in shown])
-            labels[2, here] = classes[apart.argmin(1)]
+            nearest = apart.argmin(1)
+            labels[2, here] = classes[nearest]
+            if thing.word is not None:
+                entire = len(shown) == len(thing.glyphs)  # the window shows where the word begins
+                labels[4, here] = 1 + nearest if entire else UNKNOWN
     return labels
 
 
 def _visible(box: tuple, window: Window) -> float:
     left, top, right, bottom = (float(n) for n in box)
-    width = min(right, window.left + window.side) - max(left, window.left)
-    height = min(bottom, window.top + window.side) - max(top, window.top)
+    width = min(right, window.left + window.width) - max(left, window.left)
+    height = min(bottom, window.top + window.height) - max(top, window.top)
     return max(width, 0) * max(height, 0) / ((right - left) * (bottom - top))
 
 
@@ -108,7 +143,7 @@ def normalised(pictures: np.ndarray) -> Tensor:
 
 
 class PatchHead(nn.Module):
-    """Reads shape, colour and glyph off every patch token; thrown away after pre-training."""
+    """Reads the labels off every patch token; thrown away after pre-training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -129,7 +164,7 @@ class CropSampler:
         self.stock = materials("tower")
 
     def batch(self, size: int, progress: float) -> tuple[Tensor, Tensor]:
-        """Pixels (size, 3, view, view) and labels (size, 3, N), `UNKNOWN` where there is none.
+        """Pixels (size, 3, view, view) and labels (size, labels, N), `UNKNOWN` where there is none.
 
         `progress` is the part of the pre-training that is over.
         """
@@ -141,27 +176,29 @@ class CropSampler:
     def _page(self, progress: float) -> tuple[np.ndarray, np.ndarray]:
         grown = min(max((progress - ALIGNED) / (ASTRAY - ALIGNED), 0.0), 1.0)
         reach = round(grown * self.scale.patch / 2)
-        page = make_page(self.rng, self.stock, self.scale.view, self.scale.patch, self.scale.magnify, reach)
+        magnify = self.scale.magnify * (1.0 if grown < 1 else self.rng.choice(self.scale.page_sizes))
+        page = make_page(self.rng, self.stock, self.scale.view, self.scale.patch, magnify, reach)
         labels = page_labels(page, self.grid, GLYPHS)
-        return page.picture, np.concatenate([np.full_like(labels[:1], UNKNOWN), labels])
+        unknown = np.full_like(labels[:1], UNKNOWN)
+        return page.picture, np.concatenate([unknown, labels, unknown, unknown])
 
     def _window(self) -> tuple[np.ndarray, np.ndarray]:
         scene, view = self.scenes[self.rng.integers(len(self.scenes))], self.scale.view
         side, whole = round(ZOOMS[self.rng.choice(len(ZOOMS), p=CHANCES)] * view), len(scene.picture)
         everything = side == 0 or side >= whole
-        window = Window(0, 0, whole) if everything else random_window(self.rng, whole, side)
+        window = whole_of(scene) if everything else random_window(self.rng, whole, side, self.scale.uneven)
         stride = everything and self.rng.random() < STRIDED
         return crop(scene, window, view, stride), patch_labels(scene, window, self.grid)
 
 
 def patch_loss(predicted: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Cross entropy of shape, colour and glyph; labels (V, 3, N)."""
+    """Cross entropy, summed over the labels (V, labels, N)."""
     loss = torch.zeros((), device=labels.device)
-    for i, logits in enumerate(predicted):
+    for i, (name, logits) in enumerate(zip(CLASSES, predicted, strict=True)):
         if (labels[:, i] == UNKNOWN).all():
             continue
         weight = torch.ones(logits.shape[-1], device=logits.device)
-        weight[NOTHING] = NOTHING_WEIGHT
+        weight[NOTHING] = UNKNOWN_CELL_WEIGHT if name == "cell" else NOTHING_WEIGHT
         loss = loss + F.cross_entropy(
             logits.flatten(0, 1), labels[:, i].flatten(), weight, ignore_index=UNKNOWN
         )
@@ -169,8 +206,8 @@ def patch_loss(predicted: tuple[Tensor, ...], labels: Tensor) -> Tensor:
 
 
 def tower_scenes(scale: Scale, split: Split, count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of all levels in turn."""
-    levels = list(LEVELS.values())
+    """Scenes of the scale's levels in turn."""
+    levels = [LEVELS[name] for name in scale.levels]
     return [
         make_scene(levels[i % len(levels)], scale.view, scale.magnify, split, seed, i) for i in range(count)
     ]
@@ -203,13 +240,13 @@ def train_tower(
 def legibility(
     model: CLIPVisionModel, head: PatchHead, scale: Scale, scenes: list[Scene], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Accuracy over patches with something on them, per zoom: shape, colour, letter, digit."""
+    """Accuracy of the labels in `MEASURED` over patches with something on them, per zoom."""
     rng = np.random.default_rng(seed)
     table = {}
     for zoom in (1.0, 1.5, 2.0, 3.0, 4.0):
         side = round(zoom * scale.view)
         fitting = [scene for scene in scenes if len(scene.picture) >= side]
-        right: dict[str, list[np.ndarray]] = {name: [] for name in ("shape", "colour", "letter", "digit")}
+        right: dict[str, list[np.ndarray]] = {name: [] for name in MEASURED}
         for batch in _chunks(fitting, 128):
             windows = [random_window(rng, len(scene.picture), side) for scene in batch]
             pictures = [crop(s, w, scale.view) for s, w in zip(batch, windows, strict=True)]
@@ -219,7 +256,7 @@ def legibility(
             guesses = head(model(pixels).last_hidden_state[:, 1:])
             # "nothing" is left out: on these patches there is something
             best = [(g[..., 1:].argmax(-1) + 1).cpu().numpy() for g in guesses]
-            kinds = [labels[:, i] for i in range(3)]
+            kinds = list(labels.swapaxes(0, 1))
             is_letter = (kinds[2] > 0) & (kinds[2] <= len(LETTERS))
             is_digit = kinds[2] > len(LETTERS)
             for name, i, where in (
@@ -227,10 +264,12 @@ def legibility(
                 ("colour", 1, kinds[1] > 0),
                 ("letter", 2, is_letter),
                 ("digit", 2, is_digit),
+                ("cell", 3, kinds[3] > 0),
+                ("place", 4, kinds[4] > 0),
             ):
                 right[name].append((best[i] == kinds[i])[where])
         table[f"{zoom:g}"] = {
-            name: float(np.concatenate(hits).mean()) for name, hits in right.items() if hits
+            name: float(np.concatenate(hits).mean()) for name, hits in right.items() if sum(map(len, hits))
         }
     return table
 

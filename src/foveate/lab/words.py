@@ -8,13 +8,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from foveate.chat import IMAGE_TOKEN
 from foveate.lab.materials import DIGITS, LETTERS
-from foveate.lab.scenes import CELLS, COLOURS, SHAPES
+from foveate.lab.objects import COLOURS, SHAPES
+from foveate.lab.scenes import CELLS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
-QUESTION_WORDS = "what where how many is are on the has letter digit word colour shape shapes there ? ."
+PLACES = ("1st", "2nd", "3rd", "4th", "5th")  # of a letter in its word
+QUESTION_WORDS = "what where how many is are on the has letter digit word colour shape shapes there none ? ."
 
 
 def lab_tokenizer() -> PreTrainedTokenizerFast:
@@ -26,7 +28,17 @@ def lab_tokenizer() -> PreTrainedTokenizerFast:
 
     letters, spelled = list(LETTERS.lower()), [f"##{letter}" for letter in LETTERS.lower()]
     plural = [f"{shape}{'es' if shape.endswith('s') else 's'}" for shape in SHAPES]
-    words = [*QUESTION_WORDS.split(), *COLOURS, *SHAPES, *plural, *CELLS, *DIGITS, *letters, *spelled]
+    words = [
+        *QUESTION_WORDS.split(),
+        *COLOURS,
+        *SHAPES,
+        *plural,
+        *CELLS,
+        *PLACES,
+        *DIGITS,
+        *letters,
+        *spelled,
+    ]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *words]))}
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(

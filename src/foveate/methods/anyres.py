@@ -111,6 +111,10 @@ class AnyRes(Method):
     Options = AnyResOptions
     options: AnyResOptions
 
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        return {"grids": [[ratio, ratio]]}
+
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
         picture, side = Size(height, width), self.tower.side

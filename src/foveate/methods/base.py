@@ -10,7 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -84,8 +84,13 @@ class Widths(NamedTuple):
     text: int  # D
 
 
+# What a connector reads as the question: the user's text of the message that shows the picture; or all text of
+# the sample but answers that are learnt; or all text of the sample.
+QueryText: TypeAlias = Literal["question", "prompt", "sequence"]
+
+
 class Query(NamedTuple):
-    """The question about each picture, without system prompt, image or answer."""
+    """The question about each picture, as `Method.query_text` says."""
 
     embeds: Tensor  # (P, T, D), rows of the LLM's input embedding
     mask: Tensor  # (P, T), 1 where there is a token
@@ -100,12 +105,17 @@ class VisualTokens:
         kept: (T,) bool, False where the LLM must not see a token; None keeps all.
         injection: whatever the method's injectors read in the LLM's layers.
         regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
+        separators: (T,) bool, rows in whose place the LLM's own embedding of the separator token stands.
+        heat: per picture, for each of `Method.cells`, how much it matters to the question, 0 to 1; 0 where
+            it was dropped.
     """
 
     tokens: Tensor
     kept: Tensor | None = None
     injection: Any = None
     regions: list[list[Box]] | None = None
+    separators: Tensor | None = None
+    heat: list[Tensor] | None = None
 
 
 class Injector(nn.Module):
@@ -162,6 +172,11 @@ class Method(ABC):
         self.tower = tower
         self.options = build_options(self.Options, options or {}, where=f"options of method {self.title}")
 
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        """Options with which a square picture, `ratio` views wide, is read at its own pixels."""
+        return {}
+
     @abstractmethod
     def plan(self, height: int, width: int) -> ViewPlan:
         """The plan for a picture of this size, in whole numbers, before any pixel is touched."""
@@ -184,6 +199,15 @@ class Method(ABC):
         """
         text = yield Turn(question, [picture])
         return Reply(text)
+
+    @property
+    def query_text(self) -> QueryText:
+        """Which text the connector reads, where `uses_query`."""
+        return "question"
+
+    def cells(self, plan: ViewPlan) -> list[Box]:
+        """The boxes, in original pixels, to which a connector's `heat` refers."""
+        return []
 
     def describe_options(self) -> dict[str, Any]:
         return dataclasses.asdict(self.options)
