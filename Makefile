@@ -2,12 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test docs clean
+.PHONY: demo install test docs embedded clean
+
+# A question about a photograph of 16 megapixels, answered by the model that comes with the package.
+demo: .venv/core
+	$(BIN)/foveate ask examples/signs.jpg "what word is on the sign?" --out demo.png
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed: .venv/core
 	$(BIN)/pip install --quiet --editable '.[dev,docs]'
 	touch $@
 
@@ -24,6 +32,14 @@ test: install
 # The documentation on http://127.0.0.1:8000, built anew whenever a page changes.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Trains the embedded model again, from nothing: some hours on one core.
+embedded: export OMP_NUM_THREADS ?= 1
+embedded: install
+	$(BIN)/foveate lab prepare --scale small
+	$(BIN)/foveate lab run --methods anyres --level signs --scale small
+	$(BIN)/foveate lab export build/embedded --method anyres --level signs --scale small \
+		--option grids='[[3, 3], [2, 4], [4, 2]]'
 
 clean:
 	rm -rf .venv site build

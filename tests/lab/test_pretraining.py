@@ -73,9 +73,7 @@ def test_a_part_of_the_picture_does_not_tell_places() -> None:
 
 
 def test_a_glyph_outside_the_window_is_not_asked_for() -> None:
-    shape, _, glyph, *_ = patch_labels(
-        a_scene(), Window(36, 0, 48, 48), 6
-    )  # without its k
+    shape, _, glyph, *_ = patch_labels(a_scene(), Window(36, 0, 48, 48), 6)  # without its k
     assert (shape > 0).any() and not (glyph > 0).any()
     glyph = patch_labels(a_scene(), Window(30, 0, 48, 48), 6)[2]  # three quarters of the k
     assert (glyph[glyph > 0] == 1 + GLYPHS.index("k")).all() and (glyph > 0).any()

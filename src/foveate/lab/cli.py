@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from foveate.errors import FoveateError
+from foveate.options import parse_pairs
 
 app = typer.Typer(
     help="Compare methods in minutes on a CPU, on pictures of which everything is known.",
@@ -87,6 +88,68 @@ def run(
 
 
 @app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    method: Annotated[str, typer.Option(help="A method's name.")],
+    seed: int = 0,
+    level: LevelName = "easy",
+    scale: ScaleName = "tiny",
+    steps: Annotated[int | None, typer.Option(min=1, help="As in the run; by default the scale's.")] = None,
+    folder: Folder = Path("lab"),
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="Change of the method's options as key=value; repeatable."),
+    ] = None,
+) -> None:
+    """Write a method that `run` has trained as a model for `foveate ask`."""
+    from foveate.lab.scales import scale_named
+
+    sizes, changes = scale_named(scale), parse_pairs(option)
+    from foveate.lab.cell import Cell, check_methods
+    from foveate.lab.export import export as write
+
+    check_methods([method])
+    write(Cell(method, seed, level, scale, steps or sizes.cell.steps), folder, out, changes)
+    Console().print(f"model written to {out}")
+
+
+@app.command()
+def photographs(
+    photographs: Annotated[Path, typer.Argument(help="Folder of photographs, or one file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("photographs"),
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id; by default the embedded model.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Objects of each size and kind a photograph.")] = 1,
+    seed: int = 0,
+    threads: Threads = 1,
+) -> None:
+    """Draw the lab's objects on photographs, smaller and smaller, and count a model's right answers."""
+    from foveate.lab.photographs import measure_photographs, photographs_in
+
+    files = photographs_in(photographs)
+    import torch
+
+    from foveate.ask import load
+
+    torch.set_num_threads(threads)
+    console = Console()
+    reader = load(model)
+    with Progress(console=console) as progress:
+        task = progress.add_task("questions", total=None)
+        path = measure_photographs(
+            reader,
+            model or "the embedded model",
+            files,
+            out,
+            repeats,
+            seed,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(f"report written to {path}")
+
+
+@app.command()
 def show(
     out: Annotated[Path, typer.Argument(help="Picture file to write.")],
     level: LevelName = "easy",
@@ -113,16 +176,11 @@ def _numbers(seeds: str) -> list[int]:
 
 
 def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:
-    import yaml
-
+    """METHOD.KEY=VALUE texts -> options per method."""
     options: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        place, equals, value = pair.partition("=")
+    for place, value in parse_pairs(pairs).items():
         method, dot, key = place.partition(".")
-        if not (equals and dot):
-            raise FoveateError(f"--option {pair}: expected METHOD.KEY=VALUE")
-        try:
-            options.setdefault(method, {})[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise FoveateError(f"--option {pair}: the value is not valid YAML") from None
+        if not dot:
+            raise FoveateError(f"--option {place}: expected METHOD.KEY=VALUE")
+        options.setdefault(method, {})[key] = value
     return options

@@ -1,0 +1,40 @@
+"""A trained cell as a model of its own, which `foveate.load` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.ask import Foveate, load
+from foveate.errors import FoveateError
+from foveate.lab.cell import Cell, Student, make_bench
+from foveate.lab.controls import CONTROLS
+from foveate.lab.parts import load_parts
+
+
+def export(cell: Cell, folder: Path, out: Path, options: Mapping[str, Any] | None = None) -> None:
+    """Writes the model of a cell that `run` has trained, in float16.
+
+    Args:
+        cell: which one.
+        folder: where the lab keeps everything.
+        out: folder to write.
+        options: changes to the method's options, for pictures that are unlike the lab's.
+
+    Raises:
+        FoveateError: the cell is not trained, is a control, or the options are wrong.
+    """
+    if cell.method in CONTROLS:
+        raise FoveateError(f"{cell.method} is a control: it is known to the lab alone")
+    bench = make_bench(cell.level, cell.scale, folder, load_parts(cell.scale, folder))
+    weights = bench.cells(cell.scale) / cell.key / "weights.pt"
+    if not weights.is_file():
+        raise FoveateError(f"{weights} is not there: run `{cell.command}` first")
+    student = Student(cell, bench)
+    student.model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+    Foveate(student.model.half(), student.processor).save(out)
+    if options:
+        load(out, dtype="float16", device="cpu", options=options).save(out)
