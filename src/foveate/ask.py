@@ -49,8 +49,11 @@ def choose_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_tile", False) else torch.float32
 
 
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
 def load(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -61,7 +64,8 @@ def load(
     """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
 
     Args:
-        model: folder or Hugging Face hub id.
+        model: folder or Hugging Face hub id; by default the embedded model, which has learnt the lab's
+            coloured shapes and signs with letters, digits and words on them, and nothing else.
         device: by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what is fast and safe on the device.
         vision_tower: folder of the vision tower, for original LLaVA checkpoints that keep it apart.
@@ -82,6 +86,7 @@ def load(
         if dtype not in DTYPES:
             raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    model = EMBEDDED if model is None else model
     processor = FoveateProcessor.from_pretrained(
         model, vision_tower=vision_tower, template=template, options=options
     )
@@ -136,6 +141,8 @@ class Answer:
         question: what was asked.
         picture: what it was asked about.
         plan: the views that the picture was cut into.
+        heat: for methods that keep what matters to the question, parts of the picture in original pixels
+            with a weight from 0 (dropped) to 1; else empty.
     """
 
     text: str
@@ -144,6 +151,7 @@ class Answer:
     question: str
     picture: Image.Image = field(repr=False)
     plan: ViewPlan = field(repr=False)
+    heat: list[tuple[Box, float]] = field(repr=False)
     _draw: Callable[[Answer], Image.Image] = field(repr=False)
 
     def show(self, out: str | Path | None = None) -> Image.Image:
@@ -227,8 +235,9 @@ class Foveate:
         """
         pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
         plans = [self.plan(picture) for picture in pictures]
-        encoded = self._encode(pictures, plans, picture_queries(messages), ledger) if pictures else None
-        inputs = self._prompt(messages, plans).to(self.model.device)
+        inputs = self._prompt(messages, plans)
+        encoded = self._encode(pictures, plans, self._query(messages, inputs), ledger) if pictures else None
+        inputs = inputs.to(self.model.device)
         start = self._now()
         output = self.model.generate(
             **inputs,
@@ -265,11 +274,25 @@ class Foveate:
         special = bos is None or not text.startswith(bos)
         return BatchFeature(self.processor.tokenizer(texts, return_tensors="pt", add_special_tokens=special))
 
+    def _query(self, messages: Sequence[Mapping[str, Any]], inputs: BatchFeature) -> dict[str, Tensor]:
+        """`query_ids` and `query_mask` (P, T) of the conversation's pictures, for methods that read them."""
+        if not self.model.method.uses_query:
+            return {}
+        queries = picture_queries(messages)
+        if self.model.method.query_text == "question":
+            tokens = self.processor.tokenizer(
+                queries, add_special_tokens=False, padding=True, return_tensors="pt"
+            )
+            return {"query_ids": tokens["input_ids"], "query_mask": tokens["attention_mask"]}
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        query_ids, query_mask = self.processor.text_around(list(ids), list(mask), [len(queries)])
+        return {"query_ids": query_ids, "query_mask": query_mask}
+
     def _encode(
         self,
         pictures: Sequence[Image.Image],
         plans: Sequence[ViewPlan],
-        queries: Sequence[str],
+        query: Mapping[str, Tensor],
         ledger: Ledger,
     ) -> EncodedPictures:
         """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
@@ -297,15 +320,10 @@ class Foveate:
             self._features.move_to_end(key)
         while len(self._features) > self.remembered_pictures:
             self._features.popitem(last=False)
-        query: dict[str, Tensor] = {}
-        if self.model.method.uses_query:
-            tokens = self.processor.tokenizer(
-                list(queries), add_special_tokens=False, padding=True, return_tensors="pt"
-            ).to(self.model.device)
-            query = {"query_ids": tokens["input_ids"], "query_mask": tokens["attention_mask"]}
+        asked = {name: tensor.to(self.model.device) for name, tensor in query.items()}
         start = self._now()
         sizes = torch.tensor([plan.picture for plan in plans])
-        encoded = self.model.connect(torch.cat([found[key] for key in keys]), sizes, **query)
+        encoded = self.model.connect(torch.cat([found[key] for key in keys]), sizes, **asked)
         ledger.seconds["encode"] += self._now() - start
         return encoded
 
@@ -349,7 +367,11 @@ class Chat:
             encoded.regions[0] if encoded is not None and encoded.regions is not None else list(plan.regions)
         )
         regions = chosen if end.regions is None else end.regions
-        return Answer(end.text, regions, ledger, question, self.picture, plan, self._draw)
+        heat: list[tuple[Box, float]] = []
+        if encoded is not None and encoded.heat is not None:
+            cells = self.foveate.model.method.cells(plan)
+            heat = list(zip(cells, encoded.heat[0].tolist(), strict=True))
+        return Answer(end.text, regions, ledger, question, self.picture, plan, heat, self._draw)
 
     def _turn(
         self, messages: list[dict[str, Any]], turn: Turn, ledger: Ledger, generation: dict[str, Any]
@@ -375,7 +397,7 @@ class Chat:
             (f"A  {answer.text or '(no text)'}", True),
             (costs, False),
         ]
-        return draw(answer.picture, answer.regions, plan, canvases, caption)
+        return draw(answer.picture, answer.regions, plan, canvases, caption, answer.heat)
 
 
 def _fingerprint(picture: Image.Image) -> str:

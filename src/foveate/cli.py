@@ -15,6 +15,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
+from foveate.options import parse_pairs
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate
@@ -29,7 +30,9 @@ app = typer.Typer(
 
 app.add_typer(lab, name="lab")
 
-Model = Annotated[str, typer.Option(help="Model folder or Hugging Face hub id.")]
+Model = Annotated[
+    str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")
+]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")
@@ -45,11 +48,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
 
+EMBEDDED_NOTICE = (
+    "no --model given: the embedded model answers. It has learnt coloured shapes and signs with letters, "
+    "digits and words on them, and nothing else."
+)
+
+
 @app.command()
 def ask(
     picture: Annotated[Path, typer.Argument(help="The picture's file.")],
     questions: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
-    model: Model,
+    model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture of what the model saw.")] = None,
     as_json: AsJson = False,
     max_new_tokens: NewTokens = 256,
@@ -87,7 +96,7 @@ def ask(
 @app.command()
 def chat(
     picture: Annotated[Path, typer.Argument(help="The picture's file.")],
-    model: Model,
+    model: Model = None,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
     dtype: Dtype = None,
@@ -148,7 +157,7 @@ def inspect(
     rows: dict[str, Any] = {}
     for name in names:
         title = method_class(name).title
-        pricer = _pricer(name, model, _options(option))
+        pricer = _pricer(name, model, parse_pairs(option))
         rows[name] = {"title": title, **pricer.price(size, text_tokens).to_dict()}
     if as_json:
         _print_json({"width": size.width, "height": size.height, "text_tokens": text_tokens, "methods": rows})
@@ -185,7 +194,12 @@ def compose(
     out: Annotated[Path, typer.Argument(help="The new model's folder.")],
     vision: Annotated[str | None, typer.Option(help="Vision tower: folder or hub id.")] = None,
     text: Annotated[str | None, typer.Option(help="Causal LM: folder or hub id.")] = None,
-    method: Annotated[str, typer.Option(help="A method's name.")] = "llava",
+    method: Annotated[
+        str | None, typer.Option(help="A method's name; by default llava, or that of --connector.")
+    ] = None,
+    connector: Annotated[
+        str | None, typer.Option(help="Folder of one stage of the authors' training, with mm_projector.bin.")
+    ] = None,
     template: Annotated[str, typer.Option(help="plain, vicuna_v1, llama3, mistral or chatml.")] = "vicuna_v1",
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Tiny random parts, to try commands without weights.")
@@ -195,17 +209,23 @@ def compose(
     """Make a new model from a vision tower and a causal LM, with an untrained connector between them."""
     _refuse_existing(out)
     _quiet()
+    if tiny and connector is not None:
+        raise FoveateError(
+            "--connector needs the tower and LLM it was trained with: give --vision and --text"
+        )
     if tiny == bool(vision or text) or bool(vision) != bool(text):
         raise FoveateError("give --vision and --text, or --tiny alone")
     if tiny:
         from foveate.tiny import tiny_model
 
-        made = tiny_model(method, _options(option), template=template)
+        made = tiny_model(method or "llava", parse_pairs(option), template=template)
     else:
         from foveate.composing import compose as compose_parts
 
         assert vision is not None and text is not None
-        made = compose_parts(vision, text, method, _options(option), template=template)
+        made = compose_parts(
+            vision, text, method, parse_pairs(option), connector=connector, template=template
+        )
     _save(made, out)
 
 
@@ -249,7 +269,7 @@ def main() -> None:
 
 
 def _load(
-    model: str,
+    model: str | None,
     device: str | None,
     dtype: str | None,
     tower: str | None,
@@ -257,10 +277,17 @@ def _load(
     option: list[str] | None,
 ) -> Foveate:
     _quiet()
+    if model is None:
+        Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
     from foveate.ask import load
 
     return load(
-        model, device=device, dtype=dtype, vision_tower=tower, template=template, options=_options(option)
+        model,
+        device=device,
+        dtype=dtype,
+        vision_tower=tower,
+        template=template,
+        options=parse_pairs(option),
     )
 
 
@@ -276,21 +303,6 @@ def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
         config.method, config.options = method, {}
     config.options.update(options)
     return Pricer(config)
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    options = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise FoveateError(f"--option {pair}: expected key=value")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FoveateError(f"--option {pair}: the value is not valid YAML") from error
-    return options
 
 
 def _refuse_existing(out: Path) -> None:

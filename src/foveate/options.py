@@ -7,12 +7,32 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from foveate.errors import FoveateError
 
 T = TypeVar("T")
+
+
+def parse_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` texts, as `--option` takes them; values are YAML.
+
+    Raises:
+        FoveateError: no equals sign, or a value that is not YAML.
+    """
+    import yaml
+
+    options = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise FoveateError(f"--option {pair}: expected key=value")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise FoveateError(f"--option {pair}: the value is not valid YAML") from error
+    return options
 
 
 def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
