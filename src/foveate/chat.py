@@ -62,6 +62,12 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
     return tokenizer, prepare_tokenizer(tokenizer)
 
 
+def separator_token(tokenizer: Any) -> int | None:
+    """Id of the comma, which some methods write between groups of visual tokens; None where there is none."""
+    ids = tokenizer(",", add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids else None
+
+
 def prepare_tokenizer(tokenizer: Any) -> int:
     """Adds the image token where it is missing and a padding token; returns the image token's id."""
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +18,7 @@ from foveate.methods import METHODS, method_class
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}
+LLAMA3_VOCABULARY = 128256  # its model_type is that of Llama 2
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Released:
     @property
     def template(self) -> str:
         """Name of the chat template that checkpoints of this kind were trained with."""
+        if self.config.get("vocab_size") == LLAMA3_VOCABULARY:
+            return "llama3"
         return ORIGINAL_TEMPLATES.get(_original_text_type(self.config), "vicuna_v1")
 
 
@@ -96,15 +99,19 @@ def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released 
         if vision_tower is not None:
             raise FoveateError(f"{folder} has its own vision tower: leave out the one given")
         return None
+    released = _layout_of(folder, config)
+    released.vision_tower = _tower_folder(released, vision_tower)
+    released.preprocessor = read_preprocessor(folder)
+    if not released.preprocessor and released.vision_tower:
+        released.preprocessor = read_preprocessor(released.vision_tower)
+    return released
+
+
+def _layout_of(folder: Path, config: Json) -> Released:
     for method in METHODS:
         for layout in method_class(method).layouts:
             if _family(config) == layout.family and layout.recognises(config):
-                released = Released(folder, config, layout, method)
-                released.vision_tower = _tower_folder(released, vision_tower)
-                released.preprocessor = read_preprocessor(folder)
-                if not released.preprocessor and released.vision_tower:
-                    released.preprocessor = read_preprocessor(released.vision_tower)
-                return released
+                return Released(folder, config, layout, method)
     known = [layout.name for method in METHODS for layout in method_class(method).layouts]
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
@@ -166,6 +173,7 @@ def convert_config(released: Released) -> Any:
         options=options,
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         image_token_id=image_token_id,
+        separator_token_id=config.get(released.layout.separator or ""),
     )
 
 
@@ -246,11 +254,15 @@ def _check_header(path: Path) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a folder's safetensors or .bin shards, memory-mapped. Never unpickles code."""
+    return _read_files(folder, weight_files(folder))
+
+
+def _read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
-    for name in weight_files(folder):
+    for name in names:
         path = folder / name
         try:
             if path.suffix == ".safetensors":
@@ -277,18 +289,76 @@ def released_tensors(released: Released, config: Any, expected: Iterable[str]) -
             for key, tensor in read_tensors(released.vision_tower).items()
             if not key.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale"))
         }
+    return _renamed(tensors, released.layout, expected, config, released.folder)
+
+
+def _renamed(
+    tensors: Mapping[str, Any], layout: Layout, expected: Iterable[str], config: Any, folder: Path
+) -> dict[str, Any]:
+    """Tensors under Foveate's keys. Raises `FoveateError` that names those that have no place."""
     expected = set(expected)
     unused = {*_tower_keys(config.vision_config)} - expected  # of layers after the one that is read
     renamed = {}
     unexpected = []
     for key, tensor in tensors.items():
-        new = convert_key(released.layout, key)
+        new = convert_key(layout, key)
         if new in expected:
             renamed[new] = tensor
-        elif new is not None and new not in unused:
+        elif new is not None and new not in unused and not any(re.search(p, new) for p in layout.optional):
             unexpected.append(key)
-    report_keys(released.folder, (), unexpected)
+    report_keys(folder, (), unexpected)
     return renamed
+
+
+@dataclass
+class StageFiles:
+    """What a stage in which only the connector trains left behind: no LLM, no tower."""
+
+    released: Released
+    options: Json
+    tensors: dict[str, Any]  # under the authors' keys
+
+    @property
+    def separator(self) -> int | None:
+        return self.released.config.get(self.released.layout.separator or "")
+
+
+def stage_files(name: str | Path) -> StageFiles:
+    """Reads a folder with config.json and a layout's connector files, such as mm_projector.bin.
+
+    Raises `FoveateError` where it has none of them, or files that are broken.
+    """
+    folder = local_folder(name)
+    config = read_json(folder / "config.json")
+    released = _layout_of(folder, config)
+    files = released.layout.connector_files
+    found = [file for file in files if (folder / file).is_file()]
+    if not found:
+        raise FoveateError(f"{folder} has none of the files {', '.join(files) or 'of a connector'}")
+    options = released.layout.options(config, read_preprocessor(folder))
+    return StageFiles(released, options, _read_files(folder, found))
+
+
+def fill_connector(model: Any, stage: StageFiles) -> None:
+    """Puts a stage's weights into a model's connector, and into parts of its tower that the stage has.
+
+    Parts that the stage does not have stay as they are.
+
+    Raises `FoveateError` that names keys without a place, and keys that a part lacks.
+    """
+    folder = stage.released.folder
+    whole = model.state_dict()
+    state = {key: tensor for key, tensor in whole.items() if not key.startswith("language_model.")}
+    given = _renamed(stage.tensors, stage.released.layout, state, model.config, folder)
+    parts = {_part(key) for key in given}
+    missing = [key for key in state if _part(key) in parts and key not in given]
+    report_keys(folder, missing, (), [key for key in given if given[key].shape != state[key].shape])
+    model.load_state_dict(given, strict=False)
+
+
+def _part(key: str) -> str:
+    """The child of connector or tower that a key belongs to."""
+    return ".".join(key.split(".")[:2])
 
 
 def _tower_keys(vision_config: Any) -> set[str]:

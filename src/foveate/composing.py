@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from foveate import checkpoints
-from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer
+from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer, separator_token
 from foveate.config import FoveateConfig
 from foveate.encoders import VisionTower
 from foveate.errors import FoveateError
@@ -24,15 +24,17 @@ from foveate.processing import FoveateProcessor, image_processor_for
 if TYPE_CHECKING:
     from foveate.ask import Foveate
 
+DEFAULT_METHOD = "llava"
 Part: TypeAlias = str | Path | PreTrainedConfig | PreTrainedModel
 
 
 def compose(
     vision: Part,
     text: Part,
-    method: str = "llava",
+    method: str | None = None,
     options: Mapping[str, Any] | None = None,
     *,
+    connector: str | Path | None = None,
     tokenizer: Any = None,
     template: str = "vicuna_v1",
     vision_feature_layer: int = -2,
@@ -44,8 +46,10 @@ def compose(
     Args:
         vision: folder, hub id, configuration or model of a vision tower; of CLIP-like pairs the vision part.
         text: folder, hub id, configuration or model of a causal LM.
-        method: a name in `foveate.methods.METHODS`.
+        method: a name in `foveate.methods.METHODS`; by default llava, or that of `connector`.
         options: the method's options.
+        connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such: its
+            weights instead of new ones, and its options, changed by `options`.
         tokenizer: needed where `text` is no folder or id.
         template: one of `foveate.chat.TEMPLATES`.
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
@@ -55,6 +59,12 @@ def compose(
     Raises:
         FoveateError: parts that cannot be found or do not fit.
     """
+    stage = None if connector is None else checkpoints.stage_files(connector)
+    if stage is not None:
+        if method not in (None, stage.released.method):
+            raise FoveateError(f"method is {method}, but {connector} was made for {stage.released.method}")
+        method, options = stage.released.method, {**stage.options, **(options or {})}
+    method = method or DEFAULT_METHOD
     kind = method_class(method)  # checked before any weights are read
     build_options(kind.Options, options or {}, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)
@@ -73,11 +83,14 @@ def compose(
         options=dict(options or {}),
         vision_feature_layer=vision_feature_layer,
         image_token_id=image_token_id,
+        separator_token_id=separator_token(tokenizer) if stage is None else stage.separator,
     )
     config.dtype = dtype
     model = FoveateForConditionalGeneration(config).to(dtype)
     if tower is not None:
         _fill_tower(model.vision_tower, tower)
+    if stage is not None:
+        checkpoints.fill_connector(model, stage)
     if language_model is not None:
         language_model.resize_token_embeddings(text_config.vocab_size)
         model.language_model.load_state_dict(language_model.state_dict())

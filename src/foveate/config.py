@@ -20,6 +20,8 @@ class FoveateConfig(PreTrainedConfig):
         vision_feature_layer: which hidden state of the tower is used, counted as transformers does
             (-1: the last layer's output, -2: the one before; never the final norm).
         image_token_id: id of the placeholder that stands once per visual token in `input_ids`.
+        separator_token_id: id of the LLM token, a comma, with whose embedding some methods separate groups of
+            visual tokens.
     """
 
     model_type = "foveate"
@@ -32,6 +34,7 @@ class FoveateConfig(PreTrainedConfig):
     options: Any = None
     vision_feature_layer: int = -2
     image_token_id: int = 32000
+    separator_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

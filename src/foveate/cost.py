@@ -64,7 +64,9 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
         vocab_size=32064,
         max_position_embeddings=4096,
     )
-    return FoveateConfig(vision_config=vision, text_config=text, method=method, options=options)
+    return FoveateConfig(
+        vision_config=vision, text_config=text, method=method, options=options, separator_token_id=1919
+    )
 
 
 class Pricer:

@@ -11,6 +11,7 @@ from foveate.geometry import Box, View, ViewPlan
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))
+HEAT = (255, 120, 0)
 MARGIN, GAP, LINE = 24, 10, 22
 PICTURE_SIDE, VIEWS_WIDTH, PAGE_WIDTH = 620, 560, 1100
 CAPTION_LINES = 6  # of each paragraph
@@ -22,6 +23,7 @@ def draw(
     plan: ViewPlan,
     canvases: Sequence[Image.Image],
     caption: Sequence[tuple[str, bool]],
+    heat: Sequence[tuple[Box, float]] = (),
 ) -> Image.Image:
     """The picture with numbered regions, all views beside it (below it if it is wide), and a caption.
 
@@ -31,8 +33,10 @@ def draw(
         plan: the views.
         canvases: the picture as it lies on each of the plan's canvases, 8-bit RGB.
         caption: paragraphs, each with whether it stands out.
+        heat: boxes in the original's pixels with a weight from 0 to 1: the warmer, the more it mattered;
+            those of weight 0 were dropped.
     """
-    left = mark_regions(picture, regions, PICTURE_SIDE)
+    left = mark_regions(picture, regions, PICTURE_SIDE, heat)
     views = [cut_view(canvases[view.canvas], view) for view in plan.views]
     right = contact_sheet(views, [view.role for view in plan.views], VIEWS_WIDTH)
     lines = [
@@ -53,11 +57,15 @@ def draw(
     return page
 
 
-def mark_regions(picture: Image.Image, regions: Sequence[Box], side: int) -> Image.Image:
-    """The picture, `side` pixels long, with numbered boxes."""
+def mark_regions(
+    picture: Image.Image, regions: Sequence[Box], side: int, heat: Sequence[tuple[Box, float]] = ()
+) -> Image.Image:
+    """The picture, `side` pixels long, with numbered boxes, tinted by heat where there is any."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     marked = picture.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
+    if heat:
+        marked = _tinted(marked, [(Box(*(n * scale for n in map(float, box))), w) for box, w in heat])
     draw = ImageDraw.Draw(marked)
     for i, box in enumerate(regions):
         colour = COLOURS[i % len(COLOURS)]
@@ -72,6 +80,20 @@ def mark_regions(picture: Image.Image, regions: Sequence[Box], side: int) -> Ima
         draw.rectangle(edges, outline=colour, width=3)
         _label(draw, (left + 4 + 22 * _same_corner(regions, i), top + 4), str(i + 1), colour)
     return marked
+
+
+def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Image:
+    """Weights as a warm tint; what was dropped, and what no box covers, turns grey and dark."""
+    seen, tint = Image.new("L", picture.size), Image.new("L", picture.size)
+    for box, weight in heat:
+        left, top, right, bottom = box.rounded()
+        if weight > 0 and left < right and top < bottom:
+            inside = (left, top, right - 1, bottom - 1)
+            ImageDraw.Draw(seen).rectangle(inside, fill=255)
+            ImageDraw.Draw(tint).rectangle(inside, fill=round(150 * weight))
+    dark = picture.convert("L").point(lambda level: level // 2).convert("RGB")
+    warm = Image.composite(Image.new("RGB", picture.size, HEAT), picture, tint)
+    return Image.composite(warm, dark, seen)
 
 
 def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int) -> Image.Image:

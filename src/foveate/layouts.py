@@ -26,6 +26,9 @@ class Layout:
         options: (config.json, preprocessor_config.json) -> the method's options.
         keys: regular expression on a checkpoint's key -> Foveate's key; tried before the family's own.
         drops: keys that have no counterpart because nothing reads them.
+        optional: regular expressions on Foveate's keys that only some options have a place for.
+        separator: the key of config.json with the LLM token that separates groups of visual tokens.
+        connector_files: what a stage in which only the connector trains writes.
     """
 
     name: str
@@ -34,6 +37,9 @@ class Layout:
     options: Callable[[Json, Json], Json]
     keys: Mapping[str, str]
     drops: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    separator: str | None = None
+    connector_files: tuple[str, ...] = ()
 
 
 FAMILY_KEYS: dict[str, dict[str, str]] = {

@@ -30,6 +30,7 @@ class EncodedPictures(ModelOutput):
         kept: per picture (n,) bool, False for tokens that the LLM must not see; None: all are seen.
         injection: what the method's injectors read in the LLM's layers.
         regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
+        heat: per picture, how much each of the method's cells matters to the question.
         pictures: how many there are; `generate` repeats `pooler_output` for beams and several answers.
     """
 
@@ -37,6 +38,7 @@ class EncodedPictures(ModelOutput):
     kept: list[Tensor] | None = None
     injection: Any = None
     regions: list[list[Box]] | None = None
+    heat: list[Tensor] | None = None
     pictures: int | None = None
 
 
@@ -196,14 +198,25 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise FoveateError(f"query_ids hold {len(query_ids)} questions for {len(plans)} pictures")
             query = Query(self.get_input_embeddings()(query_ids), query_mask)
         visual = self.connector(features, plans, query)
+        if visual.separators is not None:
+            separator = self._separator().to(visual.tokens)
+            visual.tokens = torch.where(visual.separators[:, None], separator, visual.tokens)
         counts = [plan.tokens for plan in plans]
         return EncodedPictures(
             pooler_output=list(visual.tokens.split(counts)),
             kept=None if visual.kept is None else list(visual.kept.split(counts)),
             injection=visual.injection,
             regions=visual.regions,
+            heat=visual.heat,
             pictures=len(plans),
         )
+
+    def _separator(self) -> Tensor:
+        """The LLM's embedding of the separator token, (1, D)."""
+        token = self.config.separator_token_id
+        if token is None or not 0 <= token < self.config.text_config.vocab_size:
+            raise FoveateError(f"config.json: separator_token_id {token} is no token of the LLM")
+        return self.get_input_embeddings()(torch.tensor([token], device=self.device))
 
     # `generate` calls this with every argument of the same name and takes those away from `forward`: none may
     # share its name with an argument of the LLM.

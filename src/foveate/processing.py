@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2 import TemplateError
 from PIL import Image
+from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
 from foveate import checkpoints
@@ -152,8 +154,9 @@ class FoveateProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
     Every `<image>` in a text is replaced by as many placeholders as the picture's plan says. For methods
-    that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: the text
-    of the user's message that shows it, or what is passed as `queries`.
+    that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: what is
+    passed as `queries`, or as the method's `query_text` says the text of the user's message that shows it or
+    all text around it.
     """
 
     def __init__(
@@ -210,7 +213,8 @@ class FoveateProcessor(ProcessorMixin):
     def _of_released(cls, released: checkpoints.Released) -> FoveateProcessor:
         config = checkpoints.convert_config(released)
         tokenizer, _ = load_tokenizer(released.folder)
-        template = checkpoints.read_template(released.folder) or chat_template(released.template)
+        own = checkpoints.read_template(released.folder) if released.layout.family == "hf" else None
+        template = own or chat_template(released.template)  # originals bring their LLM's, without pictures
         return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
@@ -228,20 +232,51 @@ class FoveateProcessor(ProcessorMixin):
         if isinstance(images, (list, tuple)) and not list(_flat(images)):
             images = None
         inputs = super().__call__(images=images, text=text, **kwargs)
-        if queries and self.image_processor.planner().uses_query:
+        method = self.image_processor.planner()
+        if queries and method.uses_query:
             if len(queries) != len(inputs["image_sizes"]):
                 raise FoveateError(f"{len(queries)} queries for {len(inputs['image_sizes'])} pictures")
             tokens = self.tokenizer(
                 list(queries), add_special_tokens=False, padding=True, return_tensors="pt"
             )
             inputs["query_ids"], inputs["query_mask"] = tokens["input_ids"], tokens["attention_mask"]
+        elif "image_sizes" in inputs and method.uses_query and method.query_text != "question":
+            texts = [text] if isinstance(text, str) else text
+            inputs["query_ids"], inputs["query_mask"] = self.text_around(
+                [torch.as_tensor(row) for row in inputs["input_ids"]],
+                [torch.as_tensor(row, dtype=torch.bool) for row in inputs["attention_mask"]],
+                [one.count(self.image_token) for one in texts],
+            )
         return inputs
+
+    def text_around(
+        self, ids: Sequence[Tensor], reads: Sequence[Tensor], pictures: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Per picture the text of its sample: `query_ids` and `query_mask` (P, longest), padded on the left.
+
+        Args:
+            ids: per sample (T,), placeholders included.
+            reads: per sample (T,) bool, the tokens that may be read; placeholders never are.
+            pictures: how many each sample shows.
+        """
+        rows = [
+            row[read & (row != self.image_token_id)]
+            for row, read, shown in zip(ids, reads, pictures, strict=True)
+            for _ in range(shown)
+        ]
+        longest = max((len(row) for row in rows), default=0)
+        query_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        query_mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            query_ids[i, longest - len(row) :], query_mask[i, longest - len(row) :] = row, 1
+        return query_ids, query_mask
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """As in transformers; contents may be plain strings, and batches may have text-only conversations."""
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = [normalise_messages(c) for c in (conversation if batched else [conversation])]
-        if kwargs.get("tokenize") and self.image_processor.planner().uses_query:
+        method = self.image_processor.planner()
+        if kwargs.get("tokenize") and method.uses_query and method.query_text == "question":
             queries = [query for messages in conversations for query in picture_queries(messages)]
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "queries": queries}
         if self.chat_template is None and kwargs.get("chat_template") is None:

@@ -90,6 +90,9 @@ def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> d
     for name in ("pixel_values", "image_sizes", "query_ids", "query_mask"):
         if name in inputs:
             encoded[name] = torch.as_tensor(inputs[name])
+    if "query_ids" in encoded and processor.image_processor.planner().query_text == "prompt":
+        shown = len(encoded["image_sizes"])
+        encoded["query_ids"], encoded["query_mask"] = processor.text_around([ids], [~answer], [shown])
     return encoded
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "llava": "foveate.methods.llava:Llava",
     "anyres": "foveate.methods.anyres:AnyRes",
+    "slime": "foveate.methods.slime:Slime",
 }
 
 

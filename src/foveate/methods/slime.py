@@ -1,0 +1,580 @@
+"""SliME: the whole picture through a soft mixture of two adapters, and tiles compressed to a few
+tokens each, of which a router keeps those that matter to the question.
+
+Paper: Zhang et al., Beyond LLaVA-HD: Diving into High-Resolution Large Multimodal Models, arXiv 2406.08487.
+Authors' code: yfzhang114/SliME at 5c89ec9 (Apache-2.0).
+
+    grid choice, global view, tiles         Slime.plan           section 2.1, "Scaling Input Resolution"
+    G(x)_0 f_m(x) + G(x)_1 f_q(x)           Mixture              section 2.1, "Soft Mixture of Experts"
+    N_q queries read a tile                 QueryFormer          section 2.2, "Local Feature Compression"
+    scores, cumulative threshold gamma      Router               section 2.2, "Text-Guided Router"
+    global | separator | local, in raster   SlimeConnector       figure 2 (d)
+    three stages, four runs                 recipes/slime.yaml   section 2.2, "Alternating Training Scheme"
+
+Paper and authors' code differ. Each difference is an option; defaults are what the released checkpoints need:
+
+    option (default, other)                     default: authors' code             other: paper
+    grids authors, paper                        2 to 7 tiles near the own area     1 x 1 to 6 x 6
+    global_view squash, pad                     stretched to the square            padded
+    gate authors, paper                         noise scale softplus(x W_g)+0.01,  softplus(x W_noise),
+                                                gates / (sum + 1e-6)               plain softmax
+    gate_per token, view                        a gate per token                   not said
+    expert_mlp shared, own                      f_q ends in f_m's MLP              an adapter of its own
+    similarity cosine_sum, dot_mean,            cosine, summed over text           dot product, averaged
+               cosine_mean
+    router_text prompt, question, sequence      all text but the answer            the question
+    gamma 0.95                                  of all fine-tuning scripts         0.5, 0.75, 0.9
+    separator true, false                       the comma's embedding              none
+
+Where we differ from the authors: in training their router also reads the answer (`router_text: sequence`
+does, too); without any text nothing is dropped; similarities are one product with the summed text, not a
+tensor of tokens x words x channels; no training batch is padded to 10 views; the dead W_noise of released
+checkpoints is left out unless `gate: paper` asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from math import isqrt
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+from foveate.geometry import (
+    NO_TILES,
+    Box,
+    Canvas,
+    Size,
+    View,
+    ViewPlan,
+    best_fit,
+    letterboxed,
+    padded_square,
+    squashed,
+    tiled,
+    whole,
+)
+from foveate.layers import mlp_projector
+from foveate.layouts import Layout
+from foveate.methods.base import (
+    Connector,
+    Method,
+    MethodOptions,
+    Query,
+    QueryText,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+    flat,
+)
+
+SEPARATOR = -1  # in `token_sources`
+
+
+@dataclass(frozen=True)
+class SlimeOptions(MethodOptions):
+    # Views
+    grids: Literal["authors", "paper"] = "authors"  # which grids of tiles may be chosen
+    grid_limit: int = 6  # authors: tiles aimed at, one more may come; paper: rows and columns
+    global_view: Literal["squash", "pad"] = "squash"  # how the whole picture becomes a square
+    enlarge: bool = True  # false: no picture is enlarged on its tiles; one that fits one view gets no tiles
+    use_global_only: bool = False  # no tiles
+    use_local_only: bool = False  # tiles alone, without separator
+    # Connector
+    experts: Literal["mixture", "mlp", "query_former"] = "mixture"  # adapters of the global view
+    gate: Literal["authors", "paper"] = "authors"  # the gate's noise in training, and its normalisation
+    gate_per: Literal["token", "view"] = "token"
+    expert_mlp: Literal["shared", "own"] = "shared"  # what projects the query former of the global view
+    queries: int | None = None  # N_q per tile, a square number; null: a quarter of the tower's tokens
+    heads: int | None = None  # of attention; null: one per 128 channels
+    separator: bool = True  # whether the comma's embedding stands between global and local tokens
+    # Router
+    gamma: float = 0.95  # local tokens are kept until their probabilities pass this sum; 1: all
+    similarity: Literal["cosine_sum", "cosine_mean", "dot_mean"] = "cosine_sum"
+    temperature: float = 1.0  # of the softmax over local tokens
+    router_text: QueryText = "prompt"  # what the router reads
+    router_noise: float = 0.1  # standard deviation of what training adds to the scores
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = 2 if self.grids == "authors" else 1
+        if self.grid_limit < least:
+            raise FoveateError(
+                f"grid_limit must be at least {least} with grids {self.grids}, not {self.grid_limit}"
+            )
+        if self.use_global_only and self.use_local_only:
+            raise FoveateError(
+                "use_global_only and use_local_only exclude each other: set one of them to false"
+            )
+        if self.queries is not None and (self.queries < 1 or isqrt(self.queries) ** 2 != self.queries):
+            raise FoveateError(f"queries must be a square number such as 64, 144 or 196, not {self.queries}")
+        if self.heads is not None and self.heads < 1:
+            raise FoveateError(f"heads must be at least 1, not {self.heads}")
+        if not 0 < self.gamma <= 1:
+            raise FoveateError(f"gamma must be above 0 and at most 1, not {self.gamma}")
+        if self.temperature <= 0:
+            raise FoveateError(f"temperature must be above 0, not {self.temperature}")
+        if self.router_noise < 0:
+            raise FoveateError(f"router_noise must not be negative, but is {self.router_noise}")
+
+
+# Views.
+
+
+def candidate_grids(picture: Size, side: Size, options: SlimeOptions) -> Iterator[Size]:
+    """Rows and columns of tiles that may be chosen; on a tie, `best_fit` takes the first."""
+    limit = options.grid_limit
+    if options.grids == "paper":
+        yield from (Size(rows, columns) for columns in range(1, limit + 1) for rows in range(1, limit + 1))
+        return
+    views = -(-picture.height * picture.width // (side.height * side.width))  # that its area would fill
+    near = min(max(views, 2), limit)
+    for count in range(max(near - 1, 2), near + 2):
+        yield from (
+            Size(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0
+        )
+
+
+def unenlarged(picture: Size, canvas: Size) -> Canvas:
+    """As `letterboxed`, but a picture smaller than the canvas keeps its pixels."""
+    if picture.height > canvas.height or picture.width > canvas.width:
+        return letterboxed(picture, canvas)
+    left, top = (canvas.width - picture.width) // 2, (canvas.height - picture.height) // 2
+    content = Box(left, top, left + picture.width, top + picture.height)
+    return Canvas(canvas, whole(picture), content)
+
+
+def raster(tiles: Size, side: int) -> np.ndarray:
+    """Queries of all tiles, side x side each, in rows of the whole grid: (n,), tile * side^2 + query."""
+    numbers = np.arange(tiles.height * tiles.width * side * side)
+    in_tiles = numbers.reshape(tiles.height, tiles.width, side, side)
+    return in_tiles.transpose(0, 2, 1, 3).reshape(-1)  # (tile rows, rows, tile columns, columns)
+
+
+# Connector.
+
+
+def sincos_positions(width: int, grid: Size) -> Tensor:
+    """Fixed 2-D positions (h w, C): half the channels tell the column, half the row, each sine then cosine.
+
+    Rounded to half precision, as released checkpoints hold them.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid.height), np.arange(grid.width), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]  # (h w, C / 4) each
+    table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(table).half().float()
+
+
+class QueryFormer(nn.Module):
+    """Learnable queries read a view through one cross attention: LN(attention(q + p, LN(x) + p', LN(x))).
+
+    No residual, no feed-forward part. `grid` arranges the queries, `source` the tokens they read.
+    """
+
+    positions: Tensor
+
+    def __init__(self, width: int, grid: Size, source: Size, heads: int) -> None:
+        super().__init__()
+        self.grid, self.source, self.heads = grid, source, heads
+        self.queries = nn.Parameter(torch.empty(grid.height * grid.width, width))
+        self.register_buffer("positions", sincos_positions(width, grid))
+        self.query_norm, self.feature_norm, self.output_norm = (nn.LayerNorm(width, 1e-6) for _ in range(3))
+        self.project_in = nn.Linear(width, 3 * width)  # query, key and value
+        self.project_out = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.queries, std=0.02)
+        nn.init.xavier_uniform_(self.project_in.weight)
+        nn.init.zeros_(self.project_in.bias)
+        nn.init.zeros_(self.project_out.bias)
+
+    def source_positions(self) -> Tensor:
+        """The queries' positions resized to the tokens they read, (N, C)."""
+        if self.grid == self.source:
+            return self.positions
+        table = self.positions.float().T.reshape(1, -1, *self.grid)  # (1, C, h, w)
+        table = F.interpolate(table, self.source, mode="bicubic")
+        return table.flatten(2)[0].T.half().to(self.positions)  # rounded as the table itself
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(V, N, C) -> (V, Q, C)"""
+        query = self.query_norm(self.queries) + self.positions  # the same for all views
+        value = self.feature_norm(features)
+        key = value + self.source_positions()
+        w_q, w_k, w_v = self.project_in.weight.chunk(3)
+        b_q, b_k, b_v = self.project_in.bias.chunk(3)
+        query = self._split(F.linear(query, w_q, b_q)[None])  # (1, heads, Q, C / heads)
+        key, value = self._split(F.linear(key, w_k, b_k)), self._split(F.linear(value, w_v, b_v))
+        read = F.scaled_dot_product_attention(query.expand(len(features), -1, -1, -1), key, value)
+        return self.output_norm(self.project_out(read.transpose(1, 2).flatten(2)))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(V, N, C) -> (V, heads, N, C / heads)"""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Mixture(nn.Module):
+    """The adapter of the global view: an MLP and a query former with as many queries as tokens, mixed."""
+
+    def __init__(self, widths: Widths, grid: Size, heads: int, options: SlimeOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.mlp = mlp_projector(*widths)
+        self.former = QueryFormer(widths.vision, grid, grid, heads)
+        self.gate = nn.Parameter(torch.zeros(widths.vision, 2))
+        if options.gate == "paper":
+            self.noise = nn.Parameter(torch.zeros(widths.vision, 2))
+        if options.expert_mlp == "own":
+            self.former_mlp = mlp_projector(*widths)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(P, N, C) -> (P, N, D)"""
+        if self.options.experts == "mlp":
+            return self.mlp(features)
+        former_mlp = self.mlp if self.options.expert_mlp == "shared" else self.former_mlp
+        read = former_mlp(self.former(features))
+        if self.options.experts == "query_former":
+            return read
+        first, second = self.gates(features).to(read).split(1, dim=-1)  # (P, N or 1, 1) each
+        return first * self.mlp(features) + second * read
+
+    def gates(self, features: Tensor, noise: Tensor | None = None) -> Tensor:
+        """G(x), (P, N, C) -> (P, N or 1, 2). `noise`: draws of Normal(0, 1); drawn here while training."""
+        if self.options.gate_per == "view":
+            features = features.mean(1, keepdim=True)
+        logits = features @ self.gate.to(features)
+        if self.training and noise is None:
+            noise = torch.randn_like(logits)
+        if noise is not None and self.options.gate == "paper":
+            logits = logits + noise * F.softplus(features @ self.noise.to(features))
+        elif noise is not None:
+            logits = logits + noise * (F.softplus(logits) + 0.01)
+        gates = logits.softmax(-1)
+        return gates if self.options.gate == "paper" else gates / (gates.sum(-1, keepdim=True) + 1e-6)
+
+
+class Router(nn.Module):
+    """Which local tokens matter to the text. Has no parameters, and no gradient passes through it."""
+
+    def __init__(self, options: SlimeOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def scores(self, tokens: Tensor, owner: Tensor, query: Query) -> Tensor:
+        """(n, D) local tokens, `owner` (n,) the picture of each -> (n,) similarity to its text.
+
+        The sum over text tokens of t . v is (sum of t) . v: one product for all pictures.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens, words = tokens.float(), query.embeds.float()
+            mask = query.mask.to(words)[..., None]  # (P, T, 1)
+            if self.options.similarity != "dot_mean":
+                words = F.normalize(words, dim=-1, eps=1e-8)
+            text = (words * mask).sum(1)  # (P, D)
+            if self.options.similarity != "cosine_sum":
+                text = text / mask.sum(1).clamp(min=1)
+            scores = (tokens @ text.T).gather(1, owner[:, None])[:, 0]  # (n, P) -> (n,)
+            if self.options.similarity != "dot_mean":
+                scores = scores / torch.linalg.vector_norm(tokens, dim=-1).clamp(min=1e-8)
+            return scores
+
+    def probabilities(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(P, L) scores, -inf where there is no token -> (P, L). `noise` as for `Mixture.gates`."""
+        if self.training and noise is None and self.options.router_noise:
+            noise = torch.randn_like(scores)
+        if noise is not None:
+            scores = scores + self.options.router_noise * noise
+        return (scores / self.options.temperature).softmax(1)
+
+    def forward(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, L) -> which tokens are kept, and the rank of each, 0 the most probable.
+
+        The most probable ones are kept until their sum passes gamma; the one that passes it is kept too.
+        """
+        ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
+        rank = order.argsort(1)
+        if self.options.gamma == 1:  # the sum of all may be rounded to less
+            return torch.ones_like(probabilities, dtype=torch.bool), rank
+        within = (ranked.cumsum(1) <= self.options.gamma).sum(1, keepdim=True)
+        return rank <= within, rank
+
+
+class SlimeConnector(Connector):
+    def __init__(self, widths: Widths, grid: Size, side: int, options: SlimeOptions) -> None:
+        super().__init__()
+        heads = options.heads or max(1, widths.vision // 128)
+        if widths.vision % heads or widths.vision % 4:
+            raise FoveateError(f"heads {heads} and 4 must divide the vision tower's width {widths.vision}")
+        self.per_view, self.per_tile, self.side = grid.height * grid.width, side * side, side
+        self.gamma = options.gamma
+        self.separator = options.separator
+        self.adapter = Mixture(widths, grid, heads, options)
+        self.compressor = QueryFormer(widths.vision, Size(side, side), grid, heads)
+        self.router = Router(options)
+        self._sources = lru_cache(maxsize=4096)(self.token_sources)
+
+    def token_sources(self, plan: ViewPlan) -> np.ndarray:
+        """Which token each place of a picture takes when none is cut, (full,) int64.
+
+        A global token's number, or SEPARATOR, or N + the number of a local token in order of tiles.
+        """
+        parts = [raster(plan.tiles, self.side) + self.per_view]
+        if plan.views[0].role == "global":
+            comma = [SEPARATOR] if self.separator and plan.tiles != NO_TILES else []
+            parts = [np.arange(self.per_view), np.array(comma, dtype=np.int64), *parts]
+        return np.concatenate(parts)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        roles = np.array([view.role for plan in plans for view in plan.views])
+        shown, cut = (torch.from_numpy(np.flatnonzero(roles == role)) for role in ("global", "tile"))
+        shown, cut = shown.to(features.device), cut.to(features.device)
+        parts = [self.adapter(features[shown])] if len(shown) else []  # (P, N, D)
+        if len(cut):
+            parts.append(self.adapter.mlp(self.compressor(features[cut])))  # (tiles, N, C) -> (tiles, Q, D)
+        tokens = [flat(part) for part in parts]
+        table = torch.cat(
+            [*tokens, tokens[0].new_zeros(1, tokens[0].shape[-1])]
+        )  # the separator's place last
+        places = Places.of(plans, [self._sources(plan) for plan in plans], self.per_view, self.per_tile)
+        index = torch.from_numpy(places.rows).to(table.device)
+        kept: Tensor | None = None
+        heat: list[Tensor] | None = None
+        stands: Tensor | None = None
+        if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
+            kept, stands, heat = self._route(tokens[-1], places, query)
+        elif places.crowded:
+            stands = torch.from_numpy(places.evenly()).to(table.device)
+        if stands is not None:
+            index, kept = index[stands], None if kept is None else kept[stands]
+        separators = index == len(table) - 1 if self.separator else None
+        return VisualTokens(table[index], kept, separators=separators, heat=heat)
+
+    @torch.no_grad()
+    def _route(
+        self, local: Tensor, places: Places, query: Query
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """For every place (full,) whether it is kept and whether it stands at all; per picture the heat."""
+        device = local.device
+        owner, padded, spots, slots, picture = (
+            torch.from_numpy(t).to(device)
+            for t in (places.owner, places.padded, places.spots, places.slots, places.picture)
+        )
+        scores = F.pad(self.router.scores(local, owner, query), (0, 1), value=-torch.inf)[padded]  # (P, L)
+        probabilities = self.router.probabilities(scores)
+        kept, rank = self.router(probabilities)
+        asked = query.mask.sum(1, keepdim=True).to(device) > 0
+        kept = kept | ~asked  # without text, nothing is dropped
+        seen = kept & (rank < slots[:, None])
+        heat = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~seen, 0)
+        counts = torch.bincount(owner, minlength=len(padded)).tolist()
+        fixed = spots < 0
+        stands = None
+        if places.crowded:
+            chosen = fixed | (rank < slots[:, None]).flatten()[spots]
+            even = torch.from_numpy(places.evenly()).to(device)
+            stands = torch.where(asked[:, 0][picture], chosen, even)
+        return (
+            fixed | kept.flatten()[spots],
+            stands,
+            [row[:n] for row, n in zip(heat, counts, strict=True)],
+        )
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of a batch's visual tokens before any is cut, `full` in all, and where they come from.
+
+    Attributes:
+        rows: (full,) row in [all global tokens, all local tokens, separator].
+        picture: (full,) number of the picture.
+        spots: (full,) picture * L + place among its local tokens, L the most of any picture; -1: not local.
+        owner: (n,) picture of each local token, in order of tiles.
+        padded: (P, L) number of each local token in order of places; n where there is none.
+        slots: (P,) places for local tokens that the plan has.
+    """
+
+    rows: np.ndarray
+    picture: np.ndarray
+    spots: np.ndarray
+    owner: np.ndarray
+    padded: np.ndarray
+    slots: np.ndarray
+
+    @classmethod
+    def of(
+        cls, plans: Sequence[ViewPlan], sources: Sequence[np.ndarray], per_view: int, per_tile: int
+    ) -> Places:
+        """`sources`: of `SlimeConnector.token_sources`, per picture."""
+        globals_before = [0, *accumulate(plan.views[0].role == "global" for plan in plans)]
+        locals_in = [plan.tiles.height * plan.tiles.width * per_tile for plan in plans]
+        locals_before = [0, *accumulate(locals_in)]
+        all_globals, n, longest = globals_before[-1] * per_view, locals_before[-1], max(locals_in)
+        padded = np.full((len(plans), longest), n)
+        rows, spots = [], []
+        for p, source in enumerate(sources):
+            local = source >= per_view
+            numbers = source[local] - per_view + locals_before[p]
+            padded[p, : len(numbers)] = numbers
+            row = source + globals_before[p] * per_view
+            row[local] = all_globals + numbers
+            row[source == SEPARATOR] = all_globals + n
+            rows.append(row)
+            spots.append(np.where(local, local.cumsum() - 1 + p * longest, -1))
+        lengths = [len(source) for source in sources]
+        return cls(
+            rows=np.concatenate(rows),
+            picture=np.repeat(np.arange(len(plans)), lengths),
+            spots=np.concatenate(spots),
+            owner=np.repeat(np.arange(len(plans)), locals_in),
+            padded=padded,
+            slots=np.array([p.tokens - k + m for p, k, m in zip(plans, lengths, locals_in, strict=True)]),
+        )
+
+    @cached_property
+    def crowded(self) -> bool:
+        """Whether a picture has more local tokens than places for them."""
+        return bool((self.slots < np.bincount(self.owner, minlength=len(self.slots))).any())
+
+    def evenly(self) -> np.ndarray:
+        """(full,) bool: which places stand where no text says what matters, evenly spread."""
+        stands = np.ones(len(self.rows), dtype=bool)
+        for p, slots in enumerate(self.slots):
+            mine = np.flatnonzero((self.picture == p) & (self.spots >= 0))
+            stands[mine] = False
+            stands[mine[np.arange(slots) * len(mine) // max(slots, 1)]] = True
+        return stands
+
+
+class Slime(Method):
+    title = "SliME"
+    idea = "the whole picture in full, 2 to 7 tiles compressed, tokens that matter to the question kept"
+    paper = "arXiv 2406.08487"
+    Options = SlimeOptions
+    options: SlimeOptions
+    uses_query = True
+
+    def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tower, options)
+        given = self.options.queries
+        self.side = max(1, tower.grid.height // 2) if given is None else isqrt(given)  # of a tile's queries
+        if self.side > tower.grid.height:
+            raise FoveateError(
+                f"options of method {self.title}: queries {given} are more than the tower's {tower.tokens} "
+                "tokens per view"
+            )
+
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        return {"grids": "paper", "grid_limit": ratio}
+
+    @property
+    def query_text(self) -> QueryText:
+        return self.options.router_text
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture, side, options = Size(height, width), self.tower.side, self.options
+        tiles = self._tiles(picture)
+        canvases: list[Canvas] = []
+        views: list[View] = []
+        if not options.use_local_only:
+            square = squashed(picture, side)
+            canvases.append(
+                square if options.global_view == "squash" else padded_square(picture, side.height)
+            )
+            views.append(View(0, whole(side), "global"))
+        if tiles != NO_TILES:
+            canvas = Size(tiles.height * side.height, tiles.width * side.width)
+            views += tiled(len(canvases), tiles, side)
+            canvases.append(letterboxed(picture, canvas) if options.enlarge else unenlarged(picture, canvas))
+        local = tiles.height * tiles.width * self.side**2
+        fixed = 0 if options.use_local_only else self.tower.tokens + (options.separator and local > 0)
+        budget = options.max_visual_tokens
+        if not self._within_budget(fixed + min(local, 1)):
+            raise self._refuse_budget(fixed + min(local, 1))
+        tokens = fixed + local if budget is None else min(fixed + local, budget)  # the router cuts
+        return ViewPlan(picture, tuple(canvases), tuple(views), tokens, tiles)
+
+    def _tiles(self, picture: Size) -> Size:
+        side, options = self.tower.side, self.options
+        if options.use_global_only:
+            return NO_TILES
+        if not options.enlarge and picture.height <= side.height and picture.width <= side.width:
+            return Size(1, 1) if options.use_local_only else NO_TILES  # a view shows every pixel
+        grids = candidate_grids(picture, side, options)
+        canvases = {Size(g.height * side.height, g.width * side.width): g for g in grids}
+        return canvases[best_fit(picture, canvases)]
+
+    def build_connector(self, widths: Widths) -> SlimeConnector:
+        return SlimeConnector(widths, self.tower.grid, self.side, self.options)
+
+    def cells(self, plan: ViewPlan) -> list[Box]:
+        """Of the local tokens, in their order: each query has a place in its tile."""
+        first = int(plan.views[0].role == "global")
+        boxes = []
+        for number in raster(plan.tiles, self.side).tolist():
+            tile, query = divmod(number, self.side**2)
+            row, column = divmod(query, self.side)
+            x, y = (Fraction(n, self.side) for n in (self.tower.side.width, self.tower.side.height))
+            box = Box(column * x, row * y, (column + 1) * x, (row + 1) * y)
+            boxes.append(plan.to_picture(first + tile, box).clipped(plan.picture))
+        return boxes
+
+
+def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("mm_resampler_type") != "cosine":
+        raise FoveateError(
+            f"config.json: mm_resampler_type must be 'cosine', not {config.get('mm_resampler_type')!r}"
+        )
+    return {
+        "queries": config.get("mm_resampler_dim"),
+        "gamma": config.get("mm_resampler_topp", 1.0),
+        "temperature": config.get("mm_resampler_temp", 1.0),
+        "experts": {-1: "mixture", 0: "mlp", 1: "query_former"}[config.get("mm_learnable_gated", -1)],
+        "use_global_only": bool(config.get("use_global_only")),
+        "use_local_only": bool(config.get("use_local_only")),
+    }
+
+
+QUERY_FORMER = {  # authors' names below a query former -> ours
+    r"query": "queries",
+    r"pos_embed": "positions",
+    r"ln_q\.": "query_norm.",
+    r"ln_kv\.": "feature_norm.",
+    r"ln_post\.": "output_norm.",
+    r"attn\.in_proj_": "project_in.",
+    r"attn\.out_proj\.": "project_out.",
+}
+
+Slime.layouts = (
+    Layout(
+        name="yifanzhang114/SliME-*",
+        family="original",
+        recognises=lambda config: config.get("mm_projector_type") == "gated",
+        options=_released_options,
+        keys={
+            r"^model\.mm_projector\.projection\.": "connector.adapter.mlp.",
+            r"^model\.mm_projector\.w_gate$": "connector.adapter.gate",
+            r"^model\.mm_projector\.w_noise$": "connector.adapter.noise",
+            **{
+                rf"^model\.{theirs}\.{old}": f"connector.{ours}.{new}"
+                for theirs, ours in (
+                    ("mm_projector.attn", "adapter.former"),
+                    ("sampler.post_qformer", "compressor"),
+                )
+                for old, new in QUERY_FORMER.items()
+            },
+        },
+        drops=(r"^model\.mm_projector\.(mean|std)$",),  # of a load-balancing loss that is never taken
+        optional=(r"^connector\.adapter\.noise$",),
+        separator="seperator",
+        connector_files=("mm_projector.bin", "sampler.bin"),
+    ),
+)
