@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 import foveate.methods
+from foveate.lab.scales import SCALES, Schedule
 from foveate.train.recipe import load_recipe
 from tests.command import foveate as run_foveate
 from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, commands, parse
@@ -26,6 +28,8 @@ from tests.docs.stand_ins import write_all
 ELSEWHERE = {
     "make install": "makes another virtual environment; continuous integration runs it in an empty clone",
     "make test": "runs this very test",
+    "make demo": "makes another virtual environment; its question is asked by tests/test_embedded.py",
+    "make embedded": "trains for hours",
     "source .venv/bin/activate": "the tests run in an environment already",
     ".venv/bin/pytest tests/docs": "runs this very test",
     "tensorboard --logdir runs": "serves until it is stopped",
@@ -42,6 +46,22 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("hub"))
 
 
+@pytest.fixture
+def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab's scales with so few steps and pictures that a run takes seconds."""
+    for name in ("tiny", "small"):
+        short = replace(
+            SCALES[name],
+            tower=Schedule(steps=2, batch=4, lr=1e-3),
+            reader=Schedule(steps=2, batch=4, lr=1e-3),
+            cell=Schedule(steps=4, batch=4, lr=1e-3),
+            tower_scenes=8,
+            scenes=8,
+            test_scenes=8,
+        )
+        monkeypatch.setitem(SCALES, name, short)
+
+
 class Page:
     """One page's folder, with the repository's pictures and recipes in it, and its Python variables."""
 
@@ -52,6 +72,7 @@ class Page:
         self.variables: dict[str, Any] = {"__name__": "__main__"}
         (folder / "docs").symlink_to(ROOT / "docs")
         (folder / "recipes").symlink_to(ROOT / "recipes")
+        (folder / "examples").symlink_to(ROOT / "examples")
         monkeypatch.chdir(folder)
 
     def run(self, block: Block) -> None:
@@ -147,7 +168,7 @@ def _tidy(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(
-    page: str, tmp_path: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, stand_ins: dict[str, Path], short_lab: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = Page(tmp_path, stand_ins, monkeypatch)
     for block in blocks_of(page):
