@@ -79,7 +79,7 @@ class Pricer:
 
     def __init__(self, config: FoveateConfig, dtype: torch.dtype = torch.bfloat16) -> None:
         with torch.device("meta"):
-            self.model = FoveateForConditionalGeneration(config).to(dtype).eval()
+            self.model = FoveateForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
         self._encode = lru_cache(maxsize=256)(self._count_encode)
         self._language = lru_cache(maxsize=256)(self._count_language)

@@ -186,10 +186,11 @@ class QueryFormer(nn.Module):
         super().__init__()
         self.grid, self.source, self.heads = grid, source, heads
         self.queries = nn.Parameter(torch.empty(grid.height * grid.width, width))
-        self.register_buffer("positions", sincos_positions(width, grid))
+        self.register_buffer("positions", torch.empty_like(self.queries, requires_grad=False))
         self.query_norm, self.feature_norm, self.output_norm = (nn.LayerNorm(width, 1e-6) for _ in range(3))
         self.project_in = nn.Linear(width, 3 * width)  # query, key and value
         self.project_out = nn.Linear(width, width)
+        self.positions.copy_(sincos_positions(width, grid))
         nn.init.trunc_normal_(self.queries, std=0.02)
         nn.init.xavier_uniform_(self.project_in.weight)
         nn.init.zeros_(self.project_in.bias)
@@ -205,12 +206,12 @@ class QueryFormer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(V, N, C) -> (V, Q, C)"""
-        query = self.query_norm(self.queries) + self.positions  # the same for all views
+        query = self.query_norm(self.queries[None]) + self.positions  # (1, Q, C), the same for all views
         value = self.feature_norm(features)
         key = value + self.source_positions()
         w_q, w_k, w_v = self.project_in.weight.chunk(3)
         b_q, b_k, b_v = self.project_in.bias.chunk(3)
-        query = self._split(F.linear(query, w_q, b_q)[None])  # (1, heads, Q, C / heads)
+        query = self._split(F.linear(query, w_q, b_q))  # (1, heads, Q, C / heads)
         key, value = self._split(F.linear(key, w_k, b_k)), self._split(F.linear(value, w_v, b_v))
         read = F.scaled_dot_product_attention(query.expand(len(features), -1, -1, -1), key, value)
         return self.output_norm(self.project_out(read.transpose(1, 2).flatten(2)))
@@ -339,52 +340,39 @@ class SlimeConnector(Connector):
         if len(cut):
             parts.append(self.adapter.mlp(self.compressor(features[cut])))  # (tiles, N, C) -> (tiles, Q, D)
         tokens = [flat(part) for part in parts]
-        table = torch.cat(
-            [*tokens, tokens[0].new_zeros(1, tokens[0].shape[-1])]
-        )  # the separator's place last
+        table = torch.cat([*tokens, torch.zeros_like(tokens[0][:1])])  # the separator's place last
         places = Places.of(plans, [self._sources(plan) for plan in plans], self.per_view, self.per_tile)
-        index = torch.from_numpy(places.rows).to(table.device)
         kept: Tensor | None = None
         heat: list[Tensor] | None = None
-        stands: Tensor | None = None
         if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
-            kept, stands, heat = self._route(tokens[-1], places, query)
-        elif places.crowded:
-            stands = torch.from_numpy(places.evenly()).to(table.device)
-        if stands is not None:
-            index, kept = index[stands], None if kept is None else kept[stands]
-        separators = index == len(table) - 1 if self.separator else None
-        return VisualTokens(table[index], kept, separators=separators, heat=heat)
+            rows, kept, heat = self._route(tokens[-1], places, query)
+        else:
+            rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
+        separators = rows == len(table) - 1 if self.separator else None
+        return VisualTokens(table[rows], kept, separators=separators, heat=heat)
 
     @torch.no_grad()
-    def _route(
-        self, local: Tensor, places: Places, query: Query
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """For every place (full,) whether it is kept and whether it stands at all; per picture the heat."""
-        device = local.device
-        owner, padded, spots, slots, picture = (
-            torch.from_numpy(t).to(device)
-            for t in (places.owner, places.padded, places.spots, places.slots, places.picture)
+    def _route(self, local: Tensor, places: Places, query: Query) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Per place that is left its row and whether it is kept; per picture the heat of its local tokens."""
+        owner, padded, spots, slots, picture, rows = (
+            torch.from_numpy(getattr(places, name)).to(local.device)
+            for name in ("owner", "padded", "spots", "slots", "picture", "rows")
         )
         scores = F.pad(self.router.scores(local, owner, query), (0, 1), value=-torch.inf)[padded]  # (P, L)
         probabilities = self.router.probabilities(scores)
         kept, rank = self.router(probabilities)
-        asked = query.mask.sum(1, keepdim=True).to(device) > 0
-        kept = kept | ~asked  # without text, nothing is dropped
-        seen = kept & (rank < slots[:, None])
-        heat = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~seen, 0)
+        asked = query.mask.sum(1) > 0  # (P,)
+        kept = kept | ~asked[:, None]  # without text, nothing is dropped
+        fits = rank < slots[:, None]
+        heat = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~(kept & fits), 0)
         counts = torch.bincount(owner, minlength=len(padded)).tolist()
         fixed = spots < 0
-        stands = None
+        stays = fixed | kept.flatten()[spots]  # (full,)
         if places.crowded:
-            chosen = fixed | (rank < slots[:, None]).flatten()[spots]
-            even = torch.from_numpy(places.evenly()).to(device)
-            stands = torch.where(asked[:, 0][picture], chosen, even)
-        return (
-            fixed | kept.flatten()[spots],
-            stands,
-            [row[:n] for row, n in zip(heat, counts, strict=True)],
-        )
+            even = torch.from_numpy(places.evenly()).to(local.device)
+            stands = torch.where(asked[picture], fixed | fits.flatten()[spots], even)
+            rows, stays = rows[stands], stays[stands]
+        return rows, stays, [row[:n] for row, n in zip(heat, counts, strict=True)]
 
 
 @dataclass(frozen=True)
