@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from foveate import checkpoints
 from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer, separator_token
 from foveate.config import FoveateConfig
-from foveate.encoders import VisionTower
 from foveate.errors import FoveateError
 from foveate.methods import method_class
 from foveate.modeling import FoveateForConditionalGeneration
@@ -48,8 +47,8 @@ def compose(
         text: folder, hub id, configuration or model of a causal LM.
         method: a name in `foveate.methods.METHODS`; by default llava, or that of `connector`.
         options: the method's options.
-        connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such: its
-            weights instead of new ones, and its options, changed by `options`.
+        connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such:
+            its weights instead of new ones, and its options, changed by `options`.
         tokenizer: needed where `text` is no folder or id.
         template: one of `foveate.chat.TEMPLATES`.
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
@@ -87,8 +86,8 @@ def compose(
     )
     config.dtype = dtype
     model = FoveateForConditionalGeneration(config).to(dtype)
-    if tower is not None:
-        _fill_tower(model.vision_tower, tower)
+    if model.device.type != "meta":
+        model.method.fill_tower(model.vision_tower, tower)
     if stage is not None:
         checkpoints.fill_connector(model, stage)
     if language_model is not None:
@@ -140,12 +139,3 @@ def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.
     mismatched = [key for key, *_ in info["mismatched_keys"]]
     checkpoints.report_keys(folder, missing, mismatched=mismatched)
     return model
-
-
-def _fill_tower(place: torch.nn.Module, tower: PreTrainedModel) -> None:
-    """Copies a pretrained tower's weights; layers that are never run have no place and are left out."""
-    if not isinstance(place, VisionTower):
-        raise FoveateError("this method builds its own tower: give vision as a configuration")
-    wanted, given = place.model.state_dict(), tower.state_dict()
-    checkpoints.report_keys("the vision tower", wanted.keys() - given.keys())
-    place.model.load_state_dict({key: given[key] for key in wanted})

@@ -12,7 +12,15 @@ from foveate.methods import METHODS
 from foveate.tiny import tiny_model
 
 # Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
-TINY_OPTIONS: dict[str, dict[str, Any]] = {}
+TINY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llava_hr": {
+        "resolutions": [[56, 128]],
+        "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32], "layer_scale": 0.5},
+        "vit_layer": "config",
+        "groups": 2,
+        "zero_init": False,  # a fresh adapter would hide what the gate and f_h do
+    },
+}
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "llava": "foveate.methods.llava:Llava",
     "anyres": "foveate.methods.anyres:AnyRes",
     "slime": "foveate.methods.slime:Slime",
+    "llava_hr": "foveate.methods.llava_hr:LlavaHR",
 }
 
 

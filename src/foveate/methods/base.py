@@ -21,7 +21,7 @@ from foveate.geometry import Box, Size, ViewPlan
 from foveate.options import build_options
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from foveate.layouts import Layout
 
@@ -84,8 +84,8 @@ class Widths(NamedTuple):
     text: int  # D
 
 
-# What a connector reads as the question: the user's text of the message that shows the picture; or all text of
-# the sample but answers that are learnt; or all text of the sample.
+# What a connector reads as the question: the user's text of the message that shows the picture; or all text
+# of the sample but answers that are learnt; or all text of the sample.
 QueryText: TypeAlias = Literal["question", "prompt", "sequence"]
 
 
@@ -158,6 +158,21 @@ class Reply:
     regions: list[Box] | None = None  # None: where the views lie, or what the connector says
 
 
+@dataclass
+class Insight:
+    """What a tower did with one picture, for the drawing of an answer.
+
+    Attributes:
+        views: views that the tower made itself: role and pixels (3, h, w), normalised.
+        heat: boxes in original pixels with a weight, 0 to 1.
+        notes: sentences for the caption.
+    """
+
+    views: list[tuple[str, Tensor]] = field(default_factory=list)
+    heat: list[tuple[Box, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 class Method(ABC):
     """Base class of all methods; the subclass's file stands beside its paper."""
 
@@ -186,6 +201,31 @@ class Method(ABC):
         from foveate.encoders import VisionTower
 
         return VisionTower(vision_config, layer)
+
+    def fill_tower(self, tower: nn.Module, pretrained: PreTrainedModel | None) -> None:
+        """Puts pretrained weights into a tower of `build_tower`; layers that are never run are left out.
+
+        Args:
+            tower: as it was built.
+            pretrained: the vision tower that a new model was given; None where it was given a configuration.
+
+        Raises:
+            FoveateError: weights that are missing.
+        """
+        from foveate.checkpoints import report_keys
+
+        if pretrained is None:
+            return
+        place = dict(tower.named_children()).get("model")
+        if place is None:
+            raise FoveateError("this method builds its own tower: give vision as a configuration")
+        wanted, given = place.state_dict(), pretrained.state_dict()
+        report_keys("the vision tower", wanted.keys() - given.keys())
+        place.load_state_dict({key: given[key] for key in wanted})
+
+    def insight(self, tower: nn.Module, views: Tensor, plan: ViewPlan) -> Insight:
+        """What the drawing of an answer shows of the tower's work on one picture's views (V, 3, h, w)."""
+        return Insight()
 
     @abstractmethod
     def build_connector(self, widths: Widths) -> Connector:

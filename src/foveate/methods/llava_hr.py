@@ -1,0 +1,701 @@
+"""LLaVA-HR: a ViT sees the whole picture small, a ConvNeXt reads it large, mixed between the ViT's blocks.
+
+Paper: Luo et al., Feast Your Eyes: Mixture-of-Resolution Adaptation for Multimodal Large Language Models,
+arXiv 2403.03003. Authors' code: luogen1996/LLaVA-HR (Apache-2.0).
+
+    one square picture, two resolutions     LlavaHR.plan, DualTower.shrunk      section 4.2
+    F_vh = F_Ih(I_h)                        DualTower.read_high                 equation 2
+    F_Il(I_l, F_A(F_vh))                    DualTower.read_low                  equation 2
+    F' = F + f_l(F) + g f_h(F_vh)           MRAdapter.forward                   equation 3
+    g = tanh(W2 gelu(W1 f_v))               MRAdapter.parts                     equation 4
+    ... + F_vh                              FinalFusion.forward                 equation 2
+    -> MLP -> LLM                           LlavaHRConnector                    section 3
+
+Where paper and code differ, the defaults are the code's: the released checkpoints need them. The options that
+change them, with the code's choice first:
+
+    gate_per: picture | channel             g is one number per picture and has biases, not a vector without
+    gate_reads: sum | mapped                the gate reads F + f_l(F), not f_l(F) alone
+    fusion: both | high                     a linear layer on both sides of the last sum, not on F_vh alone
+    low_view: bilinear | antialias          I_l is made from the normalised I_h, without antialiasing
+    groups: 4, blocks                       adapters between four groups of blocks, not behind each block
+    vit_layer: last | config                the last layer's output, not the last but one
+    zero_init: true | false                 a fresh adapter changes nothing; the paper does not say
+    low_map, high_map: conv, mlp            7 x 7 depthwise or 1 x 1 convolution, GELU, 1 x 1 convolution
+    fit: pad | crop                         the first stage cuts out the centre
+    adapters: true | false                  the first stage does without
+
+The class token takes no part in the ViT's attention, and no norm follows its last layer. In the numbers we
+differ from the code in nothing: attention never holds its maps in memory, positions are resampled once,
+layers that nobody reads are not built, activations are checkpointed only in training and on request.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate import checkpoints
+from foveate.errors import FoveateError
+from foveate.geometry import Size, View, ViewPlan, centre_cropped, padded_square, whole
+from foveate.layers import mlp_projector
+from foveate.layouts import Layout
+from foveate.methods.base import (
+    Connector,
+    Insight,
+    Method,
+    MethodOptions,
+    Query,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+    flat,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Towers whose patch embedding, positions and layers are CLIP's -> the norm before their first layer.
+CLIP_LIKE: dict[str, str | None] = {
+    "clip_vision_model": "pre_layrnorm",
+    "chinese_clip_vision_model": "pre_layrnorm",
+    "metaclip_2_vision_model": "pre_layrnorm",
+    "siglip_vision_model": None,
+}
+
+
+@dataclass(frozen=True)
+class ConvNextShape:
+    """The high-resolution tower; by default CLIP-ConvNeXt-L."""
+
+    weights: str | None = None  # folder or hub id that a fresh model starts from, with names of timm or HF
+    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
+    widths: tuple[int, ...] = (192, 384, 768, 1536)  # channels per stage
+    patch: int = 4  # stride of the stem; each further stage halves the grid
+    version: Literal[1, 2] = 1  # 2: ConvNeXtV2
+    norm_eps: float = 1e-6  # of all layer norms; 1e-5 in CLIP-ConvNeXt-XXL
+    layer_scale: float = 1e-6  # of fresh blocks
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise FoveateError("convnext needs as many depths as widths, at least one")
+        if min(*self.depths, *self.widths, self.patch) < 1:
+            raise FoveateError("depths, widths and patch of convnext must be at least 1")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the picture per feature of the last stage."""
+        return self.patch * 2 ** (len(self.depths) - 1)
+
+
+@dataclass(frozen=True)
+class LlavaHROptions(MethodOptions):
+    # Sides of the ViT's and the ConvNeXt's view, pixels; the finest pair within max_visual_tokens is used.
+    resolutions: tuple[tuple[int, int], ...] = ((224, 512), (336, 768), (448, 1024))
+    magnify: int | None = None  # instead of resolutions: the tower's own side, and so many times as much
+    fit: Literal["pad", "crop"] = "pad"  # how a picture becomes a square
+    low_view: Literal["bilinear", "antialias"] = "bilinear"  # how the low-resolution view is made
+    convnext: ConvNextShape = field(default_factory=ConvNextShape)
+    vit_layer: Literal["last", "config"] = "last"  # config: the model's vision_feature_layer
+    groups: int = 4  # of ViT blocks, equally many; an adapter behind each but the last
+    blocks: tuple[int, ...] | None = None  # instead of groups: ViT blocks, from 1, with an adapter behind
+    adapters: bool = True  # false: they are there, but not run (first stage)
+    paths: Literal["both", "low", "high"] = "both"
+    direction: Literal["high_to_low", "low_to_high"] = "high_to_low"
+    low_map: Literal["conv", "mlp"] = "conv"  # f_l
+    high_map: Literal["mlp", "conv"] = "mlp"  # f_h
+    gate: Literal["tanh", "sigmoid", "none"] = "tanh"
+    gate_per: Literal["picture", "channel"] = "picture"
+    gate_reads: Literal["sum", "mapped"] = "sum"  # F + f_l(F), or f_l(F)
+    fusion: Literal["both", "high"] = "both"  # sides of the last sum with a linear layer
+    zero_init: bool = True
+    projector_depth: int = 2  # linear layers of the projector
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(len(pair) != 2 or min(pair) < 1 for pair in self.resolutions) or not self.resolutions:
+            raise FoveateError("resolutions must be pairs of a low and a high side in pixels, at least one")
+        if len({high for _, high in self.resolutions}) < len(self.resolutions):
+            raise FoveateError("resolutions must all have different high sides")
+        if self.magnify is not None and self.magnify < 1:
+            raise FoveateError(f"magnify must be at least 1, not {self.magnify}")
+        if self.blocks is not None and self.direction == "low_to_high":
+            raise FoveateError("blocks are the ViT's: leave them out where direction is low_to_high")
+
+
+class Pair(NamedTuple):
+    """Sides of the two views in pixels, and of the ViT's grid in tokens."""
+
+    low: int
+    high: int
+    grid: int
+
+
+def make_pair(low: int, high: int, patch: int, stride: int) -> Pair:
+    """Checks that the two grids agree: one divides the other. Raises `FoveateError`."""
+    if low % patch:
+        raise FoveateError(f"resolutions: {low} pixels cannot be divided by the ViT's patch of {patch}")
+    if high % stride:
+        raise FoveateError(
+            f"resolutions: {high} pixels cannot be divided by the ConvNeXt's stride of {stride}"
+        )
+    fast, slow = low // patch, high // stride
+    if max(fast, slow) % min(fast, slow):
+        raise FoveateError(
+            f"resolutions: {low} and {high} pixels give grids of {fast} and {slow}: neither divides the other"
+        )
+    return Pair(low, high, fast)
+
+
+def aligned(features: Tensor, side: int) -> Tensor:
+    """(V, C, h, h) -> (V, C, side, side): enlarged bilinearly, or averaged down."""
+    own = features.shape[-1]
+    if own == side:
+        return features
+    if own < side:
+        return F.interpolate(features, (side, side), mode="bilinear", align_corners=True)
+    return F.avg_pool2d(features, own // side)
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """(V, N, C) -> (V, C, h, h), the same memory."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """(V, C, h, h) -> (V, N, C)"""
+    return features.flatten(2).transpose(1, 2)
+
+
+def mapping(kind: str, wide_in: int, wide_out: int, zero_init: bool) -> nn.Sequential:
+    """f_l or f_h: a 7 x 7 depthwise (`conv`) or 1 x 1 (`mlp`) convolution, GELU, a 1 x 1 convolution."""
+    if kind == "conv":
+        first = nn.Conv2d(wide_in, wide_in, 7, padding=3, groups=wide_in)
+    else:
+        first = nn.Conv2d(wide_in, wide_in, 1)
+    last = nn.Conv2d(wide_in, wide_out, 1)
+    nn.init.xavier_uniform_(first.weight)
+    for layer in (first, last):
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+    if zero_init:
+        nn.init.zeros_(last.weight)
+    return nn.Sequential(first, nn.GELU(), last)
+
+
+class Score(nn.Linear):
+    """A linear layer with one output.
+
+    The last bit of a matrix-vector product depends on where in memory the weight lies, which changes with
+    saving and loading; that of a sum of products does not.
+    """
+
+    def __init__(self, wide_in: int) -> None:
+        super().__init__(wide_in, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(V, C) -> (V, 1)"""
+        return (features * self.weight).sum(-1, keepdim=True) + self.bias
+
+
+class Mixed(NamedTuple):
+    """The terms of equation 3: the result is kept + gate * incoming."""
+
+    kept: Tensor  # (V, C, h, h)
+    gate: Tensor  # (V, 1 or C, 1, 1)
+    incoming: Tensor  # (V, C, h, h)
+
+
+class MRAdapter(nn.Module):
+    """Brings features of one pathway (`incoming` channels) into the other (`width` channels)."""
+
+    def __init__(self, width: int, incoming: int, options: LlavaHROptions) -> None:
+        super().__init__()
+        self.reads, self.kind = options.gate_reads, options.gate
+        self.f_l = mapping(options.low_map, width, width, options.zero_init)
+        self.f_h = mapping(options.high_map, incoming, width, options.zero_init)
+        if self.kind != "none":
+            vector = options.gate_per == "channel"
+            self.gate = nn.Sequential(
+                nn.Linear(2 * width, width // 2, bias=not vector),  # W1
+                nn.GELU(),
+                nn.Linear(width // 2, width, bias=False) if vector else Score(width // 2),  # W2
+            )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        """(V, C, h, h) changed by (V, C', h', h')."""
+        kept, gate, incoming = self.parts(low, high)
+        return kept + gate * incoming
+
+    def parts(self, low: Tensor, high: Tensor) -> Mixed:
+        """The terms of `forward`, apart."""
+        mapped = self.f_l(low)
+        kept = low + mapped
+        incoming = aligned(self.f_h(high), low.shape[-1])  # mapped on its own grid first
+        if self.kind == "none":
+            return Mixed(kept, kept.new_ones(len(kept), 1, 1, 1), incoming)
+        read = kept if self.reads == "sum" else mapped
+        pooled = torch.cat([read.mean((2, 3)), incoming.mean((2, 3))], 1)  # (V, 2 C)
+        score = self.gate(pooled)[..., None, None]  # (V, 1 or C, 1, 1)
+        return Mixed(kept, score.tanh() if self.kind == "tanh" else score.sigmoid(), incoming)
+
+
+class FinalFusion(nn.Module):
+    """The last sum of equation 2; the pathways differ in width, so F_vh needs a linear layer at least."""
+
+    def __init__(self, low: int, high: int, options: LlavaHROptions) -> None:
+        super().__init__()
+        self.low: nn.Module = nn.Identity()
+        if options.paths == "both" and options.fusion == "both":
+            self.low = nn.Linear(low, low)
+        self.high = nn.Linear(high, low)
+
+    def forward(self, tokens: Tensor | None, high: Tensor, grid: int) -> Tensor:
+        """(V, N, C) and (V, C', h, h) -> (V, N, C)"""
+        kept, incoming = self.parts(tokens, high, grid)
+        return incoming if kept is None else kept + incoming
+
+    def parts(self, tokens: Tensor | None, high: Tensor, grid: int) -> tuple[Tensor | None, Tensor]:
+        """The terms of `forward`, apart."""
+        incoming = self.high(as_tokens(aligned(high, grid)))
+        return None if tokens is None else self.low(tokens), incoming
+
+
+class PatchEmbeddings(nn.Module):
+    """CLIP's patch embedding and positions for any grid, without its class token.
+
+    The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
+    none), once for each grid as long as the table does not change.
+    """
+
+    def __init__(self, patch_embedding: nn.Module, position_embedding: nn.Embedding, patches: int) -> None:
+        super().__init__()
+        self.patch_embedding = patch_embedding
+        self.position_embedding = position_embedding
+        self.class_rows = self.position_embedding.num_embeddings - patches
+        self.cached: tuple[Any, Tensor] | None = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(V, 3, h, h) -> (V, N, C)"""
+        embedded = self.patch_embedding(pixels)
+        return as_tokens(embedded) + self.positions(embedded.shape[-1])
+
+    def positions(self, side: int) -> Tensor:
+        """(N, C) for a grid of `side` rows."""
+        table = self.position_embedding.weight
+        if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
+            return self._resampled(side)
+        state = (side, table._version, table.data_ptr(), table.dtype, table.device)
+        if self.cached is None or self.cached[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self.cached = (state, self._resampled(side))
+        return self.cached[1]
+
+    def _resampled(self, side: int) -> Tensor:
+        rows = self.position_embedding.weight[self.class_rows :]  # (n, C)
+        if len(rows) == side**2:
+            return rows
+        resampled = F.interpolate(
+            as_map(rows[None].float()), (side, side), mode="bicubic", align_corners=False, antialias=True
+        )
+        return as_tokens(resampled)[0].to(rows.dtype)
+
+
+def build_vit(config: PreTrainedConfig, layers: int) -> PreTrainedModel:
+    """A CLIP-like ViT cut after `layers` layers, without class token and last norm."""
+    if config.model_type not in CLIP_LIKE:
+        raise FoveateError(
+            f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
+        )
+    from transformers import AutoModel
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+    model = AutoModel.from_config(config)
+    own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
+    model.embeddings = PatchEmbeddings(own.patch_embedding, own.position_embedding, patches)
+    model.post_layernorm = nn.Identity()
+    return model
+
+
+class ConvNext(nn.Module):
+    """transformers' ConvNeXt, stage by stage, without norm and head behind the last one."""
+
+    # Of the blocks; transformers sets both where it switches the ViT's layers.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __init__(self, shape: ConvNextShape) -> None:
+        super().__init__()
+        from transformers import AutoModel, ConvNextConfig, ConvNextV2Config
+
+        sizes: dict[str, Any] = {
+            "num_stages": len(shape.depths),
+            "depths": list(shape.depths),
+            "hidden_sizes": list(shape.widths),
+            "patch_size": shape.patch,
+        }
+        if shape.version == 1:
+            config: PreTrainedConfig = ConvNextConfig(**sizes, layer_scale_init_value=shape.layer_scale)
+        else:
+            config = ConvNextV2Config(**sizes)
+        model = AutoModel.from_config(config)
+        self.embeddings, self.stages = model.embeddings, model.encoder.stages
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):  # 1e-6 in all of them, whatever the configuration says
+                module.eps = shape.norm_eps
+
+    def run_stage(self, number: int, features: Tensor) -> Tensor:
+        """Stage `number`, from 1: (V, C, h, h) -> (V, 2 C, h / 2, h / 2), the first one without shrinking."""
+        stage = self.stages[number - 1]
+        for layer in stage.downsampling_layer:
+            features = layer(features)
+        for block in stage.layers:
+            if self.gradient_checkpointing and self.training:
+                features = self._gradient_checkpointing_func(block.__call__, features)
+            else:
+                features = block(features)
+        return features
+
+
+class DualTower(nn.Module):
+    """Both pathways: views (V, 3, R, R) -> features (V, N, C) on the ViT's grid.
+
+    Args:
+        config: the ViT's configuration.
+        layer: hidden state of it that is read where `vit_layer` is `config`.
+        options: the method's.
+        pairs: resolutions that may come.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, layer: int, options: LlavaHROptions, pairs: Sequence[Pair]
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.pairs = {pair.high: pair for pair in pairs}
+        self.adapters = nn.ModuleList()
+        self.places: tuple[int, ...] = ()  # blocks or stages, from 1, with an adapter behind
+        width, widths = config.hidden_size, options.convnext.widths
+        if options.paths != "high":
+            depth = config.num_hidden_layers
+            count = depth if options.vit_layer == "last" else depth + 1 + layer if layer < 0 else layer
+            if not 0 < count <= depth:
+                raise FoveateError(f"vision_feature_layer {layer} of a tower with {depth} layers")
+            self.model = build_vit(config, count)  # the name that all towers have
+            self.norm = CLIP_LIKE[config.model_type]
+        if options.paths != "low":
+            self.convnext = ConvNext(options.convnext)
+            self.fusion = FinalFusion(width, widths[-1], options)
+        if options.paths == "both" and options.direction == "high_to_low":
+            self.places = adapter_places(options, count)
+            self.adapters.extend(MRAdapter(width, widths[-1], options) for _ in self.places)
+        elif options.paths == "both":
+            self.places = tuple(range(1, len(widths)))
+            self.adapters.extend(MRAdapter(wide, width, options) for wide in widths[:-1])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(V, 3, R, R) -> (V, N, C)"""
+        pixels = pixel_values.to(dtype=next(self.parameters()).dtype)
+        pair = self.pair_of(pixels)
+        high: Tensor | None = None
+        tokens: Tensor | None = None
+        if self.options.direction == "high_to_low":
+            if self.options.paths != "low":
+                high = self.read_high(pixels)
+            if self.options.paths != "high":
+                tokens = self.read_low(self.shrunk(pixels, pair.low), high)
+        else:
+            if self.options.paths != "high":
+                tokens = self.read_low(self.shrunk(pixels, pair.low))
+            if self.options.paths != "low":
+                high = self.read_high(pixels, tokens)
+        if high is None:
+            assert tokens is not None
+            return tokens
+        return self.fusion(tokens, high, pair.grid)
+
+    def pair_of(self, pixels: Tensor) -> Pair:
+        """The resolutions of these views. Raises `FoveateError` for views of another size."""
+        if pixels.shape[-2] != pixels.shape[-1] or pixels.shape[-1] not in self.pairs:
+            raise FoveateError(
+                f"views of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: the high sides in resolutions are "
+                f"{', '.join(map(str, self.pairs))}"
+            )
+        return self.pairs[pixels.shape[-1]]
+
+    def shrunk(self, pixels: Tensor, side: int) -> Tensor:
+        """The low-resolution views, (V, 3, R, R) -> (V, 3, side, side)."""
+        if pixels.shape[-1] == side:
+            return pixels
+        if self.options.low_view == "antialias":
+            return F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False, antialias=True)
+        return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=True)
+
+    def read_high(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(V, 3, R, R) -> (V, C', h, h), the last stage; adapters between stages where tokens are given."""
+        features = self.convnext.embeddings(pixels.contiguous(memory_format=torch.channels_last))
+        low = None if tokens is None else as_map(tokens)
+        for number in range(1, len(self.convnext.stages) + 1):
+            features = self.convnext.run_stage(number, features)
+            if low is not None and (adapter := self._adapter_behind(number)):
+                features = adapter(features, low)
+        return features
+
+    def read_low(self, pixels: Tensor, high: Tensor | None = None) -> Tensor:
+        """(V, 3, r, r) -> (V, N, C); adapters between the blocks where high-resolution features are given."""
+        hidden = self.model.embeddings(pixels)
+        if self.norm is not None:
+            hidden = self.model.get_submodule(self.norm)(hidden)
+        for number, layer in enumerate(self.model.encoder.layers, 1):
+            hidden = layer(hidden, None)
+            if high is not None and (adapter := self._adapter_behind(number)):
+                hidden = as_tokens(adapter(as_map(hidden), high))
+        return hidden
+
+    def _adapter_behind(self, number: int) -> nn.Module | None:
+        """The adapter behind block or stage `number`, if there is one and it is to run."""
+        if not self.options.adapters or number not in self.places:
+            return None
+        return self.adapters[self.places.index(number)]
+
+
+def adapter_places(options: LlavaHROptions, depth: int) -> tuple[int, ...]:
+    """Blocks of a ViT of `depth` blocks, from 1, behind which there is an adapter. Raises `FoveateError`."""
+    if options.blocks is not None:
+        if list(options.blocks) != sorted({*options.blocks}) or not {*options.blocks} <= {
+            *range(1, depth + 1)
+        }:
+            raise FoveateError(f"blocks must be rising numbers from 1 to {depth}, not {list(options.blocks)}")
+        return options.blocks
+    if options.groups < 1 or depth % options.groups:
+        raise FoveateError(
+            f"a ViT of {depth} blocks cannot be cut into {options.groups} equal groups: set groups or blocks"
+        )
+    size = depth // options.groups
+    return tuple(range(size, depth, size))
+
+
+class LlavaHRConnector(Connector):
+    def __init__(self, widths: Widths, depth: int) -> None:
+        super().__init__()
+        self.projector = mlp_projector(widths.vision, widths.text, depth)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        return VisualTokens(flat(self.projector(features)))  # (V, N, C) -> (V N, D)
+
+
+class LlavaHR(Method):
+    title = "LLaVA-HR"
+    idea = "one view read twice: small by a ViT, large by a ConvNeXt, mixed in the ViT"
+    paper = "arXiv 2403.03003"
+    Options = LlavaHROptions
+    options: LlavaHROptions
+
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        """A small ConvNeXt of stride 8: its grid is `ratio` times that of a ViT with patches of 8."""
+        convnext = {"patch": 2, "depths": [1, 2, 2], "widths": [24, 48, 96], "layer_scale": 0.1}
+        return {"magnify": ratio, "groups": 2, "convnext": convnext}
+
+    def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tower, options)
+        sides = self.options.resolutions
+        if self.options.magnify is not None:
+            sides = ((tower.image_size, tower.image_size * self.options.magnify),)
+        if self.options.paths == "low":
+            sides = tuple((low, low) for low, _ in sides)
+        stride = tower.patch_size if self.options.paths == "low" else self.options.convnext.stride
+        pairs = [make_pair(low, high, tower.patch_size, stride) for low, high in sides]
+        self.pairs = sorted(pairs, key=lambda pair: (pair.grid, pair.high))
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture = Size(height, width)
+        fitting = [pair for pair in self.pairs if self._within_budget(pair.grid**2)]
+        if not fitting:
+            raise self._refuse_budget(self.pairs[0].grid ** 2)
+        side = fitting[-1].high
+        canvas = padded_square(picture, side) if self.options.fit == "pad" else centre_cropped(picture, side)
+        view = View(0, whole(Size(side, side)), "high resolution")
+        return ViewPlan(picture, (canvas,), (view,), fitting[-1].grid ** 2)
+
+    def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> DualTower:
+        return DualTower(vision_config, layer, self.options, self.pairs)
+
+    def build_connector(self, widths: Widths) -> LlavaHRConnector:
+        return LlavaHRConnector(widths, self.options.projector_depth)
+
+    def fill_tower(self, tower: nn.Module, vit: PreTrainedModel | None) -> None:
+        """The ViT's weights, and the ConvNeXt's from `convnext.weights`."""
+        if self.options.paths != "high":
+            super().fill_tower(tower, vit)
+        shape = self.options.convnext
+        if shape.weights is not None and self.options.paths != "low":
+            convnext = tower.get_submodule("convnext")
+            convnext.load_state_dict(convnext_weights(shape, convnext.state_dict()))
+
+    @torch.no_grad()
+    def insight(self, tower: nn.Module, views: Tensor, plan: ViewPlan) -> Insight:
+        """The low-resolution view, the gates, and how much high resolution was added to each token."""
+        assert isinstance(tower, DualTower)
+        pair = tower.pair_of(views)
+        gates: list[float] = []
+        added = torch.zeros(pair.grid**2, device=views.device)  # of tokens' own size, summed over all places
+
+        def mixed(adapter: MRAdapter, given: tuple[Tensor, Tensor]) -> None:
+            kept, gate, incoming = adapter.parts(*given)
+            gates.append(gate.mean().item())
+            if self.options.direction == "high_to_low":
+                added.add_(_share(as_tokens(gate * incoming), as_tokens(kept)))
+
+        def fused(fusion: FinalFusion, given: tuple[Tensor, Tensor, int]) -> None:
+            kept, incoming = fusion.parts(*given)
+            if kept is not None:
+                added.add_(_share(incoming, kept))
+
+        hooks = [adapter.register_forward_pre_hook(mixed) for adapter in tower.adapters]
+        if self.options.paths == "both":
+            hooks.append(tower.fusion.register_forward_pre_hook(fused))
+        try:
+            tower(views)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.options.paths != "both":
+            return Insight()
+        where = "blocks" if self.options.direction == "high_to_low" else "stages"
+        notes = []
+        if gates:
+            numbers, values = (
+                ", ".join(map(str, tower.places)),
+                ", ".join(f"{gate:.3f}" for gate in gates),
+            )
+            notes.append(f"gates behind {where} {numbers}: {values}")
+        notes.append(f"warm: high resolution adds most to the token, up to {added.max():.2f} of its size")
+        side = pair.high / pair.grid
+        cells = [
+            plan.to_picture(0, (c * side, r * side, (c + 1) * side, (r + 1) * side))
+            for r in range(pair.grid)
+            for c in range(pair.grid)
+        ]
+        weights = (added / added.max().clamp(min=1e-12)).clamp(min=0.01).tolist()
+        low = tower.shrunk(views, pair.low)[0]
+        return Insight(
+            views=[("low resolution", low)],
+            heat=[(cell.clipped(plan.picture), weight) for cell, weight in zip(cells, weights, strict=True)],
+            notes=notes,
+        )
+
+
+def _share(added: Tensor, kept: Tensor) -> Tensor:
+    """How large what is added to each token is, compared to the token: (1, N, C), (1, N, C) -> (N,)"""
+    return (added.float().norm(dim=-1) / kept.float().norm(dim=-1).clamp(min=1e-12))[0]
+
+
+# Names in timm's ConvNeXts -> transformers'. The authors renamed timm's `gamma` to `weight`.
+TIMM_KEYS = {
+    r"stem\.0\.": r"embeddings.patch_embeddings.",
+    r"stem\.1\.": r"embeddings.layernorm.",
+    r"stages\.(\d+)\.downsample\.": r"stages.\1.downsampling_layer.",
+    r"stages\.(\d+)\.blocks\.(\d+)\.(?:gamma|weight)$": r"stages.\1.layers.\2.layer_scale_parameter",
+    r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.": r"stages.\1.layers.\2.dwconv.",
+    r"stages\.(\d+)\.blocks\.(\d+)\.norm\.": r"stages.\1.layers.\2.layernorm.",
+    r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.": r"stages.\1.layers.\2.pwconv\3.",
+    r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.": r"stages.\1.layers.\2.grn.",
+}
+UNREAD = r"^(?:head|classifier|layernorm)\."  # norms and heads behind the last stage
+
+
+def convnext_weights(shape: ConvNextShape, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the folder `shape.weights`, with timm's or transformers' names, under `own` keys.
+
+    Raises `FoveateError` that names missing, unexpected and wrongly shaped keys.
+    """
+    assert shape.weights is not None
+    folder = checkpoints.local_folder(shape.weights)
+    given: dict[str, Tensor] = {}
+    for key, tensor in checkpoints.read_tensors(folder).items():
+        plain = re.sub(r"^(?:convnext\.|convnextv2\.)?(?:encoder\.)?", "", key)
+        for pattern, replacement in TIMM_KEYS.items():
+            plain = re.sub(f"^{pattern}", replacement, plain)
+        if not re.search(UNREAD, plain):
+            given[plain] = tensor
+    found = [re.fullmatch(r"stages\.(\d+)\.layers\.(\d+)\.dwconv\.bias", key) for key in given]
+    stages = sorted((int(match[1]), int(match[2]), len(given[match[0]])) for match in found if match)
+    widths = {stage: width for stage, _, width in stages}
+    depths = {stage: block + 1 for stage, block, _ in stages}
+    if (tuple(depths.values()), tuple(widths.values())) != (tuple(shape.depths), tuple(shape.widths)):
+        raise FoveateError(
+            f"the ConvNeXt in {folder} has depths {list(depths.values())} and widths "
+            f"{list(widths.values())}: set both in convnext"
+        )
+    wrong = [key for key in given if key in own and given[key].numel() != own[key].numel()]
+    checkpoints.report_keys(folder, own.keys() - given.keys(), given.keys() - own.keys(), wrong)
+    # some of timm's models have 1 x 1 convolutions where others have linear layers
+    return {key: tensor.view_as(own[key]) for key, tensor in given.items()}
+
+
+XXLARGE = {"depths": [3, 4, 30, 3], "widths": [384, 768, 1536, 3072], "norm_eps": 1e-5}
+CONVNEXTS: dict[str, dict[str, Any]] = {"convnext_large": {}, "convnext_xxlarge": XXLARGE}
+
+
+def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    name, high = config["vision_tower_slow"], config["input_image_size"]
+    shape = next((shape for start, shape in CONVNEXTS.items() if name.startswith(start)), None)
+    if shape is None:
+        raise FoveateError(f"config.json: vision_tower_slow {name!r} is none of {', '.join(CONVNEXTS)}")
+    return {
+        "resolutions": [[max(high * 14 // 32, 336), high]],
+        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        "convnext": shape,
+        "adapters": not config.get("freeze_vision", True),
+        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
+    }
+
+
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}
+_TOWER = r"^model\.vision_tower\."
+
+LlavaHR.layouts = (
+    Layout(
+        name="favor123/llava-hr-*",
+        family="original",
+        recognises=lambda config: (
+            "vision_tower_slow" in config and config.get("mm_projector_type", "linear") in PROJECTORS
+        ),
+        options=_original_options,
+        keys={
+            rf"{_TOWER}fast_vision_tower\.vision_tower\.vision_model\.": "vision_tower.model.",
+            **{
+                rf"{_TOWER}slow_vision_tower\.vision_tower\.{timm}": f"vision_tower.convnext.{ours}"
+                for timm, ours in TIMM_KEYS.items()
+            },
+            rf"{_TOWER}align_stages_latent\.(\d+)\.fast_conv\.": r"vision_tower.adapters.\1.f_l.0.",
+            rf"{_TOWER}align_stages_latent\.(\d+)\.fast_proj\.": r"vision_tower.adapters.\1.f_l.2.",
+            rf"{_TOWER}align_stages_latent\.(\d+)\.slow_conv\.": r"vision_tower.adapters.\1.f_h.0.",
+            rf"{_TOWER}align_stages_latent\.(\d+)\.slow_proj\.": r"vision_tower.adapters.\1.f_h.2.",
+            rf"{_TOWER}align_stages_latent\.(\d+)\.gate\.": r"vision_tower.adapters.\1.gate.",
+            rf"{_TOWER}align_stages\.0\.fast_proj\.": "vision_tower.fusion.low.",
+            rf"{_TOWER}align_stages\.0\.slow_proj\.": "vision_tower.fusion.high.",
+            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+        },
+        drops=(
+            rf"{_TOWER}slow_vision_tower\.vision_tower\.head\.",
+            rf"{_TOWER}fast_vision_tower\..*(?:class_embedding$|post_layernorm\.)",
+        ),
+        connector_files=("mm_projector.bin",),
+    ),
+)
