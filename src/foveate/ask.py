@@ -21,7 +21,7 @@ from foveate.cost import Pricer
 from foveate.errors import FoveateError
 from foveate.explain import draw
 from foveate.geometry import Box, ViewPlan
-from foveate.methods.base import Reply, Turn
+from foveate.methods.base import Insight, Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.pictures import Picture, drawing_path, read_picture
 from foveate.processing import FoveateProcessor
@@ -397,7 +397,20 @@ class Chat:
             (f"A  {answer.text or '(no text)'}", True),
             (costs, False),
         ]
-        return draw(answer.picture, answer.regions, plan, canvases, caption, answer.heat)
+        insight = self._insight(answer)
+        own_views = [(role, processor.shown(pixels)) for role, pixels in insight.views]
+        caption += [(note, False) for note in insight.notes]
+        heat = answer.heat or insight.heat
+        return draw(answer.picture, answer.regions, plan, canvases, caption, heat, own_views)
+
+    def _insight(self, answer: Answer) -> Insight:
+        model, processor = self.foveate.model, self.foveate.processor.image_processor
+
+        def views() -> Tensor:
+            pixels = torch.from_numpy(processor.views(answer.picture, answer.plan))
+            return pixels.to(model.device, model.dtype)
+
+        return model.method.insight(model.vision_tower, views, answer.plan)
 
 
 def _fingerprint(picture: Image.Image) -> str:

@@ -24,6 +24,7 @@ def draw(
     canvases: Sequence[Image.Image],
     caption: Sequence[tuple[str, bool]],
     heat: Sequence[tuple[Box, float]] = (),
+    own_views: Sequence[tuple[str, Image.Image]] = (),
 ) -> Image.Image:
     """The picture with numbered regions, all views beside it (below it if it is wide), and a caption.
 
@@ -35,10 +36,12 @@ def draw(
         caption: paragraphs, each with whether it stands out.
         heat: boxes in the original's pixels with a weight from 0 to 1: the warmer, the more it mattered;
             those of weight 0 were dropped.
+        own_views: views that the tower made itself, with their roles; they stand behind the plan's.
     """
     left = mark_regions(picture, regions, PICTURE_SIDE, heat)
-    views = [cut_view(canvases[view.canvas], view) for view in plan.views]
-    right = contact_sheet(views, [view.role for view in plan.views], VIEWS_WIDTH)
+    views = [(view.role, cut_view(canvases[view.canvas], view)) for view in plan.views]
+    roles, pictures = zip(*views, *own_views, strict=True)
+    right = contact_sheet(pictures, roles, VIEWS_WIDTH)
     lines = [
         (line, INK if bold else FAINT)
         for text, bold in caption

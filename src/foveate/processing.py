@@ -146,6 +146,12 @@ class FoveateImageProcessor(BaseImageProcessor):
         pixels = np.asarray(image)
         return np.stack([t[pixels[..., channel]] for channel, t in enumerate(table)])
 
+    def shown(self, pixels: Tensor) -> Image.Image:
+        """A normalised view (3, h, w) as a picture again, 8-bit RGB."""
+        mean, std = (np.array(n, dtype=np.float32)[:, None, None] for n in (self.image_mean, self.image_std))
+        values = (pixels.float().cpu().numpy() * std + mean) * 255
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if key != "_planner"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -223,8 +223,11 @@ class Method(ABC):
         report_keys("the vision tower", wanted.keys() - given.keys())
         place.load_state_dict({key: given[key] for key in wanted})
 
-    def insight(self, tower: nn.Module, views: Tensor, plan: ViewPlan) -> Insight:
-        """What the drawing of an answer shows of the tower's work on one picture's views (V, 3, h, w)."""
+    def insight(self, tower: nn.Module, views: Callable[[], Tensor], plan: ViewPlan) -> Insight:
+        """What the drawing of an answer shows of the tower's work on one picture.
+
+        `views` makes the picture's views (V, 3, h, w), normalised; most methods have no need of them.
+        """
         return Insight()
 
     @abstractmethod

@@ -36,6 +36,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -45,7 +46,7 @@ from torch.nn import functional as F
 
 from foveate import checkpoints
 from foveate.errors import FoveateError
-from foveate.geometry import Size, View, ViewPlan, centre_cropped, padded_square, whole
+from foveate.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.layers import mlp_projector
 from foveate.layouts import Layout
 from foveate.methods.base import (
@@ -294,7 +295,8 @@ class PatchEmbeddings(nn.Module):
         table = self.position_embedding.weight
         if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
             return self._resampled(side)
-        state = (side, table._version, table.data_ptr(), table.dtype, table.device)
+        changes = 0 if table.is_inference() else table._version
+        state = (side, changes, table.data_ptr(), table.dtype, table.device)
         if self.cached is None or self.cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 self.cached = (state, self._resampled(side))
@@ -547,12 +549,15 @@ class LlavaHR(Method):
             convnext.load_state_dict(convnext_weights(shape, convnext.state_dict()))
 
     @torch.no_grad()
-    def insight(self, tower: nn.Module, views: Tensor, plan: ViewPlan) -> Insight:
+    def insight(self, tower: nn.Module, views: Callable[[], Tensor], plan: ViewPlan) -> Insight:
         """The low-resolution view, the gates, and how much high resolution was added to each token."""
+        if self.options.paths != "both":
+            return Insight()
         assert isinstance(tower, DualTower)
-        pair = tower.pair_of(views)
+        pixels = views()
+        pair = tower.pair_of(pixels)
         gates: list[float] = []
-        added = torch.zeros(pair.grid**2, device=views.device)  # of tokens' own size, summed over all places
+        added = torch.zeros(pair.grid**2, device=pixels.device)  # of tokens' own size, summed over all places
 
         def mixed(adapter: MRAdapter, given: tuple[Tensor, Tensor]) -> None:
             kept, gate, incoming = adapter.parts(*given)
@@ -566,37 +571,34 @@ class LlavaHR(Method):
                 added.add_(_share(incoming, kept))
 
         hooks = [adapter.register_forward_pre_hook(mixed) for adapter in tower.adapters]
-        if self.options.paths == "both":
-            hooks.append(tower.fusion.register_forward_pre_hook(fused))
+        hooks.append(tower.fusion.register_forward_pre_hook(fused))
         try:
-            tower(views)
+            tower(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
-        if self.options.paths != "both":
-            return Insight()
-        where = "blocks" if self.options.direction == "high_to_low" else "stages"
         notes = []
         if gates:
-            numbers, values = (
-                ", ".join(map(str, tower.places)),
-                ", ".join(f"{gate:.3f}" for gate in gates),
-            )
-            notes.append(f"gates behind {where} {numbers}: {values}")
-        notes.append(f"warm: high resolution adds most to the token, up to {added.max():.2f} of its size")
-        side = pair.high / pair.grid
-        cells = [
-            plan.to_picture(0, (c * side, r * side, (c + 1) * side, (r + 1) * side))
-            for r in range(pair.grid)
-            for c in range(pair.grid)
-        ]
-        weights = (added / added.max().clamp(min=1e-12)).clamp(min=0.01).tolist()
-        low = tower.shrunk(views, pair.low)[0]
+            what = "blocks" if self.options.direction == "high_to_low" else "stages"
+            values = [f"{place}: {gate:.3f}" for place, gate in zip(tower.places, gates, strict=True)]
+            notes.append(f"gates behind {what} {', '.join(values)}")
+        cells = [cell.clipped(plan.picture) for cell in _cells(plan, pair)]
+        changes = zip(cells, added.tolist(), strict=True)
+        seen = [(cell, change) for cell, change in changes if cell.width * cell.height]
+        least, most = min(change for _, change in seen), max(change for _, change in seen)
+        notes.append(f"warm: changed most by high resolution; by {least:.2f} to {most:.2f} of a token's size")
         return Insight(
-            views=[("low resolution", low)],
-            heat=[(cell.clipped(plan.picture), weight) for cell, weight in zip(cells, weights, strict=True)],
+            views=[("low resolution", tower.shrunk(pixels, pair.low)[0])],
+            heat=[(cell, max((change - least) / (most - least or 1), 0.01)) for cell, change in seen],
             notes=notes,
         )
+
+
+def _cells(plan: ViewPlan, pair: Pair) -> list[Box]:
+    """The part of the picture behind each token, in original pixels; those of padding lie outside of it."""
+    side = Fraction(pair.high, pair.grid)
+    places = [(row * side, column * side) for row in range(pair.grid) for column in range(pair.grid)]
+    return [plan.to_picture(0, (left, top, left + side, top + side)) for top, left in places]
 
 
 def _share(added: Tensor, kept: Tensor) -> Tensor:
