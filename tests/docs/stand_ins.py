@@ -24,6 +24,7 @@ from transformers import (
 
 from foveate.chat import chat_template
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
+from tests.methods.slime_release import write_release
 
 SIZES = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -84,6 +85,11 @@ def original_llava(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
+def original_slime(folder: Path) -> None:
+    """SliME as its authors release it."""
+    write_release(folder, folder.parents[1] / TOWER)
+
+
 # What a page names -> what stands in its place.
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": hf_llava,
@@ -91,6 +97,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "liuhaotian/llava-v1.5-7b": original_llava,
     TOWER: clip_tower,
     "lmsys/vicuna-7b-v1.5": language_model,
+    "yifanzhang114/SliME-vicuna-7B": original_slime,
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import foveate
@@ -27,6 +27,7 @@ from foveate.methods.slime import Slime
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
+from tests.methods.slime_release import released_names, write_release
 from tests.methods.test_invariants import CLOSE, prepare
 from tests.methods.test_seams import VISION, calls
 from tests.support import chat, gap, greedy, picture
@@ -496,67 +497,9 @@ def test_the_paper_s_other_models() -> None:
 # Released checkpoints.
 
 
-def released_names(key: str) -> str:
-    """Our name of a weight -> the authors', where the two differ."""
-    for ours, theirs in (
-        ("connector.adapter.mlp.", "model.mm_projector.projection."),
-        ("connector.adapter.gate", "model.mm_projector.w_gate"),
-        ("connector.adapter.former.", "model.mm_projector.attn."),
-        ("connector.compressor.", "model.sampler.post_qformer."),
-        ("language_model.", ""),
-        ("vision_tower.model.", "model.vision_tower.vision_tower.vision_model."),
-        (".positions", ".pos_embed"),
-        (".queries", ".query"),
-        ("query_norm", "ln_q"),
-        ("feature_norm", "ln_kv"),
-        ("output_norm", "ln_post"),
-        (".project_in.", ".attn.in_proj_"),
-        (".project_out.", ".attn.out_proj."),
-    ):
-        key = key.replace(ours, theirs)
-    return key
-
-
 def release(folder: Path, kind: str) -> tuple[Foveate, Path, Path]:
-    """A tiny model written as its authors release theirs: one file, or shards of either kind."""
-    m = tiny_model("slime", {"queries": 4, "gamma": 0.9})
-    weights = {released_names(key): t.clone() for key, t in m.model.state_dict().items()}
-    extra = {name: torch.zeros(n) for name, n in (("w_noise", (32, 2)), ("mean", (1,)), ("std", (1,)))}
-    weights |= {f"model.mm_projector.{name}": t.bfloat16() for name, t in extra.items()}
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)  # as old versions saved it
-    model, tower = folder / "model", folder / "tower"
-    model.mkdir()
-    tiny_vision().save_pretrained(tower)
-    comma = m.processor.tokenizer(",", add_special_tokens=False)["input_ids"][-1]
-    config = {
-        **tiny_text().to_dict(),
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "mm_vision_tower": str(tower),
-        "mm_projector_type": "gated",
-        "mm_resampler_type": "cosine",
-        "mm_resampler_dim": 4,
-        "mm_resampler_topp": 0.9,
-        "mm_resampler_temp": 1.0,
-        "seperator": comma,
-        "image_aspect_ratio": "anyres",
-        "mm_patch_merge_type": "spatial",
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer().save_pretrained(model)
-    names = sorted(weights)
-    shards = {"bin": 2, "safetensors": 2, "one": 1}[kind]
-    ending = "bin" if kind == "bin" else "safetensors"
-    stem = "pytorch_model" if kind == "bin" else "model"
-    weight_map = {}
-    for i in range(shards):
-        file = f"{stem}.{ending}" if shards == 1 else f"{stem}-{i + 1:05}-of-{shards:05}.{ending}"
-        part = {name: weights[name] for name in names[i::shards]}
-        (torch.save if kind == "bin" else save_file)(part, model / file)
-        weight_map |= dict.fromkeys(part, file)
-    if shards > 1:
-        (model / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return m, model, tower
+    """A model, its released folder, and that of the tower which it names."""
+    return write_release(folder / "model", folder / "tower", kind), folder / "model", folder / "tower"
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors", "one"])
@@ -580,8 +523,6 @@ def test_released_checkpoints_load(kind: str, tmp_path: Path) -> None:
 
 def test_a_wrong_key_is_named(tmp_path: Path) -> None:
     _, model, _ = release(tmp_path, "one")
-    from safetensors.torch import load_file
-
     weights = load_file(model / "model.safetensors")
     lost = "model.sampler.post_qformer.query"
     for change, message in (
