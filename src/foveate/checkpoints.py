@@ -18,6 +18,8 @@ from foveate.methods import METHODS, method_class
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of shards
 LLAMA3_VOCABULARY = 128256  # its model_type is that of Llama 2
 
 
@@ -35,6 +37,8 @@ class Released:
     @property
     def template(self) -> str:
         """Name of the chat template that checkpoints of this kind were trained with."""
+        if self.layout.template is not None:
+            return self.layout.template
         if self.config.get("vocab_size") == LLAMA3_VOCABULARY:
             return "llama3"
         return ORIGINAL_TEMPLATES.get(_original_text_type(self.config), "vicuna_v1")
@@ -108,15 +112,40 @@ def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released 
 
 
 def _layout_of(folder: Path, config: Json) -> Released:
-    for method in METHODS:
-        for layout in method_class(method).layouts:
-            if _family(config) == layout.family and layout.recognises(config):
-                return Released(folder, config, layout, method)
+    layouts = [(method, layout) for method in METHODS for layout in method_class(method).layouts]
+    for method, layout in sorted(layouts, key=lambda pair: pair[1].told_by is None):
+        if _family(config) == layout.family and layout.recognises(config) and _told(folder, layout):
+            return Released(folder, config, layout, method)
     known = [layout.name for method in METHODS for layout in method_class(method).layouts]
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
         f"{config.get('architectures')} is of no layout known here ({', '.join(known)})"
     )
+
+
+def _told(folder: Path, layout: Layout) -> bool:
+    """Whether the weights' keys are of this layout, as far as it is told by them."""
+    pattern = layout.told_by
+    return pattern is None or any(re.search(pattern, key) for key in _weight_keys(folder, layout))
+
+
+def _weight_keys(folder: Path, layout: Layout) -> Iterable[str]:
+    """Keys of a folder's weights, or of its connector's; none where it has no weights."""
+    from safetensors import safe_open
+
+    for name in INDICES:
+        index = read_json(folder / name)
+        if index:
+            return index["weight_map"]
+    for name in (*WEIGHTS, *layout.connector_files):
+        path = folder / name
+        if path.is_file() and path.suffix == ".safetensors":
+            _check_header(path)
+            with safe_open(path, "np") as file:
+                return list(file.keys())
+        if path.is_file():
+            return _read_files(folder, [name])
+    return ()
 
 
 def _family(config: Json) -> str | None:
@@ -221,13 +250,11 @@ def vision_config_of(folder: Path) -> Any:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a folder's weights. Raises `FoveateError` if one is missing or cut."""
-    index = read_json(folder / "model.safetensors.index.json") or read_json(
-        folder / "pytorch_model.bin.index.json"
-    )
+    index = read_json(folder / INDICES[0]) or read_json(folder / INDICES[1])
     if index:
         names = sorted(set(index["weight_map"].values()))
     else:
-        names = [n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()][:1]
+        names = [n for n in WEIGHTS if (folder / n).is_file()][:1]
     if not names:
         raise FoveateError(
             f"{folder} holds no weights: no model.safetensors, pytorch_model.bin or index of shards"

@@ -40,7 +40,7 @@ Dtype = Annotated[
 Tower = Annotated[
     str | None, typer.Option(help="Vision tower folder, for original LLaVA checkpoints without one.")
 ]
-Template = Annotated[str | None, typer.Option(help="plain, vicuna_v1, llama3, mistral or chatml.")]
+Template = Annotated[str | None, typer.Option(help="plain, vicuna_v1, llama3, llama3_v1, mistral or chatml.")]
 Option = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
 ]
@@ -200,7 +200,9 @@ def compose(
     connector: Annotated[
         str | None, typer.Option(help="Folder of one stage of the authors' training, with mm_projector.bin.")
     ] = None,
-    template: Annotated[str, typer.Option(help="plain, vicuna_v1, llama3, mistral or chatml.")] = "vicuna_v1",
+    template: Annotated[
+        str, typer.Option(help="plain, vicuna_v1, llama3, llama3_v1, mistral or chatml.")
+    ] = "vicuna_v1",
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Tiny random parts, to try commands without weights.")
     ] = False,

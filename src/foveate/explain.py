@@ -120,14 +120,12 @@ def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int
 def cut_view(canvas: Image.Image, view: View) -> Image.Image:
     """One view out of its canvas, interleaved ones included."""
     part = canvas.crop(view.box.rounded())
-    if view.stride == 1:
+    if view.steps == (1, 1):
         return part
-    size = (view.size.width, view.size.height)
-    scale = 1 / view.stride
-    # The affine map reads pixel (stride x, stride y), sampled at its centre.
-    return part.transform(
-        size, Image.Transform.AFFINE, (1 / scale, 0, 0.5 - 0.5 / scale, 0, 1 / scale, 0.5 - 0.5 / scale)
-    )
+    down, across = view.steps
+    # The affine map reads pixel (across x, down y), sampled at its centre.
+    matrix = (across, 0, 0.5 - 0.5 * across, 0, down, 0.5 - 0.5 * down)
+    return part.transform((view.size.width, view.size.height), Image.Transform.AFFINE, matrix)
 
 
 def _same_corner(regions: Sequence[Box], index: int) -> int:

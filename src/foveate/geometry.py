@@ -86,18 +86,26 @@ class Canvas:
 
 @dataclass(frozen=True)
 class View:
-    """One picture for the vision tower: `box` of canvas number `canvas`, every `stride`-th pixel of it."""
+    """One picture for the vision tower: `box` of canvas number `canvas`, every `stride`-th pixel of it.
+
+    A `Size` as stride has its own step for rows and columns.
+    """
 
     canvas: int
     box: Box
     role: str
-    stride: int = 1
+    stride: int | Size = 1
+
+    @property
+    def steps(self) -> Size:
+        """Pixels of the canvas from one row of the view to the next, and from one column to the next."""
+        return self.stride if isinstance(self.stride, Size) else Size(self.stride, self.stride)
 
     @property
     def size(self) -> Size:
         return Size(
-            len(range(int(self.box.top), int(self.box.bottom), self.stride)),
-            len(range(int(self.box.left), int(self.box.right), self.stride)),
+            len(range(int(self.box.top), int(self.box.bottom), self.steps.height)),
+            len(range(int(self.box.left), int(self.box.right), self.steps.width)),
         )
 
 
@@ -126,10 +134,10 @@ class ViewPlan:
         x, y = _axes(canvas)
         left, top, right, bottom = (Fraction(n) for n in box)
         return Box(
-            x.source + (v.box.left + left * v.stride - x.content) * x.scale,
-            y.source + (v.box.top + top * v.stride - y.content) * y.scale,
-            x.source + (v.box.left + right * v.stride - x.content) * x.scale,
-            y.source + (v.box.top + bottom * v.stride - y.content) * y.scale,
+            x.source + (v.box.left + left * v.steps.width - x.content) * x.scale,
+            y.source + (v.box.top + top * v.steps.height - y.content) * y.scale,
+            x.source + (v.box.left + right * v.steps.width - x.content) * x.scale,
+            y.source + (v.box.top + bottom * v.steps.height - y.content) * y.scale,
         )
 
     def to_view(self, view: int, box: Iterable[Number]) -> Box:
@@ -137,10 +145,10 @@ class ViewPlan:
         v = self.views[view]
         place = self.canvases[v.canvas].place(Box(*(Fraction(n) for n in box)))
         return Box(
-            (place.left - v.box.left) / v.stride,
-            (place.top - v.box.top) / v.stride,
-            (place.right - v.box.left) / v.stride,
-            (place.bottom - v.box.top) / v.stride,
+            (place.left - v.box.left) / v.steps.width,
+            (place.top - v.box.top) / v.steps.height,
+            (place.right - v.box.left) / v.steps.width,
+            (place.bottom - v.box.top) / v.steps.height,
         )
 
     @cached_property
@@ -190,18 +198,30 @@ def squashed(picture: Size, canvas: Size) -> Canvas:
 
 def padded_square(picture: Size, side: int, fill: Fill = "mean") -> Canvas:
     """The picture padded to a square at its own resolution, then resized (LLaVA-1.5)."""
-    long = max(picture)
-    left, top = (long - picture.width) // 2, (long - picture.height) // 2
-    return Canvas(Size(side, side), Box(-left, -top, long - left, long - top), whole(Size(side, side)), fill)
+    return padded(picture, Size(side, side), fill)
+
+
+def padded(picture: Size, canvas: Size, fill: Fill = "mean") -> Canvas:
+    """The picture padded at its own resolution to the canvas's shape, up to a pixel, then resized."""
+    height = max(picture.height, -(-picture.width * canvas.height // canvas.width))
+    width = max(picture.width, -(-picture.height * canvas.width // canvas.height))
+    left, top = (width - picture.width) // 2, (height - picture.height) // 2
+    return Canvas(canvas, Box(-left, -top, width - left, height - top), whole(canvas), fill)
 
 
 def centre_cropped(picture: Size, side: int) -> Canvas:
     """The short edge resized to `side`, the middle kept (CLIP's own preprocessing)."""
-    short, long = sorted(picture)
-    scaled = int(side * long / short)
-    height, width = (side, scaled) if picture.height <= picture.width else (scaled, side)
-    top, left = (height - side) // 2, (width - side) // 2
-    return Canvas(Size(side, side), whole(picture), Box(-left, -top, width - left, height - top))
+    return cropped(picture, Size(side, side))
+
+
+def cropped(picture: Size, canvas: Size) -> Canvas:
+    """The picture resized so that it just covers the canvas, the middle kept."""
+    if picture.height * canvas.width <= picture.width * canvas.height:
+        height, width = canvas.height, int(canvas.height * picture.width / picture.height)
+    else:
+        height, width = int(canvas.width * picture.height / picture.width), canvas.width
+    top, left = (height - canvas.height) // 2, (width - canvas.width) // 2
+    return Canvas(canvas, whole(picture), Box(-left, -top, width - left, height - top))
 
 
 def letterboxed(picture: Size, canvas: Size, fill: Fill = "black") -> Canvas:
@@ -222,6 +242,19 @@ def tiled(canvas: int, tiles: Size, side: Size, role: str = "tile") -> tuple[Vie
     """A grid of equal contiguous tiles over canvas number `canvas`, row by row."""
     return tuple(
         View(canvas, Box(c * side.width, r * side.height, (c + 1) * side.width, (r + 1) * side.height), role)
+        for r in range(tiles.height)
+        for c in range(tiles.width)
+    )
+
+
+def interleaved(canvas: int, tiles: Size, side: Size, role: str = "interleaved") -> tuple[View, ...]:
+    """Views of all of canvas number `canvas`, each of every tiles.height-th row and tiles.width-th column.
+
+    They come row by row; view (r, c) starts at pixel (r, c). What is left over behind `side` is dropped.
+    """
+    right, bottom = tiles.width * side.width, tiles.height * side.height
+    return tuple(
+        View(canvas, Box(c, r, right, bottom), role, tiles)
         for r in range(tiles.height)
         for c in range(tiles.width)
     )

@@ -29,6 +29,9 @@ class Layout:
         optional: regular expressions on Foveate's keys that only some options have a place for.
         separator: the key of config.json with the LLM token that separates groups of visual tokens.
         connector_files: what a stage in which only the connector trains writes.
+        told_by: regular expression on the weights' keys, at least one of which must match, where config.json
+            alone does not tell the layout; such layouts are tried before the others.
+        template: chat template that these checkpoints were trained with; None: that of their LLM.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Layout:
     optional: tuple[str, ...] = ()
     separator: str | None = None
     connector_files: tuple[str, ...] = ()
+    told_by: str | None = None
+    template: str | None = None
 
 
 FAMILY_KEYS: dict[str, dict[str, str]] = {

@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from foveate import checkpoints
 from foveate.chat import IMAGE_TOKEN, chat_template, load_tokenizer, normalise_messages, picture_queries
 from foveate.errors import FoveateError
-from foveate.geometry import Canvas, Size, ViewPlan, whole
+from foveate.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.methods import method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.pictures import read_picture
@@ -91,11 +91,7 @@ class FoveateImageProcessor(BaseImageProcessor):
     def views(self, picture: Image.Image, plan: ViewPlan) -> np.ndarray:
         """All views of one picture, normalised: (V, 3, h, w) float32."""
         canvases = [self._normalise(self.paint(picture, canvas)) for canvas in plan.canvases]
-        cut = []
-        for view in plan.views:
-            left, top, right, bottom = (int(n) for n in view.box)
-            cut.append(canvases[view.canvas][:, top : bottom : view.stride, left : right : view.stride])
-        return np.stack(cut)
+        return np.stack([cut(canvases[view.canvas], view) for view in plan.views])
 
     def paint(self, picture: Image.Image, canvas: Canvas) -> Image.Image:
         """The picture as it lies on a canvas, 8 bits, before normalisation."""
@@ -154,6 +150,12 @@ class FoveateImageProcessor(BaseImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_dict().items() if key != "_planner"}
+
+
+def cut(canvas: np.ndarray, view: View) -> np.ndarray:
+    """A view's pixels out of its canvas's, (C, H, W) -> (C, h, w)."""
+    left, top, right, bottom = (int(n) for n in view.box)
+    return canvas[:, top : bottom : view.steps.height, left : right : view.steps.width]
 
 
 class FoveateProcessor(ProcessorMixin):

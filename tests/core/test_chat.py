@@ -45,6 +45,21 @@ EXPECTED = {
         "<|start_header_id|>user<|end_header_id|>\n\nAnd there?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
+    "llama3_v1": (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{VICUNA.strip()}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{VICUNA.strip()}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd there?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd there?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
     "mistral": (
         "<s>[INST] <image>\nWhat is it? [/INST]",
         "<s>[INST] <image>\nWhat is it? [/INST] A dog.</s>[INST] And there? [/INST]",
@@ -68,6 +83,7 @@ EXPECTED = {
 LEARNT = {
     "vicuna_v1": " A dog.</s>",
     "llama3": "A dog.<|eot_id|>",
+    "llama3_v1": "A dog.<|eot_id|>",
     "mistral": " A dog.</s>",
     "chatml": "A dog.<|im_end|>",
     "plain": "A dog.\n",

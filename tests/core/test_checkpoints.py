@@ -118,13 +118,34 @@ def test_golden_checkpoints_are_not_mistaken(folder: str, pytestconfig: pytest.C
 
 
 def test_weights_tell_inf_llava_from_llava(tmp_path: Path) -> None:
-    """Even where a config.json is LLaVA-1.5's, weights that it has no place for are named, never ignored."""
+    """In one file of either kind, in shards, and in what a first stage leaves; the rest is then missed."""
     model, tower = original_folders(tmp_path, INF_LLAVA)
     weights = torch.load(model / "pytorch_model.bin", weights_only=True)
+
+    def method() -> str:
+        released = recognise(model, tower)
+        assert released is not None
+        return released.method
+
+    assert method() == "llava"
     weights["model.spatial_embed.attention.linears.0.weight"] = torch.zeros(3, 3)
     torch.save(weights, model / "pytorch_model.bin")
-    with pytest.raises(FoveateError, match=r"spatial_embed\.attention|of no layout known here"):
+    assert method() == "inf_llava"
+    with pytest.raises(
+        FoveateError, match=r"lacks connector\.attention.*another shape of connector\.attention"
+    ):
         FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower)
+    (model / "pytorch_model.bin").unlink()
+    save_file(weights, model / "model.safetensors")
+    assert method() == "inf_llava"
+    (model / "model.safetensors").unlink()
+    assert method() == "llava"
+    places = {key: "pytorch_model-00001-of-00001.bin" for key in weights}
+    write_json(model / "pytorch_model.bin.index.json", {"weight_map": places})
+    assert method() == "inf_llava"
+    (model / "pytorch_model.bin.index.json").unlink()
+    torch.save(weights, model / "mm_projector.bin")
+    assert method() == "inf_llava"
 
 
 @torch.no_grad()

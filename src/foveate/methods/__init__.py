@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "anyres": "foveate.methods.anyres:AnyRes",
     "slime": "foveate.methods.slime:Slime",
     "llava_hr": "foveate.methods.llava_hr:LlavaHR",
+    "inf_llava": "foveate.methods.inf_llava:InfLlava",
 }
 
 

@@ -1,0 +1,641 @@
+"""INF-LLaVA: one large picture cut twice, into tiles and into interleaved views; each enhances the other.
+
+Paper: Ma et al., INF-LLaVA: Dual-perspective Perception for High-Resolution Multimodal Large Language Model,
+arXiv 2407.16198. Authors' code: WeihuangLin/INF-LLaVA at ea3e986 (Apache-2.0).
+
+    local and global views of a picture     geometry.tiled, geometry.interleaved   eqs 9-13, 14-17 (DCM)
+    F_loc, F_glo out of views' features     Axis.split, Axis.join                  eqs 5-6
+    parts of both maps, C_loc and C_glo     Axis.split, AxisPlan.groups            eqs 18-19, 22-23
+    A = softmax(q k / scale), V = A v       CrossAttention                         eqs 20-21, 24-25
+    V_dual                                  Fusion                                 eqs 26-27
+    F_pool                                  pooling                                eq. 7
+    -> MLP -> LLM, as many as one view has  InfConnector                           eq. 8, section 5.5.1
+
+Paper and authors' code differ. Each difference is an option; defaults are what the released checkpoints need:
+
+    option (default, other)         default: authors' code                   other: paper
+    parts crossed, own              F_glo's queries look into tiles,         F_glo's into interleaved parts,
+                                    F_loc's into interleaved parts           F_loc's into tiles
+    heads 8, 1                      scale sqrt(d / 8)                        scale sqrt(d)
+    attention residual, plain       biases, output layer, + query, norm      A v alone
+    shared true, false              one attention for both directions        not said
+    embed bottleneck, linear        d -> d/16 -> d/2 with GELU               one matrix d -> d/2
+    fused authors, paper            [local ; global] + both maps, norm       [global ; local]
+    pool bilinear, average          bilinear to one view's grid              average
+    low_mix mean, sum               half the sum with the low view           the sum
+    low_view centre, none           mixed in before the MLP                  not in eq. 8
+    tiles [3, 3], picture           a square of 3 x 3 views                  as many views as fit (eqs 9-10)
+
+Where we differ from the authors: a reduction by bilinear interpolation reads one row in n of the large map,
+or two where n is even. What no such row depends on, views, queries and all that follows, is never computed;
+all views go through the tower in one call, and all parts through one attention for each direction. The
+results are the same. At inference their loader shows a picture of 336 pixels blown up to 1008; we show what
+they train on. For even n their low-resolution view would be sampled between pixels without antialiasing; ours
+is the picture resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import accumulate, product
+from math import isqrt
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+from foveate.geometry import (
+    Box,
+    Canvas,
+    Size,
+    View,
+    ViewPlan,
+    cropped,
+    interleaved,
+    padded,
+    squashed,
+    tiled,
+    whole,
+)
+from foveate.layers import mlp_projector
+from foveate.layouts import Layout
+from foveate.methods.base import (
+    Connector,
+    Method,
+    MethodOptions,
+    Query,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+)
+
+Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th
+CUTS: tuple[Cut, Cut] = ("local", "global")
+
+
+@dataclass(frozen=True)
+class InfLlavaOptions(MethodOptions):
+    # Views
+    tiles: tuple[int, ...] | Literal["picture"] = (3, 3)  # rows and columns; picture: as many as it fills
+    limit: int = 5  # views along a side, where the picture decides
+    fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture takes the shape of all tiles together
+    crops: Literal["both", "local", "global"] = "both"  # table 6: one kind of views stands for both
+    low_view: Literal["centre", "resized", "none"] = "centre"  # centre: the middle interleaved view
+    low_mix: Literal["mean", "sum"] = "mean"  # of enhanced and low-resolution features
+    # Enhancement
+    enhance: Literal["both", "global", "local", "none"] = "both"  # table 4; none: the maps are added
+    parts: Literal["crossed", "own"] = "crossed"  # into which parts a map's queries look
+    attention: Literal["residual", "plain"] = "residual"
+    heads: int = 8
+    shared: bool = True  # one attention for both directions
+    # Fusion and pooling
+    fusion: Literal["concat", "conv", "multiply", "weighted", "max", "add"] = "concat"  # table 5
+    embed: Literal["bottleneck", "linear"] = "bottleneck"  # before concat
+    fused: Literal["authors", "paper"] = "authors"  # what follows the fusion, and the order of concat
+    pool: Literal["bilinear", "average"] = "bilinear"
+    projector_depth: int = 2  # linear layers of the projector
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tiles != "picture" and (len(self.tiles) != 2 or min(self.tiles) < 1):
+            raise FoveateError(
+                f"tiles must be rows and columns, each at least 1, or 'picture', not {list(self.tiles)}"
+            )
+        for name in ("limit", "heads"):
+            if getattr(self, name) < 1:
+                raise FoveateError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+# Rows and columns: everything here is along one axis, since both croppings treat the axes alike.
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the large map: `views` views of `tokens` tokens each."""
+
+    views: int
+    tokens: int
+
+    def split(self, cut: Cut, row: int) -> tuple[int, int]:
+        """A row of the large map -> the view, or the part, that it belongs to, and its row in there."""
+        if cut == "local":
+            return divmod(row, self.tokens)
+        place, view = divmod(row, self.views)
+        return view, place
+
+    def join(self, cut: Cut, view: int, place: int) -> int:
+        """The inverse of `split`."""
+        return view * self.tokens + place if cut == "local" else place * self.views + view
+
+
+def pooling(rows: int, pooled: int, mode: str) -> np.ndarray:
+    """Weights (pooled, rows) of a reduction as torch's bilinear (not aligned) or adaptive average one."""
+    weights = np.zeros((pooled, rows))
+    for i in range(pooled):
+        if mode == "average":
+            start, end = i * rows // pooled, -(-(i + 1) * rows // pooled)
+            weights[i, start:end] = 1 / (end - start)
+        else:
+            centre = Fraction((2 * i + 1) * rows, 2 * pooled) - Fraction(1, 2)
+            low = int(centre)
+            weights[i, low] += float(1 - (centre - low))
+            weights[i, min(low + 1, rows - 1)] += float(centre - low)
+    return weights
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One of the two enhancements: queries of one map look into keys of the other, part by part."""
+
+    name: Cut  # of the map that is enhanced
+    queries: Cut
+    keys: Cut
+    parts: Cut
+
+
+def directions(options: InfLlavaOptions) -> tuple[Direction, ...]:
+    found = []
+    other: Mapping[Cut, Cut] = {"local": "global", "global": "local"}
+    for name in CUTS:
+        if options.enhance in ("both", name):
+            maps = (name, other[name]) if options.crops == "both" else (options.crops, options.crops)
+            found.append(Direction(name, *maps, other[name] if options.parts == "crossed" else name))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The queries of one direction along one axis, grouped by the part that they look into.
+
+    Groups are as long as the longest; `real` tells what fills them up.
+    """
+
+    queries: np.ndarray  # (parts, m) rows of the queries' stack
+    keys: np.ndarray  # (parts, tokens) rows of the keys' stack
+    real: np.ndarray  # (parts, m) bool
+    part: np.ndarray  # (live,) where each live row's query is
+    slot: np.ndarray  # (live,)
+
+
+class AxisPlan:
+    """What must be computed along one axis of the large map, and where it lies.
+
+    Features of views are never rearranged into large maps. They stay in stacks, one below the other in the
+    order of `views`; `at` says where a row of the large map lies in its stack.
+
+    Attributes:
+        live: rows of the large map that the pooled one depends on.
+        weights: (pooled, live) of the pooling.
+        views: per cut, the views along this axis that the live rows depend on.
+    """
+
+    def __init__(self, axis: Axis, pooled: int, options: InfLlavaOptions) -> None:
+        self.axis = axis
+        rows = axis.views * axis.tokens
+        weights = pooling(rows, pooled, options.pool)
+        everything = options.fusion == "conv" and options.enhance == "both"  # it reads neighbours
+        self.live: list[int] = [row for row in range(rows) if everything or weights[:, row].any()]
+        self.weights = weights[:, self.live]
+        used: dict[Cut, set[int]] = {"local": set(), "global": set()}
+        for direction in directions(options):
+            used[direction.queries] |= self._views(direction.queries, self.live)
+            used[direction.keys] |= self._views(direction.keys, self._looked_at(direction))
+        if options.enhance == "none":
+            for cut in CUTS:
+                if options.crops in ("both", cut):
+                    used[cut] = self._views(cut, self.live)
+        self.views: dict[Cut, list[int]] = {cut: sorted(numbers) for cut, numbers in used.items()}
+
+    def _views(self, cut: Cut, rows: Iterable[int]) -> set[int]:
+        return {self.axis.split(cut, row)[0] for row in rows}
+
+    def _looked_at(self, direction: Direction) -> list[int]:
+        """All rows of the parts that live queries look into, part by part."""
+        parts = sorted(self._views(direction.parts, self.live))
+        return [
+            self.axis.join(direction.parts, part, place)
+            for part in parts
+            for place in range(self.axis.tokens)
+        ]
+
+    def at(self, cut: Cut, rows: Iterable[int]) -> list[int]:
+        """Where rows of the large map lie in the stack of a cut's views."""
+        order = {view: i for i, view in enumerate(self.views[cut])}
+        split = (self.axis.split(cut, row) for row in rows)
+        return [order[view] * self.axis.tokens + place for view, place in split]
+
+    def groups(self, direction: Direction) -> Groups:
+        parts = sorted(self._views(direction.parts, self.live))
+        members: dict[int, list[int]] = {part: [] for part in parts}
+        for row in self.live:
+            members[self.axis.split(direction.parts, row)[0]].append(row)
+        longest = max(map(len, members.values()))
+        lengths = np.array([len(rows) for rows in members.values()])
+        filled = [rows + rows[:1] * (longest - len(rows)) for rows in members.values()]
+        slots = {row: (i, j) for i, part in enumerate(parts) for j, row in enumerate(members[part])}
+        looked_at = np.array(self.at(direction.keys, self._looked_at(direction)))
+        return Groups(
+            queries=np.array([self.at(direction.queries, rows) for rows in filled]),
+            keys=looked_at.reshape(len(parts), -1),
+            real=np.arange(longest) < lengths[:, None],
+            part=np.array([slots[row][0] for row in self.live]),
+            slot=np.array([slots[row][1] for row in self.live]),
+        )
+
+
+class Scheme:
+    """What must be computed for a picture of `tiles` views, and in which order the views come."""
+
+    def __init__(self, tiles: Size, tower: TowerGeometry, pooled: int, options: InfLlavaOptions) -> None:
+        self.tiles, self.tower, self.options = tiles, tower, options
+        self.rows = AxisPlan(Axis(tiles.height, tower.grid.height), pooled, options)
+        self.columns = AxisPlan(Axis(tiles.width, tower.grid.width), pooled, options)
+
+    @cached_property
+    def canvas(self) -> Size:
+        return Size(self.tiles.height * self.tower.image_size, self.tiles.width * self.tower.image_size)
+
+    @cached_property
+    def views(self) -> list[View]:
+        """Every view once, in the tower's order; one that two need stands where the first needs it."""
+        order = {_pixels(view): view for cut in CUTS for view in self._stack(cut)}
+        if self.low is not None:
+            order.setdefault(_pixels(self.low), self.low)
+        return list(order.values())
+
+    @cached_property
+    def low(self) -> View | None:
+        """The low-resolution view: the middle interleaved one, or canvas number 1."""
+        if self.options.low_view == "none":
+            return None
+        if self.options.low_view == "centre" and self.tiles.height % 2 and self.tiles.width % 2:
+            return self.every("global")[self.tiles.height * self.tiles.width // 2]
+        return View(1, whole(self.tower.side), "low resolution")
+
+    def every(self, cut: Cut) -> tuple[View, ...]:
+        """All views of one kind, whether they are needed or not."""
+        make = tiled if cut == "local" else interleaved
+        return make(0, self.tiles, self.tower.side)
+
+    def _stack(self, cut: Cut) -> list[View]:
+        everything = self.every(cut)
+        pairs = product(self.rows.views[cut], self.columns.views[cut])
+        return [everything[row * self.tiles.width + column] for row, column in pairs]
+
+    @cached_property
+    def numbers(self) -> dict[Cut, np.ndarray]:
+        """Per cut, the views of its stack as numbers in `views`."""
+        numbers = {_pixels(view): i for i, view in enumerate(self.views)}
+        return {cut: np.array([numbers[_pixels(view)] for view in self._stack(cut)], int) for cut in CUTS}
+
+    @cached_property
+    def low_number(self) -> int | None:
+        """Of the low-resolution view in `views`."""
+        return None if self.low is None else [_pixels(v) for v in self.views].index(_pixels(self.low))
+
+    @cached_property
+    def groups(self) -> dict[Direction, tuple[Groups, Groups]]:
+        found = directions(self.options)
+        return {one: (self.rows.groups(one), self.columns.groups(one)) for one in found}
+
+
+def _pixels(view: View) -> tuple[int, Box, Size]:
+    """What makes two views the same."""
+    return view.canvas, view.box, view.steps
+
+
+def shrunk(canvas: Canvas, tiles: Size) -> Canvas:
+    """The whole canvas as one view."""
+    content = canvas.content
+    left, right = (round(n / tiles.width) for n in (content.left, content.right))
+    top, bottom = (round(n / tiles.height) for n in (content.top, content.bottom))
+    size = Size(canvas.size.height // tiles.height, canvas.size.width // tiles.width)
+    return Canvas(size, canvas.source, Box(left, top, right, bottom), canvas.fill)
+
+
+# Enhancement and fusion.
+
+
+class CrossAttention(nn.Module):
+    """Tokens of one map look into those of the other: LN(o(softmax(q k) v) + x), or softmax(q k) v alone."""
+
+    def __init__(self, width: int, options: InfLlavaOptions) -> None:
+        super().__init__()
+        self.heads, self.residual = options.heads, options.attention == "residual"
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=self.residual) for _ in range(3))
+        if self.residual:
+            self.out = nn.Linear(width, width)
+            self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        """x (B, M, C), source (B, N, C) -> (B, M, C)"""
+        query, key, value = self._split(self.query(x)), self._split(self.key(source)), self.value(source)
+        read = F.scaled_dot_product_attention(query, key, self._split(value))
+        read = read.transpose(1, 2).flatten(2)  # (B, heads, M, C / heads) -> (B, M, C)
+        return self.norm(self.out(read) + x) if self.residual else read
+
+    def received(self, x: Tensor, source: Tensor, real: Tensor) -> Tensor:
+        """How much attention each token of `source` gets from all queries that are `real` (B, M): (B, N)."""
+        query, key = self._split(self.query(x)), self._split(self.key(source))
+        attention = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)  # (B, heads, M, N)
+        return (attention.mean(1) * real[..., None]).sum(1)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, heads, N, C / heads)"""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Fusion(nn.Module):
+    """Two enhanced maps -> one (table 5)."""
+
+    def __init__(self, width: int, options: InfLlavaOptions) -> None:
+        super().__init__()
+        self.kind, self.authors = options.fusion, options.fused == "authors"
+        if self.kind == "concat":
+            self.embed = nn.ModuleDict({cut: embedding(width, options.embed) for cut in CUTS})
+        elif self.kind == "conv":
+            self.conv = nn.Conv2d(2 * width, width, 3, padding=1)
+        elif self.kind == "weighted":
+            self.weights = nn.Parameter(torch.full((2,), 0.5))
+        if self.authors:
+            self.norm = nn.LayerNorm(width)
+
+    def forward(self, maps: Mapping[Cut, Tensor]) -> Tensor:
+        """Twice (P, h, w, C) -> (P, h, w, C)"""
+        fused = self._fuse(maps["local"], maps["global"])
+        return self.norm(fused + maps["local"] + maps["global"]) if self.authors else fused
+
+    def _fuse(self, local: Tensor, whole: Tensor) -> Tensor:
+        if self.kind in ("concat", "conv"):
+            both = [local, whole]
+            if self.kind == "concat":
+                both = [self.embed[cut](x) for cut, x in zip(CUTS, both, strict=True)]
+            joined = torch.cat(both if self.authors else both[::-1], -1)
+            if self.kind == "concat":
+                return joined
+            return self.conv(joined.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (P, 2 C, h, w) -> (P, h, w, C)
+        if self.kind == "weighted":
+            return self.weights[0] * local + self.weights[1] * whole
+        simple: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "multiply": torch.mul,
+            "max": torch.maximum,
+            "add": torch.add,
+        }
+        return simple[self.kind](local, whole)
+
+
+def embedding(width: int, kind: str) -> nn.Module:
+    """Half as many channels, before two maps are concatenated."""
+    if kind == "linear":
+        return nn.Linear(width, width // 2, bias=False)
+    narrow = max(1, width // 16)
+    return nn.Sequential(nn.Linear(width, narrow), nn.GELU(), nn.Linear(narrow, width // 2))
+
+
+class InfConnector(Connector):
+    def __init__(
+        self, widths: Widths, scheme: Callable[[Size], Scheme], low: Size, options: InfLlavaOptions
+    ) -> None:
+        super().__init__()
+        width = widths.vision
+        self.options, self.scheme, self.grid = options, scheme, low
+        found = directions(options)
+        if found and width % options.heads:
+            raise FoveateError(f"heads {options.heads} must divide the vision tower's width {width}")
+        if len(found) == 2 and options.fusion == "concat" and width % 2:
+            raise FoveateError(f"fusion concat needs an even width of the vision tower, not {width}")
+        names = ["both"] if options.shared else [direction.name for direction in found]
+        self.attention = nn.ModuleDict({name: CrossAttention(width, options) for name in names if found})
+        if len(found) == 2:
+            self.fusion = Fusion(width, options)
+        self.projector = mlp_projector(*widths, options.projector_depth)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        first_view = [0, *accumulate(len(plan.views) for plan in plans)]
+        tokens: dict[int, Tensor] = {}
+        for tiles in dict.fromkeys(plan.tiles for plan in plans):  # pictures of one shape together
+            mine = [p for p, plan in enumerate(plans) if plan.tiles == tiles]
+            scheme = self.scheme(tiles)
+            rows = [first_view[p] + view for p in mine for view in range(len(scheme.views))]
+            views = features[index(np.array(rows), features)]  # (P V, N, C)
+            views = views.unflatten(0, (len(mine), -1))
+            mixed = self.mixed(self.pooled(self.dual(views, scheme), scheme), views, scheme)
+            projected = self.projector(mixed.flatten(1, 2))  # (P, h w, D)
+            tokens |= dict(zip(mine, projected, strict=True))
+        return VisualTokens(torch.cat([tokens[p] for p in range(len(plans))]))
+
+    def dual(self, views: Tensor, scheme: Scheme) -> Tensor:
+        """(P, V, N, C) -> live rows and columns of V_dual before pooling, (P, h, w, C)."""
+        stacks = self.stacks(views, scheme)
+        if not scheme.groups:
+            rows, columns = scheme.rows, scheme.columns
+            return torch.stack(
+                [
+                    gathered(stack, rows.at(cut, rows.live), columns.at(cut, columns.live))
+                    for cut, stack in stacks.items()
+                ]
+            ).sum(0)
+        maps = {direction.name: self.enhanced(direction, stacks, scheme) for direction in scheme.groups}
+        return self.fusion(maps) if len(maps) == 2 else next(iter(maps.values()))
+
+    def stacks(self, views: Tensor, scheme: Scheme) -> dict[Cut, Tensor]:
+        """(P, V, N, C) -> per cut its views' features as one map (P, views h, views w, C), see `AxisPlan`."""
+        grid, stacks = self.grid, {}
+        for cut, numbers in scheme.numbers.items():
+            if len(numbers):
+                rows = len(scheme.rows.views[cut])
+                taken = views[:, index(numbers, views)]  # (P, R K, N, C)
+                cells = taken.unflatten(2, tuple(grid)).unflatten(1, (rows, -1))  # (P, R, K, h, w, C)
+                stacks[cut] = cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (P, R h, K w, C)
+        return stacks
+
+    def enhanced(self, direction: Direction, stacks: Mapping[Cut, Tensor], scheme: Scheme) -> Tensor:
+        """Live rows and columns of a map after enhancement, (P, h, w, C)."""
+        rows, columns = scheme.groups[direction]
+        x, source = self._looking(direction, stacks, scheme)
+        read = self.attention_of(direction)(x, source)  # (P A B, m n, C)
+        parts = (len(rows.queries), len(columns.queries))
+        sides = (rows.queries.shape[1], columns.queries.shape[1])
+        cells = read.unflatten(1, sides).unflatten(0, (-1, *parts))  # (P, A, B, m, n, C)
+        part_r, slot_r = (index(n, read)[:, None] for n in (rows.part, rows.slot))
+        part_c, slot_c = (index(n, read)[None] for n in (columns.part, columns.slot))
+        return cells[:, part_r, part_c, slot_r, slot_c]
+
+    def _looking(
+        self, direction: Direction, stacks: Mapping[Cut, Tensor], scheme: Scheme
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (P A B, m n, C) and what they look into (P A B, N, C), for A x B parts."""
+        rows, columns = scheme.groups[direction]
+        return (
+            _parts(stacks[direction.queries], rows.queries, columns.queries),
+            _parts(stacks[direction.keys], rows.keys, columns.keys),
+        )
+
+    def attention_of(self, direction: Direction) -> CrossAttention:
+        module = self.attention["both" if self.options.shared else direction.name]
+        assert isinstance(module, CrossAttention)
+        return module
+
+    def pooled(self, dual: Tensor, scheme: Scheme) -> Tensor:
+        """Live rows and columns (P, h, w, C) -> (P, pooled, pooled, C)"""
+        return reduced(dual, scheme.rows.weights, scheme.columns.weights)
+
+    def mixed(self, dual: Tensor, views: Tensor, scheme: Scheme) -> Tensor:
+        """The pooled map (P, pooled, pooled, C) with the low-resolution view, pooled alike, in it."""
+        if scheme.low_number is None:
+            return dual
+        low = views[:, scheme.low_number].unflatten(1, tuple(self.grid))  # (P, h, w, C)
+        if low.shape != dual.shape:
+            rows, columns = (
+                pooling(n, m, self.options.pool) for n, m in zip(self.grid, dual.shape[1:3], strict=True)
+            )
+            low = reduced(low, rows, columns)
+        return (dual + low) / 2 if self.options.low_mix == "mean" else dual + low
+
+    @torch.no_grad()
+    def attended(self, views: Tensor, scheme: Scheme) -> np.ndarray:
+        """How much attention each cell of a picture's large map gets, (1, V, N, C) -> (rows, columns).
+
+        A token of an interleaved view shows n x n cells, which share what it gets.
+        """
+        stacks = self.stacks(views, scheme)
+        tiles, grid = scheme.tiles, self.grid
+        cells = np.zeros((grid.height, tiles.height, grid.width, tiles.width))
+        for direction, (rows, columns) in scheme.groups.items():
+            x, source = self._looking(direction, stacks, scheme)
+            real = index(rows.real[:, None, :, None] & columns.real[None, :, None, :], x)  # (A, B, m, n)
+            got = self.attention_of(direction).received(x, source, real.flatten(2).flatten(0, 1))
+            stack = torch.zeros(stacks[direction.keys].shape[1:3])
+            places = index(rows.keys, stack)[:, None, :, None], index(columns.keys, stack)[None, :, None, :]
+            stack[places] = got.float().cpu().view(len(rows.keys), len(columns.keys), *grid)
+            heights, widths = (
+                _covered(axis, direction.keys) for axis in (scheme.rows, scheme.columns)
+            )  # (rows of the large map, rows of the stack)
+            spread = heights @ stack.double().numpy() @ widths.T
+            cells += spread.reshape(cells.shape)
+        return cells.reshape(tiles.height * grid.height, tiles.width * grid.width)
+
+
+def index(numbers: np.ndarray, like: Tensor) -> Tensor:
+    """Numbers where the features are."""
+    return torch.from_numpy(numbers).to(like.device)
+
+
+def gathered(stack: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """(P, R, K, C) -> (P, len(rows), len(columns), C)"""
+    return stack[:, index(np.array(rows), stack)[:, None], index(np.array(columns), stack)[None]]
+
+
+def _parts(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """(P, R, K, C), rows (A, m), columns (B, n) -> (P A B, m n, C)"""
+    taken = stack[:, index(rows, stack)[:, None, :, None], index(columns, stack)[None, :, None, :]]
+    return taken.flatten(3, 4).flatten(0, 2)  # (P, A, B, m, n, C)
+
+
+def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """(P, h, w, C), weights (g, h) and (g, w) -> (P, g, g, C)"""
+    for axis, weights in ((1, rows), (2, columns)):
+        if not np.array_equal(weights, np.eye(*weights.shape)):
+            given = torch.from_numpy(weights).to(x)
+            x = torch.tensordot(given, x, ([1], [axis])).movedim(0, axis)
+    return x
+
+
+def _covered(plan: AxisPlan, cut: Cut) -> np.ndarray:
+    """(rows of the large map, rows of a stack): which part of a token's attention each row gets."""
+    axis = plan.axis
+    shares = np.zeros((axis.views * axis.tokens, len(plan.views[cut]) * axis.tokens))
+    for i, view in enumerate(plan.views[cut]):
+        for place in range(axis.tokens):
+            if cut == "local":
+                shares[axis.join(cut, view, place), i * axis.tokens + place] = 1
+            else:
+                start = place * axis.views
+                shares[start : start + axis.views, i * axis.tokens + place] = 1 / axis.views
+    return shares
+
+
+class InfLlava(Method):
+    title = "INF-LLaVA"
+    idea = "tiles and interleaved views of a large square enhance each other, pooled to one view's tokens"
+    paper = "arXiv 2407.16198"
+    Options = InfLlavaOptions
+    options: InfLlavaOptions
+
+    def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tower, options)
+        budget = self.options.max_visual_tokens
+        side = tower.grid.height
+        self.pooled = side if budget is None else min(side, isqrt(budget))  # side of the pooled grid
+        self._schemes: dict[Size, Scheme] = {}
+
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        return {"tiles": [ratio, ratio]}
+
+    def scheme(self, tiles: Size) -> Scheme:
+        """What must be computed for a picture of so many rows and columns of views."""
+        if tiles not in self._schemes:
+            self._schemes[tiles] = Scheme(tiles, self.tower, self.pooled, self.options)
+        return self._schemes[tiles]
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture = Size(height, width)
+        scheme = self.scheme(self._tiles(picture))
+        fit = {"pad": padded, "crop": cropped, "squash": squashed}[self.options.fit]
+        canvas = fit(picture, scheme.canvas)
+        canvases = (canvas, shrunk(canvas, scheme.tiles))
+        used = 1 + max(view.canvas for view in scheme.views)
+        return ViewPlan(picture, canvases[:used], tuple(scheme.views), self.pooled**2, scheme.tiles)
+
+    def _tiles(self, picture: Size) -> Size:
+        """Eqs 9-10: as many views as lie side by side in the picture, shrunk to `limit` of them."""
+        if self.options.tiles != "picture":
+            return Size(*self.options.tiles)
+        side = max(self.tower.image_size, -(-max(picture) // self.options.limit))
+        return Size(*(max(1, n // side) for n in picture))
+
+    def build_connector(self, widths: Widths) -> InfConnector:
+        return InfConnector(widths, self.scheme, self.tower.grid, self.options)
+
+
+def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
+    }
+
+
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}
+_DEM = r"^model\.spatial_embed\."
+
+InfLlava.layouts = (
+    Layout(
+        name="WeihuangLin/INF-LLaVA-sft",
+        family="original",
+        recognises=lambda config: config.get("mm_projector_type", "linear") in PROJECTORS,
+        options=_released_options,
+        keys={
+            **{
+                rf"{_DEM}attention\.linears\.{i}\.": f"connector.attention.both.{ours}."
+                for i, ours in enumerate(("query", "key", "value", "out"))
+            },
+            rf"{_DEM}attention\.ln\.": "connector.attention.both.norm.",
+            rf"{_DEM}ffn_crop\.": "connector.fusion.embed.local.",
+            rf"{_DEM}ffn_stride\.": "connector.fusion.embed.global.",
+            rf"{_DEM}ln_fuse\.": "connector.fusion.norm.",
+            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+        },
+        told_by=_DEM,
+        template="llama3_v1",
+        connector_files=("mm_projector.bin",),
+    ),
+)
