@@ -221,6 +221,15 @@ class Foveate:
     def plan(self, picture: Image.Image) -> ViewPlan:
         return self.processor.image_processor.plan(picture.height, picture.width)
 
+    @torch.inference_mode()
+    def features(self, picture: Image.Image) -> Tensor:
+        """Vision features of a picture's views (V, N, C), from memory where it was asked about lately."""
+        key = _fingerprint(picture)
+        if key not in self._features:
+            pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
+            return self.model.encode_views(pixels.to(self.model.device, self.model.dtype))
+        return self._features[key]
+
     @cached_property
     def pricer(self) -> Pricer:
         return Pricer(self.model.config, self.model.dtype)
@@ -410,7 +419,9 @@ class Chat:
             pixels = torch.from_numpy(processor.views(answer.picture, answer.plan))
             return pixels.to(model.device, model.dtype)
 
-        return model.method.insight(model.vision_tower, views, answer.plan)
+        made = model.method.insight(model.vision_tower, views, answer.plan)
+        read = model.connector.insight(lambda: self.foveate.features(answer.picture), answer.plan)
+        return Insight(made.views + read.views, made.heat or read.heat, made.notes + read.notes)
 
 
 def _fingerprint(picture: Image.Image) -> str:

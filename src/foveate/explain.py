@@ -81,7 +81,7 @@ def mark_regions(
             max(bottom - 1 - inset, top + inset),
         )
         draw.rectangle(edges, outline=colour, width=3)
-        _label(draw, (left + 4 + 22 * _same_corner(regions, i), top + 4), str(i + 1), colour)
+        _label(draw, (left + 4 + 22 * _same_corner(regions, i, 16 / scale), top + 4), str(i + 1), colour)
     return marked
 
 
@@ -128,10 +128,10 @@ def cut_view(canvas: Image.Image, view: View) -> Image.Image:
     return part.transform((view.size.width, view.size.height), Image.Transform.AFFINE, matrix)
 
 
-def _same_corner(regions: Sequence[Box], index: int) -> int:
-    """How many earlier regions start at the same corner, so that their numbers do not cover each other."""
-    corner = regions[index].rounded()[:2]
-    return sum(box.rounded()[:2] == corner for box in regions[:index])
+def _same_corner(regions: Sequence[Box], index: int, near: float) -> int:
+    """How many earlier regions start nearly at the same corner: their numbers would cover each other."""
+    x, y = map(float, regions[index][:2])
+    return sum(abs(float(box.left) - x) < near and abs(float(box.top) - y) < near for box in regions[:index])
 
 
 def _label(

@@ -118,6 +118,21 @@ class VisualTokens:
     heat: list[Tensor] | None = None
 
 
+@dataclass
+class Insight:
+    """What a tower or a connector did with one picture, for the drawing of an answer.
+
+    Attributes:
+        views: views that the tower made itself: role and pixels (3, h, w), normalised.
+        heat: boxes in original pixels with a weight, 0 to 1.
+        notes: sentences for the caption.
+    """
+
+    views: list[tuple[str, Tensor]] = field(default_factory=list)
+    heat: list[tuple[Box, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 class Injector(nn.Module):
     """Changes the hidden states that leave one decoder layer during prefill."""
 
@@ -141,6 +156,13 @@ class Connector(nn.Module):
         """Decoder layer (0-based) -> module that changes its output. Empty for most methods."""
         return {}
 
+    def insight(self, features: Callable[[], Tensor], plan: ViewPlan) -> Insight:
+        """What the drawing of an answer shows of the connector's work on one picture.
+
+        `features` gives those of the picture's views (V, N, C); most methods have no need of them.
+        """
+        return Insight()
+
 
 @dataclass
 class Turn:
@@ -156,21 +178,6 @@ class Reply:
 
     text: str
     regions: list[Box] | None = None  # None: where the views lie, or what the connector says
-
-
-@dataclass
-class Insight:
-    """What a tower did with one picture, for the drawing of an answer.
-
-    Attributes:
-        views: views that the tower made itself: role and pixels (3, h, w), normalised.
-        heat: boxes in original pixels with a weight, 0 to 1.
-        notes: sentences for the caption.
-    """
-
-    views: list[tuple[str, Tensor]] = field(default_factory=list)
-    heat: list[tuple[Box, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class Method(ABC):

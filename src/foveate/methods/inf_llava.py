@@ -67,6 +67,7 @@ from foveate.layers import mlp_projector
 from foveate.layouts import Layout
 from foveate.methods.base import (
     Connector,
+    Insight,
     Method,
     MethodOptions,
     Query,
@@ -497,6 +498,27 @@ class InfConnector(Connector):
             )
             low = reduced(low, rows, columns)
         return (dual + low) / 2 if self.options.low_mix == "mean" else dual + low
+
+    @torch.no_grad()
+    def insight(self, features: Callable[[], Tensor], plan: ViewPlan) -> Insight:
+        """Where the enhancement looked, and which views cannot reach the answer."""
+        scheme = self.scheme(plan.tiles)
+        all_views = plan.tiles.height * plan.tiles.width * (2 if self.options.crops == "both" else 1)
+        dead = all_views - sum(map(len, scheme.numbers.values()))
+        notes = [f"{dead} of the {all_views} views cannot reach the answer and are not read"] if dead else []
+        if not scheme.groups:
+            return Insight(notes=notes)
+        attended = self.attended(features()[None], scheme)
+        weights = (attended / attended.max()).clip(min=0.01)  # 0 would mean that it was dropped
+        page = ViewPlan(plan.picture, plan.canvases, (View(0, whole(scheme.canvas), "page"),), plan.tokens)
+        left, top, right, bottom = map(float, page.to_picture(0, whole(scheme.canvas)))
+        across, down = (right - left) / weights.shape[1], (bottom - top) / weights.shape[0]
+        cells = [
+            (Box(left + c * across, top + r * down, left + (c + 1) * across, top + (r + 1) * down), weight)
+            for (r, c), weight in np.ndenumerate(weights)
+        ]
+        heat = [(box.clipped(plan.picture), float(weight)) for box, weight in cells]
+        return Insight(heat=heat, notes=["warm: where the enhancement looked most", *notes])
 
     @torch.no_grad()
     def attended(self, views: Tensor, scheme: Scheme) -> np.ndarray:
