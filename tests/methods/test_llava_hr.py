@@ -28,6 +28,7 @@ from foveate.checkpoints import recognise, stage_files
 from foveate.cost import Pricer, reference_config
 from foveate.explain import COLOURS
 from foveate.geometry import Size
+from foveate.methods import llava_hr
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import ConvNext, ConvNextShape, DualTower, LlavaHR, LlavaHROptions, MRAdapter
 from foveate.options import build_options
@@ -245,6 +246,26 @@ def test_the_class_token_takes_no_part(tiny: Callable[[str], Any]) -> None:
     assert lengths == [16, 16]
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_blocks_in_parts(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block computes a few rows at a time at inference is what it computes at once in training."""
+    monkeypatch.setattr(llava_hr, "WIDE", 1000)
+    built = ConvNext(build_options(ConvNextShape, {**SHAPE, "version": version}, "x"))
+    block = built.stages[1].layers[0]
+    for p in block.parameters():
+        nn.init.normal_(p)
+    calls: list[int] = []
+    block.pwconv1.register_forward_hook(lambda _, given, out: calls.append(out.numel()))
+    features = torch.randn(2, 16, 9, 9)
+    expected = block(features)
+    assert calls == [2 * 81 * 64]
+    with torch.no_grad():
+        assert gap(block(features), expected) < 1e-5 * float(expected.abs().max())
+    if version == 1:
+        assert max(calls[1:]) <= 1000
+        assert sum(calls[1:]) == calls[0]
 
 
 # Positions.

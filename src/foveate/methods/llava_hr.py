@@ -73,6 +73,9 @@ CLIP_LIKE: dict[str, str | None] = {
 }
 
 
+WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference
+
+
 @dataclass(frozen=True)
 class ConvNextShape:
     """The high-resolution tower; by default CLIP-ConvNeXt-L."""
@@ -331,6 +334,42 @@ def build_vit(config: PreTrainedConfig, layers: int) -> PreTrainedModel:
     return model
 
 
+class ConvNextBlock(nn.Module):
+    """transformers' ConvNeXt block, with its names, in little memory at inference.
+
+    The four times wider layer between its two linear ones is what needs most memory of all in this tower, on
+    large maps far more than the ViT's attention. Without gradients, a part of the map at a time goes through.
+    """
+
+    dwconv: nn.Module
+    layernorm: nn.Module
+    pwconv1: nn.Linear
+    act: nn.Module
+    grn: nn.Module
+    pwconv2: nn.Module
+    layer_scale_parameter: Tensor | None
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, module in layer.named_children():
+            self.add_module(name, module)
+        scale = dict(layer.named_parameters(recurse=False)).get("layer_scale_parameter")
+        self.register_parameter("layer_scale_parameter", scale)  # none in ConvNeXtV2
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(V, C, h, w) -> (V, C, h, w)"""
+        hidden = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))  # (V, h, w, C)
+        scale, normalises = self.layer_scale_parameter, "grn" in self._modules  # over the whole map
+        if normalises or torch.is_grad_enabled():
+            hidden = self.act(self.pwconv1(hidden))
+            hidden = self.pwconv2(self.grn(hidden) if normalises else hidden)
+            return features + (hidden if scale is None else scale * hidden).permute(0, 3, 1, 2)
+        for part in hidden.view(-1, hidden.shape[-1]).split(max(WIDE // self.pwconv1.out_features, 1)):
+            wide = self.pwconv2(self.act(self.pwconv1(part)))
+            part.copy_(wide if scale is None else wide.mul_(scale))
+        return hidden.permute(0, 3, 1, 2).add_(features)
+
+
 class ConvNext(nn.Module):
     """transformers' ConvNeXt, stage by stage, without norm and head behind the last one."""
 
@@ -354,6 +393,8 @@ class ConvNext(nn.Module):
             config = ConvNextV2Config(**sizes)
         model = AutoModel.from_config(config)
         self.embeddings, self.stages = model.embeddings, model.encoder.stages
+        for stage in self.stages:
+            stage.layers = nn.ModuleList(ConvNextBlock(layer) for layer in stage.layers)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):  # 1e-6 in all of them, whatever the configuration says
                 module.eps = shape.norm_eps
