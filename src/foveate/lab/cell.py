@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, set_seed
+from transformers import set_seed
 
 from foveate.composing import compose
 from foveate.cost import Pricer
@@ -137,7 +137,7 @@ class Student:
         self.builds_tower = method_class(cell.method).build_tower is not Method.build_tower
         set_seed(cell.seed)
         made = compose(
-            bench.parts.tower.config if self.builds_tower else bench.parts.tower,
+            bench.parts.tower,
             bench.parts.reader,
             cell.method,
             options,
@@ -147,10 +147,6 @@ class Student:
         )
         self.model, self.processor = made.model, made.processor
         self.method = self.model.method
-        if self.builds_tower:
-            for module in self.model.vision_tower.modules():
-                if isinstance(module, CLIPVisionModel):
-                    _fill(module, bench.parts.tower)
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)
         self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
@@ -431,9 +427,3 @@ def check_methods(names: Sequence[str]) -> None:
         raise FoveateError("name at least one method, for example --methods llava")
     for name in names:
         method_class(name)
-
-
-def _fill(module: nn.Module, tower: nn.Module) -> None:
-    """Weights of a prepared tower into one that a method built, as far as it has the same parts."""
-    wanted, given = module.state_dict(), tower.state_dict()
-    module.load_state_dict({key: given[key] for key in wanted if key in given}, strict=False)

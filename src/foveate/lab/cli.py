@@ -178,9 +178,10 @@ def _numbers(seeds: str) -> list[int]:
 def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:
     """METHOD.KEY=VALUE texts -> options per method."""
     options: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        if "." not in pair.partition("=")[0]:
+            raise FoveateError(f"--option {pair}: expected METHOD.KEY=VALUE")
     for place, value in parse_pairs(pairs).items():
-        method, dot, key = place.partition(".")
-        if not dot:
-            raise FoveateError(f"--option {place}: expected METHOD.KEY=VALUE")
+        method, _, key = place.partition(".")
         options.setdefault(method, {})[key] = value
     return options

@@ -26,7 +26,7 @@ from foveate.methods import METHODS
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CONTROLS: dict[str, str] = {
     "pooled": "foveate.lab.controls:PooledTiles",
@@ -261,6 +261,9 @@ class ConvNetOnly(Tiled):
         if stride % 2**ConvTower.HALVINGS:
             raise FoveateError(f"a token of {stride} pixels cannot be halved {ConvTower.HALVINGS} times")
         return ConvTower(vision_config.hidden_size, stride)
+
+    def fill_tower(self, tower: nn.Module, pretrained: PreTrainedModel | None) -> None:
+        """Nothing: its tower has no part in common with the prepared one."""
 
     def build_connector(self, widths: Widths) -> ProjectorConnector:
         return ProjectorConnector(widths)

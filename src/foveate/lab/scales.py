@@ -115,7 +115,7 @@ SCALES: dict[str, Scale] = {
         text_layers=3,
         text_heads=3,
         tower=Schedule(steps=6000, batch=64, lr=2e-3),
-        reader=Schedule(steps=1400, batch=32, lr=2e-3),
+        reader=Schedule(steps=2600, batch=32, lr=2e-3),
         tower_scenes=8000,
         cell=Schedule(steps=500, batch=32, lr=2e-3),
         cell_llm_lr=1e-3,
