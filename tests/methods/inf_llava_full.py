@@ -1,0 +1,98 @@
+"""INF-LLaVA in full: every view, every part by itself, maps as large as they are, softmax written out.
+
+What `foveate.methods.inf_llava` must agree with, and what `benchmarks/inf_llava.py` times it against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.geometry import Size
+from foveate.methods.inf_llava import CrossAttention, InfConnector
+
+
+def cut(x: Tensor, tiles: Size, kind: str) -> list[Tensor]:
+    """(B, H, W, C) -> its parts, row by row: contiguous ones, or every n-th row and column."""
+    height, width = x.shape[1] // tiles.height, x.shape[2] // tiles.width
+    pairs = [(r, c) for r in range(tiles.height) for c in range(tiles.width)]
+    if kind == "local":
+        return [x[:, r * height : (r + 1) * height, c * width : (c + 1) * width] for r, c in pairs]
+    return [x[:, r :: tiles.height, c :: tiles.width] for r, c in pairs]
+
+
+def joined(parts: Sequence[Tensor], tiles: Size, kind: str) -> Tensor:
+    """The inverse of `cut`."""
+    b, height, width, c = parts[0].shape
+    whole = parts[0].new_zeros(b, height * tiles.height, width * tiles.width, c)
+    for place, part in zip(cut(whole, tiles, kind), parts, strict=True):
+        place.copy_(part)
+    return whole
+
+
+def attend(module: CrossAttention, x: Tensor, source: Tensor) -> Tensor:
+    """(B, h, w, C) and as much again -> (B, h, w, C), its map of attention in memory."""
+    b, h, w, c = x.shape
+    heads = module.heads
+
+    def split(y: Tensor) -> Tensor:
+        return y.reshape(b, h * w, heads, c // heads).transpose(1, 2)
+
+    query, key, value = split(module.query(x)), split(module.key(source)), split(module.value(source))
+    attention = (query @ key.transpose(2, 3) / (c // heads) ** 0.5).softmax(-1)
+    read = (attention @ value).transpose(1, 2).reshape(b, h, w, c)
+    return module.norm(module.out(read) + x) if module.residual else read
+
+
+def dual(connector: InfConnector, local: Tensor, strided: Tensor, tiles: Size) -> Tensor:
+    """All views of both kinds (B, n n, h, w, C) each -> the map before pooling, (B, n h, n w, C)."""
+    options = connector.options
+    maps = {
+        "local": joined(local.unbind(1), tiles, "local"),
+        "global": joined(strided.unbind(1), tiles, "global"),
+    }
+    if options.crops != "both":
+        maps = dict.fromkeys(maps, maps[options.crops])
+    if options.enhance == "none":
+        return maps["local"] + maps["global"] if options.crops == "both" else maps["local"]
+    enhanced = {}
+    for name, other in (("local", "global"), ("global", "local")):
+        if options.enhance not in ("both", name):
+            continue
+        module: Any = connector.attention["both" if options.shared else name]
+        kind = other if options.parts == "crossed" else name
+        pairs = zip(cut(maps[name], tiles, kind), cut(maps[other], tiles, kind), strict=True)
+        enhanced[name] = joined([attend(module, x, source) for x, source in pairs], tiles, kind)
+    if options.enhance != "both":
+        return enhanced[options.enhance]
+    if (options.fusion, options.fused) != ("concat", "authors"):
+        return connector.fusion(enhanced)
+    fusion: Any = connector.fusion
+    embedded = [fusion.embed[kind](enhanced[kind]) for kind in ("local", "global")]
+    return fusion.norm(torch.cat(embedded, -1) + enhanced["global"] + enhanced["local"])
+
+
+def pooled(x: Tensor, side: int, pool: str) -> Tensor:
+    """(B, H, W, C) -> (B, side, side, C)"""
+    planes = x.permute(0, 3, 1, 2)
+    if pool == "bilinear":
+        planes = F.interpolate(planes, (side, side), mode="bilinear", align_corners=False)
+    else:
+        planes = F.adaptive_avg_pool2d(planes, (side, side))
+    return planes.permute(0, 2, 3, 1)
+
+
+def tokens(
+    connector: InfConnector, local: Tensor, strided: Tensor, low: Tensor, tiles: Size, side: int
+) -> Tensor:
+    """Features (B, n n, h, w, C) of both kinds, (B, h, w, C) of the low-resolution view -> (B, side^2, D)."""
+    options = connector.options
+    features = pooled(dual(connector, local, strided, tiles), side, options.pool)
+    if options.low_view != "none":
+        features = features + pooled(low, side, options.pool)
+        features = features / 2 if options.low_mix == "mean" else features
+    return connector.projector(features.flatten(1, 2))
