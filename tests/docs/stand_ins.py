@@ -24,6 +24,7 @@ from transformers import (
 
 from foveate.chat import chat_template
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
+from tests.methods import inf_llava_release
 from tests.methods.slime_release import write_release
 
 SIZES = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
@@ -90,6 +91,11 @@ def original_slime(folder: Path) -> None:
     write_release(folder, folder.parents[1] / TOWER)
 
 
+def original_inf_llava(folder: Path) -> None:
+    """INF-LLaVA as its authors release it."""
+    inf_llava_release.write_release(folder, folder.parents[1] / TOWER)
+
+
 # What a page names -> what stands in its place.
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": hf_llava,
@@ -98,6 +104,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     TOWER: clip_tower,
     "lmsys/vicuna-7b-v1.5": language_model,
     "yifanzhang114/SliME-vicuna-7B": original_slime,
+    "WeihuangLin/INF-LLaVA-sft": original_inf_llava,
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from tests.methods import inf_llava_full as full
+from tests.methods.inf_llava_release import released_names, write_release
 from tests.methods.test_invariants import CLOSE, prepare
 from tests.support import chat, gap, greedy, picture
 from tests.train.support import losses, stage, write_recipe
@@ -646,65 +646,14 @@ def test_the_recipe_has_the_papers_values_and_both_mixtures() -> None:
 # Released checkpoints.
 
 
-def released_names(key: str) -> str:
-    """Our name of a weight -> the authors', where the two differ."""
-    for ours, theirs in (
-        ("connector.projector.", "model.mm_projector."),
-        ("connector.attention.both.query.", "model.spatial_embed.attention.linears.0."),
-        ("connector.attention.both.key.", "model.spatial_embed.attention.linears.1."),
-        ("connector.attention.both.value.", "model.spatial_embed.attention.linears.2."),
-        ("connector.attention.both.out.", "model.spatial_embed.attention.linears.3."),
-        ("connector.attention.both.norm.", "model.spatial_embed.attention.ln."),
-        ("connector.fusion.embed.local.", "model.spatial_embed.ffn_crop."),
-        ("connector.fusion.embed.global.", "model.spatial_embed.ffn_stride."),
-        ("connector.fusion.norm.", "model.spatial_embed.ln_fuse."),
-        ("language_model.", ""),
-        ("vision_tower.model.", "model.vision_tower.vision_tower.vision_model."),
-    ):
-        key = key.replace(ours, theirs)
-    return key
-
-
-def release(folder: Path, kind: str = "one") -> tuple[Foveate, Path, Path]:
-    """A tiny model as its authors release theirs, in one file or in shards; its folder, and the tower's."""
-    m = made()
-    weights = {released_names(key): t.clone() for key, t in m.model.state_dict().items()}
-    unread = tiny_model("inf_llava", seed=3).model.vision_tower.model.encoder.layers[0].state_dict()
-    prefix = "model.vision_tower.vision_tower.vision_model."
-    weights |= {f"{prefix}encoder.layers.2.{key}": t.clone() for key, t in unread.items()}
-    weights |= {f"{prefix}post_layernorm.{name}": torch.zeros(32) for name in ("weight", "bias")}
-    model, tower = folder / "model", folder / "tower"
-    model.mkdir()
-    tiny_vision().save_pretrained(tower)
-    config = {
-        **tiny_text().to_dict(),
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "mm_vision_tower": str(tower),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "image_aspect_ratio": "pad",
-        "mm_patch_merge_type": "flat",
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    tiny_tokenizer().save_pretrained(model)
-    write: Callable[[dict[str, Tensor], Path], Any] = torch.save if kind == "bin" else save_file
-    ending, stem = ("bin", "pytorch_model") if kind == "bin" else ("safetensors", "model")
-    if kind == "one":
-        write(weights, model / f"{stem}.{ending}")
-        return m, model, tower
-    places = {}
-    for i in range(2):
-        part = {key: weights[key] for key in sorted(weights)[i::2]}
-        write(part, model / f"{stem}-{i + 1:05}-of-00002.{ending}")
-        places |= dict.fromkeys(part, f"{stem}-{i + 1:05}-of-00002.{ending}")
-    (model / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
-    return m, model, tower
+def release(folder: Path, kind: str = "one") -> tuple[Foveate, Path]:
+    model = folder / "model"
+    return write_release(model, folder / "tower", kind), model
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors", "one"])
 def test_released_checkpoints_load(kind: str, tmp_path: Path) -> None:
-    m, model, _ = release(tmp_path, kind)
+    m, model = release(tmp_path, kind)
     loaded = foveate.load(model, device="cpu", dtype="float32")
     assert loaded.model.config.method == "inf_llava"
     assert loaded.model.method.options == InfLlava(PAPER).options
@@ -721,7 +670,7 @@ def test_released_checkpoints_load(kind: str, tmp_path: Path) -> None:
 
 
 def test_wrong_keys_are_named(tmp_path: Path) -> None:
-    _, model, _ = release(tmp_path)
+    _, model = release(tmp_path)
     weights = load_file(model / "model.safetensors")
     lost = "model.spatial_embed.ln_fuse.weight"
     for change, message in (
@@ -737,7 +686,7 @@ def test_wrong_keys_are_named(tmp_path: Path) -> None:
 
 def test_a_connector_of_the_first_stage(tmp_path: Path) -> None:
     """mm_projector.bin with projector and enhancement; one with the projector alone is LLaVA's."""
-    m, model, _ = release(tmp_path)
+    m, model = release(tmp_path)
     folder = tmp_path / "stage"
     folder.mkdir()
     config = json.loads((model / "config.json").read_text())

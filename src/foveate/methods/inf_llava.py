@@ -640,7 +640,7 @@ _DEM = r"^model\.spatial_embed\."
 
 InfLlava.layouts = (
     Layout(
-        name="WeihuangLin/INF-LLaVA-sft",
+        name="WeihuangLin/INF*-LLaVA-sft",
         family="original",
         recognises=lambda config: config.get("mm_projector_type", "linear") in PROJECTORS,
         options=_released_options,
