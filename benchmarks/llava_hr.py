@@ -1,9 +1,10 @@
 """LLaVA-HR's encoder with SDPA against the same with materialised attention maps: time and peak memory.
 
-    python benchmarks/llava_hr.py [--rounds 5] [--threads 2] [--side 1024]
+    python benchmarks/llava_hr.py [--rounds 5] [--threads 2] [--side 1024] [--layers 24]
 
 CLIP ViT-L/14 and ConvNeXt-L with random weights, one picture, float32, both sides alternately in one process.
 Prints Markdown: medians with their range for the whole encoder, and for the ViT where the two sides differ.
+`--layers` makes the ViT shorter, and the ConvNeXt in proportion; the peak at inference depends on widths alone.
 Peak memory is the process's resident memory above what it held before, as Linux counts it.
 """
 
@@ -46,10 +47,12 @@ def measured(call: Callable[[], Any]) -> tuple[float, float]:
     return seconds, peak
 
 
-def encoder(side: int) -> DualTower:
+def encoder(side: int, layers: int) -> DualTower:
     vision = reference_config("llava_hr").vision_config
-    low = side // 32 * vision.patch_size
-    method = LlavaHR(TowerGeometry.of(vision), {"resolutions": [[low, side]]})
+    depths = [max(depth * layers // vision.num_hidden_layers, 1) for depth in (3, 3, 27, 3)]
+    low, vision.num_hidden_layers = side // 32 * vision.patch_size, layers
+    options = {"resolutions": [[low, side]], "convnext": {"depths": depths}}
+    method = LlavaHR(TowerGeometry.of(vision), options)
     return method.build_tower(vision, -1).eval().requires_grad_(False)
 
 
@@ -63,10 +66,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=24)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    tower, console = encoder(arguments.side), Console(soft_wrap=True, highlight=False)
+    tower, console = encoder(arguments.side, arguments.layers), Console(soft_wrap=True, highlight=False)
     pixels = torch.randn(1, 3, arguments.side, arguments.side)
     pair = tower.pair_of(pixels)
     config = tower.model.config
