@@ -4,7 +4,7 @@
 
 CLIP ViT-L/14 and ConvNeXt-L with random weights, one picture, float32, both sides alternately in one process.
 Prints Markdown: medians with their range for the whole encoder, and for the ViT where the two sides differ.
-`--layers` makes the ViT shorter, and the ConvNeXt in proportion; the peak at inference depends on widths alone.
+`--layers` makes the ViT shorter, and the ConvNeXt in proportion; the peak at inference depends on widths.
 Peak memory is the process's resident memory above what it held before, as Linux counts it.
 """
 
