@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 # A question about a photograph of 16 megapixels, answered by the model that comes with the package.
 demo: .venv/core
-	$(BIN)/foveate ask examples/signs.jpg "what word is on the sign?" --out demo.png
+	$(BIN)/foveate ask examples/signs.jpg "what digit is on the red shape?" --out demo.png
 
 install: .venv/installed
 

@@ -68,6 +68,7 @@ def compose(
     build_options(kind.Options, options or {}, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)
     text_config, language_model = _text(text, dtype)
+    vision_config.name_or_path = text_config.name_or_path = ""  # paths do not travel with the model
     if tokenizer is None:
         if not isinstance(text, (str, Path)):
             raise FoveateError("compose needs a tokenizer where text is not a folder or a hub id")

@@ -302,7 +302,8 @@ class FoveateProcessor(ProcessorMixin):
         )
         pairs = zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True)
         last = [int(token) for token, answer in pairs if answer][-1]
-        return last if last in self.tokenizer.all_special_ids else None
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        return last if last in special else None
 
     @property
     def model_input_names(self) -> list[str]:

@@ -90,15 +90,20 @@ def draw_on(photograph: Image.Image, kind: str, part: float, rng: np.random.Gene
 
 
 def trials(
-    model: Foveate, files: Sequence[Path], parts: Sequence[float] = PARTS, repeats: int = 1, seed: int = 0
+    model: Foveate,
+    files: Sequence[Path],
+    kinds: Sequence[str] = KINDS,
+    parts: Sequence[float] = PARTS,
+    repeats: int = 1,
+    seed: int = 0,
 ) -> Iterator[Trial]:
     """Asks about every file, part and kind, `repeats` times with other objects."""
     for number, file in enumerate(files):
         photograph = read_picture(file)
         for p, part in enumerate(parts):
-            for k, kind in enumerate(KINDS):
+            for kind in kinds:
                 for repeat in range(repeats):
-                    rng = np.random.default_rng([seed, number, p, k, repeat])
+                    rng = np.random.default_rng([seed, number, p, KINDS.index(kind), repeat])
                     picture = photograph.copy()
                     thing = draw_on(picture, kind, part, rng)
                     name = thing.shape if rng.random() < 0.5 else f"{thing.colour} shape"
