@@ -1,9 +1,10 @@
-"""Draws the pictures of README and docs: a 12-megapixel street scene, and what the methods see of it.
+"""Draws the pictures of README and docs: a 12-megapixel street scene, what the methods see of it, and the demo.
 
     python docs/images/draw.py [FOLDER]
 
 The scene is drawn here with PIL, so nobody else has rights in it. The model is tiny and random, but its views
 have the 336 pixels of CLIP ViT-L/14-336; its answers are noise.
+The demo is the embedded model's answer about examples/signs.jpg.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = (4000, 3000)
 QUESTION = "Which line leaves at 14:25?"
+SIGNS = Path(__file__).parents[2] / "examples" / "signs.jpg"
+SIGNS_QUESTION = "what digit is on the red shape?"  # for the embedded model
 SEEDS = {"llava": 0, "anyres": 2}  # whose noise is made of printable letters
 WALLS = ("#c8745a", "#e3c08a", "#8fa7a0", "#d9d3c3", "#b98b6b")
 SHOPS = (
@@ -136,9 +139,16 @@ def main(folder: Path) -> None:
             seen = folder / f"{method}.png"
             arguments = ["ask", str(scene), QUESTION, "--model", f"{model}/model", "--out", str(seen)]
             app([*arguments, "--max-new-tokens", "4"], standalone_mode=False)
-            with Image.open(seen) as drawing:
-                small = drawing.quantize(128, dither=Image.Dither.NONE)
-            small.save(seen, optimize=True)
+            shrink(seen)
+    seen = folder / "demo.png"
+    app(["ask", str(SIGNS), SIGNS_QUESTION, "--out", str(seen)], standalone_mode=False)
+    shrink(seen)
+
+
+def shrink(path: Path) -> None:
+    with Image.open(path) as drawing:
+        small = drawing.quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
 
 
 if __name__ == "__main__":
