@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs: a 12-megapixel street scene, what the methods see of it, and the demo.
+"""Draws the pictures of README and docs: a street of 12 megapixels, what the methods see of it, and the demo.
 
     python docs/images/draw.py [FOLDER]
 
