@@ -20,7 +20,14 @@ from foveate.tiny import tiny_model
 from tests.support import picture
 
 TEXT = {"type": "text", "text": "What is it?"}
-END = {"plain": "\n", "vicuna_v1": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "chatml": "<|im_end|>"}
+END = {
+    "plain": "\n",
+    "vicuna_v1": "</s>",
+    "llama3": "<|eot_id|>",
+    "llama3_v1": "<|eot_id|>",
+    "mistral": "</s>",
+    "chatml": "<|im_end|>",
+}
 
 
 def samples(path: Path, method: str = "llava", template: str = "chatml") -> Samples:
