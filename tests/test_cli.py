@@ -348,7 +348,7 @@ def test_existing_folders_stay_as_they_are(command: str, tmp_path: Path, model: 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ask"], ["ask", "a.png", "Why?"], ["see"], ["inspect", "a", "--fast"]]
+    "arguments", [["ask"], ["ask", "a.png"], ["see"], ["inspect", "a", "--fast"]]
 )
 def test_usage_errors(arguments: list[str]) -> None:
     """Missing arguments, unknown commands and flags: typer's own message, the same exit code."""
