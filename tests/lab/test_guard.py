@@ -13,7 +13,7 @@ from foveate.lab.controls import controls
 from foveate.lab.parts import load_parts
 from foveate.lab.scales import SCALES
 
-STEPS = 300
+STEPS = 450
 
 
 @pytest.fixture
