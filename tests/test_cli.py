@@ -347,9 +347,7 @@ def test_existing_folders_stay_as_they_are(command: str, tmp_path: Path, model: 
     assert (there / "thesis.tex").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["ask"], ["ask", "a.png"], ["see"], ["inspect", "a", "--fast"]]
-)
+@pytest.mark.parametrize("arguments", [["ask"], ["ask", "a.png"], ["see"], ["inspect", "a", "--fast"]])
 def test_usage_errors(arguments: list[str]) -> None:
     """Missing arguments, unknown commands and flags: typer's own message, the same exit code."""
     result = foveate(*arguments)
