@@ -5,7 +5,7 @@ No picture is involved. A scene is described in one of two ways, and questions a
 * in words: `red square k top-left .` for every object;
 * as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
   times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order, with
-  its place in the word. In half of the batches an overview comes first that tells no letters or digits, and
+  its place in the word. In half of these batches an overview comes first that tells no letters or digits, and
   most bags after it tell no places in the picture: a view of the whole picture, and then its parts.
 
 A caption is an object's words in any order, the first given: they make the LLM learn to find an object by a
