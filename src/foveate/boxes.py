@@ -1,0 +1,183 @@
+"""Boxes in a model's text: one grammar to read them, the conventions to write them.
+
+A text holds a box where it holds exactly one list of numbers and that has exactly four, all finite. Prose,
+brackets, tags and a lone number elsewhere do no harm; anything else is no box, and `Reading.problem` says
+why. Corners are put in order and cut off at the picture's border. No torch.
+
+What the four numbers mean is a `BoxFormat`, and what they are measured in a `Frame`:
+
+    unit_xyxy   [0.055, 0.249, 0.863, 0.779]     left, top, right, bottom as parts of the frame
+    unit_xxyy   [0.055, 0.863, 0.249, 0.779]     left, right, top, bottom as parts of the frame
+    qwen_vl     <box>(55,249),(863,779)</box>    thousandths of the picture (Qwen-VL)
+    qwen2_vl    <|box_start|>(55,249),(863,779)<|box_end|>   the same (Qwen2-VL)
+    qwen2_5_vl  {"bbox_2d": [18, 84, 290, 262]}  pixels of the picture as the model is shown it (Qwen2.5-VL)
+    qwen3_vl    {"bbox_2d": [55, 249, 863, 779]} thousandths of the picture (Qwen3-VL)
+    internvl    <box>[[55, 249, 863, 779]]</box> thousandths of the picture (InternVL)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size, padded_square, whole
+
+Scale = Literal["unit", "thousand", "pixels"]
+
+
+@dataclass(frozen=True)
+class BoxFormat:
+    """How a box is written: the order of its numbers, their scale, and the text around them."""
+
+    order: Literal["xyxy", "xxyy"]
+    scale: Scale
+    template: str  # one {} for each number
+
+
+BOX_FORMATS: dict[str, BoxFormat] = {
+    "unit_xyxy": BoxFormat("xyxy", "unit", "[{}, {}, {}, {}]"),
+    "unit_xxyy": BoxFormat("xxyy", "unit", "[{}, {}, {}, {}]"),
+    "qwen_vl": BoxFormat("xyxy", "thousand", "<box>({},{}),({},{})</box>"),
+    "qwen2_vl": BoxFormat("xyxy", "thousand", "<|box_start|>({},{}),({},{})<|box_end|>"),
+    "qwen2_5_vl": BoxFormat("xyxy", "pixels", '{{"bbox_2d": [{}, {}, {}, {}]}}'),
+    "qwen3_vl": BoxFormat("xyxy", "thousand", '{{"bbox_2d": [{}, {}, {}, {}]}}'),
+    "internvl": BoxFormat("xyxy", "thousand", "<box>[[{}, {}, {}, {}]]</box>"),
+}
+UNIT_DECIMALS = 3
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the numbers of a box are measured in.
+
+    Attributes:
+        picture: size of the original picture.
+        area: the part of it, in its own pixels, that coordinates span; beyond its border where it is padded.
+        pixels: how many pixels the model is shown there, for formats that count pixels.
+    """
+
+    picture: Size
+    area: Box
+    pixels: Size
+
+    @classmethod
+    def whole(cls, picture: Size, shown: Size | None = None) -> Frame:
+        """The picture itself; `shown` is its size after the model's own resizing, where that is known."""
+        return cls(picture, whole(picture), shown or picture)
+
+    @classmethod
+    def padded(cls, picture: Size) -> Frame:
+        """The picture padded to a square, as LLaVA-1.5 sees it."""
+        side = max(picture)
+        return cls(picture, padded_square(picture, side).source, Size(side, side))
+
+    def extent(self, scale: Scale) -> Size:
+        """Height and width of the frame in the numbers of a scale."""
+        return {"unit": Size(1, 1), "thousand": Size(1000, 1000), "pixels": self.pixels}[scale]
+
+
+class Reading(NamedTuple):
+    """A box in original pixels, inside the picture and not empty; or the reason why there is none."""
+
+    box: Box | None
+    problem: str | None = None
+
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|nan|inf(?:inity)?)(?:e[-+]?[0-9]+)?(?!\w)", re.IGNORECASE
+)
+_BETWEEN = re.compile(r"[\s,;()\[\]]*")  # what may stand between two numbers of one list
+
+
+def box_format(name: str) -> BoxFormat:
+    """The format of this name. Raises `FoveateError` for unknown ones."""
+    if name not in BOX_FORMATS:
+        raise FoveateError(f"unknown box format {name!r}: choose one of {', '.join(BOX_FORMATS)}")
+    return BOX_FORMATS[name]
+
+
+def read_box(text: str, form: BoxFormat, frame: Frame) -> Reading:
+    """The box that a text holds."""
+    lists: list[list[float]] = []
+    end = None
+    for match in _NUMBER.finditer(text):
+        if end is None or not _BETWEEN.fullmatch(text, end, match.start()):
+            lists.append([])
+        lists[-1].append(float(match.group()))
+        end = match.end()
+    lists = [numbers for numbers in lists if len(numbers) > 1]
+    if not lists:
+        return Reading(None, "the text holds no list of numbers")
+    if len(lists) > 1:
+        return Reading(None, f"the text holds {len(lists)} lists of numbers, not one")
+    if len(lists[0]) != 4:
+        return Reading(None, f"the list has {len(lists[0])} numbers, not 4")
+    a, b, c, d = lists[0]
+    values = (a, b, c, d) if form.order == "xyxy" else (a, c, b, d)
+    if not all(map(math.isfinite, values)):
+        return Reading(None, "a number of the list is not finite")
+    area, extent = frame.area, frame.extent(form.scale)
+    x, y = area.width / extent.width, area.height / extent.height
+    placed = [area.left + values[0] * x, area.top + values[1] * y]
+    placed += [area.left + values[2] * x, area.top + values[3] * y]
+    return checked_box(placed, frame.picture)
+
+
+def checked_box(values: Sequence[float], picture: Size) -> Reading:
+    """A box that comes from anywhere: left, top, right, bottom in original pixels."""
+    if len(values) != 4:
+        return Reading(None, f"the list has {len(values)} numbers, not 4")
+    if not all(map(math.isfinite, values)):
+        return Reading(None, "a number of the list is not finite")
+    left, right = sorted((values[0], values[2]))
+    top, bottom = sorted((values[1], values[3]))
+    if left == right or top == bottom:
+        return Reading(None, "the box has no area")
+    box = Box(left, top, right, bottom).clipped(picture)
+    if box.width <= 0 or box.height <= 0:
+        return Reading(None, "the box lies outside the picture")
+    return Reading(box)
+
+
+def write_box(box: Box, form: BoxFormat, frame: Frame) -> str:
+    """A box in original pixels as text; parts of the frame have three decimals, all else whole numbers."""
+    area, extent = frame.area, frame.extent(form.scale)
+    x, y = extent.width / area.width, extent.height / area.height
+    left, right = (float((n - area.left) * x) for n in (box.left, box.right))
+    top, bottom = (float((n - area.top) * y) for n in (box.top, box.bottom))
+    values = (left, top, right, bottom) if form.order == "xyxy" else (left, right, top, bottom)
+    digits = UNIT_DECIMALS if form.scale == "unit" else None
+    return form.template.format(*(round(n, digits) for n in values))
+
+
+def fitted(box: Box, picture: Size, *, extend: float = 0.0, minimum: int = 1) -> Box:
+    """The box in whole pixels, ready to be cropped.
+
+    Args:
+        box: original pixels, not empty, inside the picture.
+        picture: its size.
+        extend: by which part of themselves width and height grow first, about the centre.
+        minimum: neither side is shorter, in pixels, unless the picture is.
+
+    Raises:
+        FoveateError: a negative extension, or a minimum below 1.
+    """
+    if extend < 0 or minimum < 1:
+        raise FoveateError(f"a box needs extend >= 0 and minimum >= 1, not {extend} and {minimum}")
+    left, right = _fitted(float(box.left), float(box.right), picture.width, extend, minimum)
+    top, bottom = _fitted(float(box.top), float(box.bottom), picture.height, extend, minimum)
+    return Box(left, top, right, bottom)
+
+
+def _fitted(low: float, high: float, length: int, extend: float, minimum: int) -> tuple[int, int]:
+    margin = (high - low) * extend / 2
+    first, last = round(max(low - margin, 0)), round(min(high + margin, length))
+    side = min(max(last - first, minimum), length)
+    if last - first < side:  # about the same centre, moved inside
+        first = min(max(math.floor((low + high - side) / 2), 0), length - side)
+        last = first + side
+    return first, last
