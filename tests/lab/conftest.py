@@ -20,6 +20,7 @@ NANO = replace(
     text_layers=2,
     text_heads=2,
     tower=Schedule(steps=3, batch=4, lr=1e-3),
+    convnet=Schedule(steps=3, batch=4, lr=1e-3),
     reader=Schedule(steps=3, batch=4, lr=1e-3),
     tower_scenes=8,
     cell=Schedule(steps=6, batch=4, lr=2e-3),

@@ -70,7 +70,7 @@ def test_only_what_a_stage_trains_moves(method: str, bench: Bench) -> None:
         first, second = student.stages()
         for stage, llm_moves in ((first, False), (second, True)):
             optimise = student.optimiser(stage)
-            loss, *_ = student.forward(bench.train, [0, 1, 2])
+            loss, *_ = student.forward(bench.train, student.rows(bench.train, [0, 1, 2]))
             optimise.zero_grad()
             loss.backward()
             assert all(p.grad is not None for p in student.model.connector.parameters())

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from foveate.errors import FoveateError
 from foveate.geometry import Box
 from foveate.lab.levels import KINDS, LEVELS
 from foveate.lab.materials import materials
-from foveate.lab.objects import COLOURS, SHAPES, Glyph, Thing
+from foveate.lab.objects import COLOURS, SHAPES, SIGN, Glyph, Thing
 from foveate.lab.packing import encode
 from foveate.lab.pages import make_page, page_labels
-from foveate.lab.parts import ASSETS, load_parts
+from foveate.lab.parts import ASSETS, PARTS, load_parts, prepare
 from foveate.lab.questions import ask_about, caption
 from foveate.lab.reader import BAG, LONGEST, Descriptions, bag_embeddings, comprehension, sketch
 from foveate.lab.scales import SCALES, Scale, Schedule
@@ -32,7 +33,7 @@ from foveate.lab.tower import (
     random_window,
     tower_scenes,
 )
-from foveate.lab.words import lab_tokenizer
+from foveate.lab.words import PLACES, lab_tokenizer
 from foveate.processing import FoveateImageProcessor
 
 WHOLE = Window(0, 0, 144, 144)
@@ -65,11 +66,11 @@ def test_patches_are_labelled_with_what_lies_on_them() -> None:
 
 
 def test_a_part_of_the_picture_does_not_tell_places() -> None:
-    """Neither where in the picture an object is, nor where in its word a letter, if the word is cut."""
+    """Neither where in the picture an object is, nor where in its word a letter, if the beginning is cut off."""
     labels = patch_labels(a_scene(), Window(48, 48, 48, 48), 6)
     assert (labels[3][labels[0] > 0] == 0).all() and (labels[4] > 0).any()
     cut = patch_labels(a_scene(), Window(79, 48, 48, 48), 6)  # the t alone
-    assert (cut[4][cut[0] > 0] == UNKNOWN).all() and (cut[2] == 1 + GLYPHS.index("t")).any()
+    assert (cut[4][cut[0] > 0] == 0).all() and (cut[2] == 1 + GLYPHS.index("t")).any()
 
 
 def test_a_glyph_outside_the_window_is_not_asked_for() -> None:
@@ -120,7 +121,7 @@ def test_pages_start_with_glyphs_in_the_middle_of_patches(astray: int) -> None:
 
 def test_batches_move_from_pages_to_scenes() -> None:
     scale = SCALES["nano"]
-    sampler = CropSampler(tower_scenes(scale, "tower", 8), scale, 0)
+    sampler = CropSampler(tower_scenes(scale, "tower", 8), scale, 6, 0)
     pixels, early = sampler.batch(10, 0.0)
     assert pixels.shape == (10, 3, 48, 48) and early.shape == (10, len(CLASSES), 36)
     assert (early[:, 0] == UNKNOWN).all()  # pages have no shapes
@@ -175,15 +176,41 @@ def test_sketches_are_scenes_without_pictures(level: str) -> None:
 
 
 def test_prepared_parts_are_noted_and_named_by_their_weights(prepared: Path) -> None:
-    notes = json.loads((prepared / "parts" / "nano" / "prepared.json").read_text(encoding="utf-8"))
-    assert set(notes) == {"tower", "reader"}
+    place = prepared / "parts" / "nano"
+    notes = {p: json.loads((place / p / "prepared.json").read_text(encoding="utf-8")) for p in PARTS}
     assert set(notes["reader"]["accuracy"]) == set(KINDS) - {"absent"}
-    assert set(notes["tower"]["accuracy_by_zoom"]) == {"1", "1.5", "2", "3", "4"}
+    for part in ("tower", "convnet"):
+        assert set(notes[part]["accuracy"]) == {"1", "1.5", "2", "3", "4"}
     parts = load_parts("nano", prepared)
     again = load_parts("nano", prepared)
-    assert (parts.tower_key, parts.reader_key) == (again.tower_key, again.reader_key)
-    assert parts.tower_key != parts.reader_key
+    keys = [(p.tower_key, p.reader_key, p.convnet_key) for p in (parts, again)]
+    assert keys[0] == keys[1] and len({*keys[0]}) == 3 and parts.convnet == place / "convnet"
     assert parts.reader.config.vocab_size == len(parts.tokenizer)
+
+
+def test_what_is_prepared_is_not_made_again(prepared: Path) -> None:
+    steps: list[str] = []
+    prepare("nano", SCALES["nano"], prepared, report=lambda part, *_: steps.append(part))
+    assert not steps
+    with pytest.raises(FoveateError, match="unknown parts ear"):
+        prepare("nano", SCALES["nano"], prepared, parts=["ear"])
+
+
+def test_a_cut_word_goes_on_without_places() -> None:
+    """The letters behind a cut come in order, and every bag with a place comes before them."""
+    source = Descriptions(lab_tokenizer(), ["words"], seed=0)
+    box, cut = Box(0, 0, 1, 1), 0
+    thing = Thing(SIGN, "red", box, None, None, "acehk", ())
+    scene = Scene(np.zeros((3, 3, 3), dtype=np.uint8), (thing,))
+    for _ in range(40):
+        bags = [bag for bag in source._bags(scene, [thing], overview=False) if bag]
+        placed = [len(set(bag) & set(PLACES)) == 1 for bag in bags]
+        assert placed == sorted(placed, reverse=True)
+        letters = [next(word for word in bag if len(word) == 1) for bag in bags]
+        seen = list(dict.fromkeys(letters))
+        assert seen == list("acehk")
+        cut += not all(placed)
+    assert 5 < cut < 25
 
 
 def test_wrong_scales_and_schedules_are_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, tiled
 from foveate.lab.levels import KINDS, LEVELS, Level, level_named
-from foveate.lab.materials import LETTERS, WORDS, materials
+from foveate.lab.materials import LETTERS, TOKENS, WORDS, materials
 from foveate.lab.objects import COLOURS
 from foveate.lab.questions import ask_about, by_kind, chance, in_scene_guess
 from foveate.lab.scenes import CELLS, Scene, make_scene
@@ -59,6 +59,12 @@ def test_training_and_test_share_no_digit_photograph_or_word() -> None:
     assert not drawings(train) & drawings(test)
     assert not set(train.words) & set(test.words)
     assert set(train.words) | set(test.words) == set(WORDS)
+    rng = np.random.default_rng(0)
+    dealt = [train.word(rng) for _ in range(2000)]
+    invented = [word for word in dealt if word not in WORDS]
+    assert 0.5 < len(invented) / len(dealt) < 0.7 and len({*invented}) > 0.9 * len(invented)
+    assert not {*dealt} & set(test.words) and {test.word(rng) for _ in range(500)} <= set(test.words)
+    assert all(3 <= len(word) <= 5 and set(word) <= set(LETTERS) for word in invented)
     for seen, held_out in zip(train.photographs, test.photographs, strict=True):
         columns = {column.tobytes() for column in seen.transpose(1, 0, 2)}
         assert not any(column.tobytes() in columns for column in held_out.transpose(1, 0, 2))
@@ -67,6 +73,11 @@ def test_training_and_test_share_no_digit_photograph_or_word() -> None:
 def test_words_have_three_to_five_known_letters() -> None:
     assert len(set(WORDS)) == len(WORDS)
     assert all(3 <= len(word) <= 5 and set(word) <= set(LETTERS) for word in WORDS)
+
+
+def test_no_word_to_train_on_starts_with_a_token_of_the_questions() -> None:
+    known = {t.upper() for t in lab_tokenizer().get_vocab() if len(t) > 1 and set(t.upper()) <= set(LETTERS)}
+    assert all(token.startswith(TOKENS) for token in known if len(token) <= 5)
 
 
 @pytest.mark.parametrize("level", LEVELS)

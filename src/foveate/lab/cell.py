@@ -22,8 +22,8 @@ from transformers import set_seed
 from foveate.composing import compose
 from foveate.cost import Pricer
 from foveate.errors import FoveateError
-from foveate.geometry import Size, ViewPlan
-from foveate.lab.controls import GivenRegion
+from foveate.geometry import Box, Size, ViewPlan
+from foveate.lab.controls import ConvNetOnly, GivenRegion
 from foveate.lab.data import Examples, Features, examples
 from foveate.lab.levels import FINE, level_named
 from foveate.lab.optimise import optimiser, warm_cosine
@@ -98,7 +98,8 @@ class Bench:
 
     def cells(self, scale: str) -> Path:
         """The folder of results; other parts have another one."""
-        return self.folder / "cells" / f"{scale}-{self.parts.tower_key}-{self.parts.reader_key}"
+        parts = self.parts
+        return self.folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
 
     @cached_property
     def samples(self) -> dict[tuple[str, str], Sample]:
@@ -128,13 +129,26 @@ class Stage(NamedTuple):
     lr: float
 
 
+class Row(NamedTuple):
+    """Questions about one picture that share their visual tokens, and the region that they are all about."""
+
+    picture: int
+    region: Box | None
+    asked: list[Question]
+
+
 class Student:
     """A method's model and what feeds it."""
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         self.cell, self.bench = cell, bench
-        options = {**method_class(cell.method).options_for(level_named(cell.level).ratio), **cell.options}
-        self.builds_tower = method_class(cell.method).build_tower is not Method.build_tower
+        kind = method_class(cell.method)
+        options = kind.options_for(level_named(cell.level).ratio)
+        if bench.parts.convnet is not None:
+            options |= kind.options_with(bench.parts.convnet)
+        options |= cell.options
+        # A tower that a method builds is trained with it; of the ConvNet alone, it is prepared and frozen.
+        self.builds_tower = kind.build_tower is not Method.build_tower and kind is not ConvNetOnly
         set_seed(cell.seed)
         made = compose(
             bench.parts.tower,
@@ -152,11 +166,11 @@ class Student:
         self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
         size = bench.train.size
         self.plan = self.method.plan(*size)
-        # Where vision depends on the question, every question is a sequence of its own.
-        self.by_question = self.method.uses_query or isinstance(self.method, GivenRegion)
 
     def _features(self, data: Examples) -> Features:
-        return Features(self.bench.folder, data, self.bench.parts.tower_key, self._encode_frozen, self._views)
+        parts = self.bench.parts
+        tower = parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
+        return Features(self.bench.folder, data, tower, self._encode_frozen, self._views)
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
         return self.processor.image_processor.views(Image.fromarray(picture), plan)
@@ -173,65 +187,67 @@ class Student:
             features.ready(self.plan)
         return next((f.fallback for f in self.features.values() if f.fallback), None)
 
-    def forward(
-        self, data: Examples, indices: Sequence[int], captions: bool = False
-    ) -> tuple[Tensor | None, Tensor, Packed]:
-        """Loss, logits (B, T, vocabulary) and what was packed, for all questions about these pictures."""
-        texts = [[*data.questions[i], *(data.captions[i] if captions else [])] for i in indices]
-        rows = [[self.bench.samples[q.text, q.answer] for q in row] for row in texts]
-        if not self.by_question:
-            encoded = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
-            packed = self._pack(rows)
-            output = self.model(
-                **packed.inputs(),
-                labels=packed.labels,
-                mm_encoder_outputs={"image": encoded},
-                use_cache=False,
-            )
-            return output.loss, output.logits, packed
-        questions = [(i, question) for i, row in zip(indices, texts, strict=True) for question in row]
-        samples = [sample for row in rows for sample in row]
-        encoded = self._connect_questions(data, questions, samples)
-        packed = self._pack([[sample] for sample in samples])
-        mask = packed.blocks != PADDING
-        positions = packed.position_ids
+    def rows(self, data: Examples, indices: Sequence[int], captions: bool = False) -> list[Row]:
+        """Questions about these pictures; those that share their visual tokens share a row."""
+        rows: list[Row] = []
+        for i in indices:
+            asked = [*data.questions[i], *(data.captions[i] if captions else [])]
+            if self.method.uses_query:
+                rows += [Row(i, None, [question]) for question in asked]
+            elif isinstance(self.method, GivenRegion):
+                regions = dict.fromkeys(question.region for question in asked)
+                rows += [Row(i, region, [q for q in asked if q.region == region]) for region in regions]
+            else:
+                rows.append(Row(i, None, asked))
+        return rows
+
+    def forward(self, data: Examples, rows: Sequence[Row]) -> tuple[Tensor | None, Tensor, Packed]:
+        """Loss, logits (B, T, vocabulary) and what was packed."""
+        samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
+        encoded = self._connect(data, rows, samples)
+        placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
+        packed = pack(samples, self.plan.tokens, placeholder, padding)
+        inputs = packed.inputs()
         if encoded.kept is not None:
+            mask = packed.blocks != PADDING
             mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
-            positions = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+            places = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+            inputs |= {"attention_mask": mask, "position_ids": places.clamp(min=0)}
         output = self.model(
-            input_ids=packed.input_ids,
-            attention_mask=mask,
-            position_ids=positions.clamp(min=0),
-            labels=packed.labels,
-            mm_encoder_outputs={"image": encoded},
-            use_cache=False,
+            **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
         )
         return output.loss, output.logits, packed
 
-    def _connect_questions(
-        self, data: Examples, questions: list[tuple[int, Question]], samples: list[Sample]
+    def _connect(
+        self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]
     ) -> EncodedPictures:
-        sizes = torch.tensor([data.size] * len(questions))
+        """Visual tokens of every row's picture."""
+        sizes = torch.tensor([data.size] * len(rows))
         if isinstance(self.method, GivenRegion):
-            plans = [self.method.plan_for(*data.size, question.region) for _, question in questions]
-            told = [n for n, (_, question) in enumerate(questions) if question.region is not None]
-            untold = [n for n, (_, question) in enumerate(questions) if question.region is None]
-            views = len(self.plan.views)
-            features = torch.empty(
-                len(questions), views, self.method.tower.tokens, self.model.config.vision_config.hidden_size
-            )
-            if untold:
-                cached = self.features[data.key].gather(self.plan, [questions[n][0] for n in untold])
-                features[untold] = cached.unflatten(0, (-1, views))
-            if told:
-                pixels = [self._views(data.pictures[questions[n][0]], plans[n]) for n in told]
-                features[told] = self._encode_frozen(np.concatenate(pixels)).unflatten(0, (-1, views))
-            return self.model.connect(features.flatten(0, 1), sizes)
-        features = self._seen(data, [i for i, _ in questions])
-        asked = [torch.tensor(sample.ids[: sample.answer]) for sample in samples]
+            return self.model.connect(self._seen_in_regions(data, rows, self.method), sizes)
+        features = self._seen(data, [row.picture for row in rows])
+        if not self.method.uses_query:
+            return self.model.connect(features, sizes)
+        asked = [torch.tensor(row[0].ids[: row[0].answer]) for row in samples]  # one question a row
         ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
-        lengths = torch.tensor([[len(row)] for row in asked])
+        lengths = torch.tensor([[len(text)] for text in asked])
         return self.model.connect(features, sizes, ids, (torch.arange(ids.shape[1]) < lengths).long())
+
+    def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:
+        """Features (B V, N, C): cached ones where there is no region, of the region's own views elsewhere."""
+        told = [n for n, row in enumerate(rows) if row.region is not None]
+        untold = [n for n, row in enumerate(rows) if row.region is None]
+        width = self.model.config.vision_config.hidden_size
+        features = torch.empty(len(rows), len(self.plan.views), method.tower.tokens, width)
+        if untold:
+            features[untold] = self._seen(data, [rows[n].picture for n in untold]).view_as(features[untold])
+        if told:
+            plans = [method.plan_for(*data.size, rows[n].region) for n in told]
+            pixels = [
+                self._views(data.pictures[rows[n].picture], plan) for n, plan in zip(told, plans, strict=True)
+            ]
+            features[told] = self._encode_frozen(np.concatenate(pixels)).view_as(features[told])
+        return features.flatten(0, 1)
 
     def _seen(self, data: Examples, indices: Sequence[int]) -> Tensor:
         """Features of the plan's views, (B V, N, C)."""
@@ -239,10 +255,6 @@ class Student:
             return self.features[data.key].gather(self.plan, indices)
         pixels = np.concatenate([self._views(data.pictures[i], self.plan) for i in indices])
         return self.model.encode_views(torch.from_numpy(pixels))
-
-    def _pack(self, rows: Sequence[Sequence[Sample]]) -> Packed:
-        placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
-        return pack(rows, self.plan.tokens, placeholder, padding)
 
     def stages(self) -> list[Stage]:
         """First the connector alone, with captions, then the LLM with it."""
@@ -349,7 +361,8 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
         for step in range(max(first, begin) + 1, end + 1):
-            loss, *_ = student.forward(bench.train, next(order), captions=not stage.with_llm)
+            rows = student.rows(bench.train, next(order), captions=not stage.with_llm)
+            loss, *_ = student.forward(bench.train, rows)
             assert loss is not None
             optimise.zero_grad()
             loss.backward()
@@ -398,9 +411,10 @@ def measure(student: Student, data: Examples, batch: int = 50) -> dict[str, floa
     hits: dict[str, list[bool]] = {}
     for start in range(0, len(data.pictures), batch):
         indices = range(start, min(start + batch, len(data.pictures)))
-        _, logits, packed = student.forward(data, indices)
+        rows = student.rows(data, indices)
+        _, logits, packed = student.forward(data, rows)
         right = [hit for row in all_right(logits, packed) for hit in row]
-        asked = [question for i in indices for question in data.questions[i]]
+        asked = [question for row in rows for question in row.asked]
         for question, hit in zip(asked, right, strict=True):
             hits.setdefault(question.kind, []).append(hit)
     by_kind = {kind: float(np.mean(found)) for kind, found in hits.items()}

@@ -25,9 +25,13 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; networks th
 
 @app.command()
 def prepare(
-    scale: ScaleName = "tiny", folder: Folder = Path("lab"), seed: int = 0, threads: Threads = 1
+    scale: ScaleName = "tiny",
+    folder: Folder = Path("lab"),
+    seed: int = 0,
+    threads: Threads = 1,
+    parts: Annotated[str, typer.Option(help="Which, with commas between.")] = "tower,reader,convnet",
 ) -> None:
-    """Pre-train the tower and the LLM that every method starts from."""
+    """Pre-train the tower, the LLM (reader) and the ConvNeXt that methods start from."""
     from foveate.lab.scales import scale_named
 
     sizes = scale_named(scale)
@@ -45,8 +49,9 @@ def prepare(
                 tasks[what] = progress.add_task(what, total=steps)
             progress.update(tasks[what], completed=step, description=f"{what}, loss {loss:.3f}")
 
-        place = make(scale, sizes, folder, seed, report)
-    console.print(f"tower and LLM written to {place}")
+        names = [part.strip() for part in parts.split(",") if part.strip()]
+        place = make(scale, sizes, folder, seed, report, names)
+    console.print(f"written to {place}")
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """What methods are compared with, and what nobody would publish: known only inside `with controls():`.
 
 pooled       tiles, averaged down to the tokens of one view, no enhancement of any kind
-resampler    learned queries that attend to all tokens of the tiles
-convnet      a convolutional tower in place of the prepared one, on the whole picture at its own pixels
+resampler    the whole picture's tokens as queries that attend to all tokens of the tiles
+convnet      a prepared ConvNeXt in place of the tower, on the whole picture at its own pixels
 oracle       the region that the question is about as a second view: how much there is to win
 """
 
@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Canvas, Size, View, ViewPlan, squashed, tiled, whole
@@ -135,32 +137,44 @@ class PooledTiles(Tiled):
 
 @dataclass(frozen=True)
 class ResamplerOptions(TileOptions):
-    queries: int = 36  # visual tokens
     heads: int = 4  # must divide the LLM's width
 
 
 class ResamplerConnector(Connector):
-    """Queries of their own, one cross-attention over the tokens of all views, one feed-forward layer."""
+    """One cross-attention over the tokens of all views, and one feed-forward layer.
 
-    def __init__(self, widths: Widths, options: ResamplerOptions) -> None:
+    The queries are the tokens of the whole picture. Queries and keys tell their places by sines and cosines,
+    so a query finds what lies under it at once; queries that start from nothing take far longer to learn.
+    """
+
+    def __init__(self, widths: Widths, grid: Size, options: ResamplerOptions) -> None:
         super().__init__()
-        self.views = 1 + options.tiles**2
-        self.queries = nn.Parameter(torch.randn(options.queries, widths.text) * 0.02)
-        self.view_place = nn.Parameter(torch.randn(self.views, 1, widths.text) * 0.02)
-        self.project = nn.Linear(widths.vision, widths.text)
+        if widths.text % (4 * options.heads):
+            raise FoveateError(f"an LLM of width {widths.text} cannot be cut into {options.heads} heads")
+        self.views, self.heads = 1 + options.tiles**2, options.heads
+        rows, columns = options.tiles * grid.height, options.tiles * grid.width
+        tiles = sincos_places(rows, columns, widths.text, options.heads)
+        cut = tiles.unflatten(0, (options.tiles, grid.height)).unflatten(2, (options.tiles, grid.width))
+        own = sincos_places(*grid, widths.text, options.heads).flatten(0, 1)  # (N, D)
+        of_tiles = cut.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # (t t, N, D)
+        self.register_buffer("places", torch.cat([own[None], of_tiles]))  # (V, N, D)
+        self.project = mlp_projector(widths.vision, widths.text)
         self.norm = nn.LayerNorm(widths.text)
-        self.heads = options.heads
+        self.ask = nn.Linear(widths.text, widths.text)
         self.keys_values = nn.Linear(widths.text, 2 * widths.text)
+        with torch.no_grad():  # queries and keys begin as what they are made of, places included
+            self.ask.weight.copy_(torch.eye(widths.text))
+            self.keys_values.weight[: widths.text].copy_(torch.eye(widths.text))
         self.mix = nn.Linear(widths.text, widths.text)
         self.feed = nn.Sequential(nn.LayerNorm(widths.text), *mlp_projector(widths.text, widths.text))
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         views = self.project(features).unflatten(0, (len(plans), self.views))  # (P, V, N, D)
-        keys = self.norm(views + self.view_place).flatten(1, 2)  # (P, V N, D)
-        key, value = self._split(self.keys_values(keys)).chunk(2, dim=-1)  # (P, heads, V N, D / heads)
-        query_heads = self._split(self.queries[None]).expand(len(plans), -1, -1, -1)
-        read = F.scaled_dot_product_attention(query_heads, key, value)  # (P, heads, Q, D / heads)
-        tokens = self.queries + self.mix(read.transpose(1, 2).flatten(2))  # (P, Q, D)
+        placed = self.norm(views) + self.places
+        asked = self._split(self.ask(placed[:, 0]))  # (P, heads, N, D / heads)
+        key, value = self._split(self.keys_values(placed.flatten(1, 2))).chunk(2, dim=-1)
+        read = F.scaled_dot_product_attention(asked, key, value)  # (P, heads, N, D / heads)
+        tokens = views[:, 0] + self.mix(read.transpose(1, 2).flatten(2))  # (P, N, D)
         return VisualTokens(flat(tokens + self.feed(tokens)))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -168,18 +182,28 @@ class ResamplerConnector(Connector):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
+def sincos_places(rows: int, columns: int, width: int, heads: int) -> Tensor:
+    """(rows, columns, width): sines and cosines of where in the picture a token's middle lies.
+
+    Every head gets long and short waves, along rows and columns.
+    """
+    waves = torch.pi * 2.0 ** (torch.arange(width // 4) * (5 / (width // 4)))  # half a wave to 16
+    waves = waves.unflatten(0, (-1, heads)).T.flatten()
+    down = ((torch.arange(rows) + 0.5) / rows)[:, None] * waves
+    across = ((torch.arange(columns) + 0.5) / columns)[:, None] * waves
+    of_rows = torch.stack([down.sin(), down.cos()], -1)[:, None].expand(rows, columns, -1, -1)
+    of_columns = torch.stack([across.sin(), across.cos()], -1)[None].expand(rows, columns, -1, -1)
+    return torch.cat([of_rows, of_columns], -1).flatten(2)
+
+
 class Resampler(Tiled):
     title = "resampler"
-    idea = "learned queries attend to the tokens of all tiles"
+    idea = "the tokens of the whole picture attend to the tokens of all tiles"
     Options = ResamplerOptions
     options: ResamplerOptions
 
-    @property
-    def tokens(self) -> int:
-        return self.options.queries
-
     def build_connector(self, widths: Widths) -> ResamplerConnector:
-        return ResamplerConnector(widths, self.options)
+        return ResamplerConnector(widths, self.tower.grid, self.options)
 
 
 class ProjectorConnector(Connector):
@@ -217,36 +241,48 @@ class OracleCrop(GivenRegion):
         return ProjectorConnector(widths)
 
 
+@dataclass(frozen=True)
+class ConvNetOptions(TileOptions):
+    weights: str | None = None  # folder of a ConvNeXt
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None:
+            raise FoveateError("the ConvNet alone needs a prepared one: run `foveate lab prepare`")
+
+
 class ConvTower(nn.Module):
-    """Views (V, 3, h, w) -> features (V, N, C): halved until a token's pixels are few, then cut into tokens.
+    """Views (V, 3, h, w) -> features (V, N, C): a ConvNeXt's last map, averaged down to a grid of tokens."""
 
-    Args:
-        width: channels C of the features.
-        stride: pixels of the view per token, along each axis.
-    """
-
-    HALVINGS = 3
-
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, config: PreTrainedConfig, grid: Size) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for i in range(self.HALVINGS):
-            wider = max(8, width >> (self.HALVINGS - 1 - i))
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(4, wider), nn.GELU()]
-            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(4, wider), nn.GELU()]
-            channels = wider
-        self.layers = nn.Sequential(
-            *layers, nn.Conv2d(channels, width, stride >> self.HALVINGS, stride >> self.HALVINGS)
-        )
+        self.model, self.grid = AutoModel.from_config(config), grid
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.layers(pixel_values).flatten(2).transpose(1, 2)
+        features = self.model(pixel_values).last_hidden_state  # (V, C, h, w)
+        return F.adaptive_avg_pool2d(features, tuple(self.grid)).flatten(2).transpose(1, 2)
+
+
+class PlacedConnector(ProjectorConnector):
+    """A convolutional feature does not tell its place."""
+
+    def __init__(self, widths: Widths, tokens: int) -> None:
+        super().__init__(widths)
+        self.places = nn.Parameter(torch.zeros(tokens, widths.vision))
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        return super().forward(features + self.places, plans, query)
 
 
 class ConvNetOnly(Tiled):
     title = "ConvNet only"
-    idea = "a convolutional tower on the whole picture at its own pixels"
+    idea = "a ConvNeXt in place of the tower, on the whole picture at its own pixels"
+    Options = ConvNetOptions
+    options: ConvNetOptions
+
+    @classmethod
+    def options_with(cls, convnet: Path) -> dict[str, Any]:
+        return {"weights": str(convnet)}
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
@@ -257,13 +293,12 @@ class ConvNetOnly(Tiled):
         )
 
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> ConvTower:
-        stride = self.options.tiles * self.tower.patch_size
-        if stride % 2**ConvTower.HALVINGS:
-            raise FoveateError(f"a token of {stride} pixels cannot be halved {ConvTower.HALVINGS} times")
-        return ConvTower(vision_config.hidden_size, stride)
+        return ConvTower(AutoConfig.from_pretrained(self.options.weights), self.tower.grid)
 
     def fill_tower(self, tower: nn.Module, pretrained: PreTrainedModel | None) -> None:
-        """Nothing: its tower has no part in common with the prepared one."""
+        """The ConvNeXt's own weights."""
+        given = AutoModel.from_pretrained(self.options.weights, dtype=torch.float32)
+        tower.get_submodule("model").load_state_dict(given.state_dict())
 
-    def build_connector(self, widths: Widths) -> ProjectorConnector:
-        return ProjectorConnector(widths)
+    def build_connector(self, widths: Widths) -> PlacedConnector:
+        return PlacedConnector(widths, self.tower.tokens)

@@ -24,7 +24,7 @@ from foveate.lab.materials import SPLITS, Split
 from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scenes import make_scene
 
-GENERATION = 2  # part of the names of data: raised whenever the same seed draws other pictures or questions
+GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
 SPARE = 200 * 2**20  # bytes that are left free on the disk
 Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
 

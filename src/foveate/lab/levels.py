@@ -73,7 +73,7 @@ LEVELS: dict[str, Level] = {
     ),
     "signs": Level(
         "letters, digits and words of any size on photographs of any colours, 3x", 3, (1, 5), (20, 80),
-        (7, 26), signs=0.4, wild=True, questions=MappingProxyType({**_WITH_WORDS, "where": 1, "absent": 1}),
+        (7, 36), signs=0.4, wild=True, questions=MappingProxyType({**_WITH_WORDS, "where": 1, "absent": 1}),
     ),
 }  # fmt: skip
 

@@ -47,6 +47,9 @@ WORD_LIST = """
     TEACH THREE TOAST TOTAL TOUCH TRACK TRAP TRUCK TRUNK
 """
 WORDS = tuple(word for word in WORD_LIST.split() if set(word) <= set(LETTERS))
+WORD_LENGTHS = (3, 5)
+INVENTED = 0.6  # share of the words to train on that are random letters, so that they must be spelled
+TOKENS = ("ARE", "CROSS", "HAS", "NONE", "ON", "SHAPE", "THE", "TOP")  # no invented word starts with them
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,23 @@ class Materials:
         photographs: (H, W, 3) bytes, the split's part of each.
         digits: per digit 0 to 9 (n, 8, 8) bytes, ink bright.
         words: capitals.
+        invented: share of random letters among the words that `word` deals out.
     """
 
     photographs: tuple[np.ndarray, ...]
     digits: tuple[np.ndarray, ...]
     words: tuple[str, ...]
+    invented: float = 0.0
+
+    def word(self, rng: np.random.Generator) -> str:
+        """One of `words`, or random letters that are no word of any split."""
+        if self.invented == 0 or rng.random() >= self.invented:
+            return str(rng.choice(self.words))
+        while True:
+            length = int(rng.integers(WORD_LENGTHS[0], WORD_LENGTHS[1] + 1))
+            word = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=length))
+            if word not in WORDS and not word.startswith(TOKENS):
+                return word
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -78,7 +93,7 @@ def materials(split: Split) -> Materials:
     images = (known.images[rows] / 16 * 255).astype(np.uint8)
     digits = tuple(images[known.target[rows] == n] for n in range(10))
     words = tuple(word for i, word in enumerate(WORDS) if (i % 4 == 3) == test)
-    return Materials(photographs, digits, words)
+    return Materials(photographs, digits, words, 0.0 if test else INVENTED)
 
 
 @lru_cache(maxsize=256)

@@ -94,7 +94,7 @@ class Pen:
 
     def random_lettering(self, size: int) -> Lettering:
         """Any of the words in any font."""
-        word, font = str(self.rng.choice(self.stock.words)), str(self.rng.choice(FONTS))
+        word, font = self.stock.word(self.rng), str(self.rng.choice(FONTS))
         return lettering(word, font, size, tuple(self.rng.uniform(0.8, 1.2, 2)))
 
     def sign(self, colour: str, what: Lettering, left: int, top: int) -> Thing:

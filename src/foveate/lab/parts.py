@@ -1,18 +1,25 @@
-"""The tower, the LLM and the tokenizer that every method of the lab starts from, and how they are made."""
+"""The tower, the ConvNeXt, the LLM and the tokenizer that methods start from, and how they are made."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionModel,
+    ConvNextModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from foveate.errors import FoveateError
 from foveate.lab.reader import comprehension, train_reader
@@ -21,6 +28,8 @@ from foveate.lab.tower import legibility, tower_scenes, train_tower
 from foveate.lab.words import lab_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
+PARTS = ("tower", "reader", "convnet")
+NOTES = "prepared.json"  # in a part's folder: what it can do and how long it took
 Report = Callable[[str, int, int, float], None]  # what, step, steps, loss
 
 
@@ -32,7 +41,8 @@ class Parts:
         tower: frozen, the stand-in for CLIP.
         reader: the LLM, the stand-in for Vicuna.
         tokenizer: of the LLM.
-        tower_key, reader_key: name their weights.
+        tower_key, reader_key, convnet_key: name their weights.
+        convnet: folder of the ConvNeXt for methods that have one; None where there is none.
     """
 
     tower: CLIPVisionModel
@@ -40,59 +50,96 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     tower_key: str
     reader_key: str
+    convnet_key: str
+    convnet: Path | None
 
 
-def prepare(name: str, scale: Scale, folder: Path, seed: int = 0, report: Report | None = None) -> Path:
-    """Pre-trains what is missing of a scale's tower and LLM, and writes them.
+class Prepared(NamedTuple):
+    """A pre-trained part and its accuracy, by what was asked."""
 
-    Returns the folder of the parts: `tower` and `reader` in transformers' own layout, and `prepared.json`
-    with what they can do and how long they took.
+    model: PreTrainedModel
+    accuracy: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast | None = None
+
+
+def prepare(
+    name: str,
+    scale: Scale,
+    folder: Path,
+    seed: int = 0,
+    report: Report | None = None,
+    parts: Sequence[str] = PARTS,
+) -> Path:
+    """Pre-trains those of `parts` that are missing of a scale, and writes them.
+
+    Returns the folder of the parts, each in transformers' own layout with a `prepared.json`, which tells
+    what it can do and how long it took.
+
+    Raises:
+        FoveateError: unknown parts.
     """
-    place = folder / "parts" / name
-    notes_file = place / "prepared.json"
-    notes: dict[str, Any] = json.loads(notes_file.read_text(encoding="utf-8")) if notes_file.is_file() else {}
+    if unknown := set(parts) - set(PARTS):
+        raise FoveateError(f"unknown parts {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    makers = {
+        "tower": partial(_prepare_tower, scale, False),
+        "reader": partial(_prepare_reader, scale),
+        "convnet": partial(_prepare_tower, scale, True),
+    }
+    steps = {"tower": scale.tower.steps, "reader": scale.reader.steps, "convnet": scale.convnet.steps}
+    for part in parts:
+        place = folder / "parts" / name / part
+        if (place / NOTES).is_file():
+            continue
 
-    def tell(what: str, steps: int) -> Callable[[int, float], None]:
-        return lambda step, loss: report(what, step, steps, loss) if report else None
+        def tell(step: int, loss: float, part: str = part) -> None:
+            if report:
+                report(part, step, steps[part], loss)
 
-    if "tower" not in notes:
         start = time.process_time()
-        tower, head = train_tower(scale, seed, report=tell("tower", scale.tower.steps))
-        seconds = time.process_time() - start
-        table = legibility(tower, head, scale, tower_scenes(scale, "test", 800))
-        tower.to(torch.bfloat16).save_pretrained(place / "tower")
-        notes["tower"] = {"seconds": round(seconds), "accuracy_by_zoom": table}
-        _write_notes(notes_file, notes)
-    if "reader" not in notes:
-        start = time.process_time()
-        tokenizer = lab_tokenizer()
-        reader = train_reader(scale, tokenizer, seed, report=tell("reader", scale.reader.steps))
-        seconds = time.process_time() - start
-        notes["reader"] = {
-            "seconds": round(seconds),
-            "accuracy": comprehension(reader, tokenizer, scale.levels),
-        }
-        reader.to(torch.bfloat16).save_pretrained(place / "reader")
-        tokenizer.save_pretrained(place / "reader")
-        _write_notes(notes_file, notes)
-    return place
+        made = makers[part](seed, tell)
+        notes = {"seconds": round(time.process_time() - start), "accuracy": made.accuracy}
+        made.model.to(torch.bfloat16).save_pretrained(place)
+        if made.tokenizer is not None:
+            made.tokenizer.save_pretrained(place)
+        (place / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+    return folder / "parts" / name
+
+
+def _prepare_tower(
+    scale: Scale, convolutional: bool, seed: int, tell: Callable[[int, float], None]
+) -> Prepared:
+    tower, head = train_tower(scale, convolutional, seed, tell)
+    return Prepared(tower, legibility(tower, head, scale, tower_scenes(scale, "test", 800)))
+
+
+def _prepare_reader(scale: Scale, seed: int, tell: Callable[[int, float], None]) -> Prepared:
+    tokenizer = lab_tokenizer()
+    reader = train_reader(scale, tokenizer, seed, tell)
+    return Prepared(reader, comprehension(reader, tokenizer, scale.levels), tokenizer)
 
 
 def load_parts(name: str, folder: Path) -> Parts:
-    """The parts in `folder`, or those that come with the package.
+    """The parts in `folder`, or those that come with the package; the ConvNeXt may be missing.
 
     Raises:
         FoveateError: neither has them.
     """
-    places = [folder / "parts" / name, ASSETS / name]
-    place = next((p for p in places if (p / "prepared.json").is_file()), None)
-    if place is None:
+    places = {part: _find(name, part, folder) for part in PARTS}
+    tower_place, reader_place, convnet = places["tower"], places["reader"], places["convnet"]
+    if tower_place is None or reader_place is None:
         raise FoveateError(
-            f"{places[0]}: no tower and LLM of scale {name!r}; run `foveate lab prepare --scale {name}`"
+            f"{folder / 'parts' / name}: no tower and LLM of scale {name!r}; "
+            f"run `foveate lab prepare --scale {name}`"
         )
-    tower = CLIPVisionModel.from_pretrained(place / "tower", dtype=torch.float32).eval()
-    reader = LlamaForCausalLM.from_pretrained(place / "reader", dtype=torch.float32)
-    return Parts(tower, reader, lab_tokenizer(), _key(tower), _key(reader))
+    tower = CLIPVisionModel.from_pretrained(tower_place, dtype=torch.float32).eval()
+    reader = LlamaForCausalLM.from_pretrained(reader_place, dtype=torch.float32)
+    convnet_key = "" if convnet is None else _key(ConvNextModel.from_pretrained(convnet, dtype=torch.float32))
+    return Parts(tower, reader, lab_tokenizer(), _key(tower), _key(reader), convnet_key, convnet)
+
+
+def _find(name: str, part: str, folder: Path) -> Path | None:
+    places = [folder / "parts" / name / part, ASSETS / name / part]
+    return next((place for place in places if (place / NOTES).is_file()), None)
 
 
 def _key(model: nn.Module) -> str:
@@ -100,8 +147,3 @@ def _key(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_notes(path: Path, notes: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")

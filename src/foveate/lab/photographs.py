@@ -73,7 +73,7 @@ def draw_on(photograph: Image.Image, kind: str, part: float, rng: np.random.Gene
     picture = Size(photograph.height, photograph.width)
     area = part * picture.width * picture.height
     if kind == "word":
-        word, font = str(rng.choice(stock.words)), str(rng.choice(FONTS))
+        word, font = stock.word(rng), str(rng.choice(FONTS))
         width, height = lettering(word, font, 100, (1.0, 1.0)).size
         times = min(math.sqrt(area / (width * height)), 0.95 * picture.width / width)
         written = lettering(word, font, max(4, int(100 * times)), (1.0, 1.0))

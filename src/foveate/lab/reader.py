@@ -5,8 +5,9 @@ No picture is involved. A scene is described in one of two ways, and questions a
 * in words: `red square k top-left .` for every object;
 * as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
   times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order, with
-  its place in the word. In half of these batches an overview comes first that tells no letters or digits, and
-  most bags after it tell no places in the picture: a view of the whole picture, and then its parts.
+  its place in the word; behind a cut, as tiles make them, the letters have no places and come in rows, one
+  for each row of patches. In half of these batches an overview comes first that tells no letters or digits,
+  and most bags after it tell no places in the picture: a view of the whole picture, and then its parts.
 
 A caption is an object's words in any order, the first given: they make the LLM learn to find an object by a
 word, where questions alone leave it guessing among all that are there. Bags stand at random rising positions
@@ -41,13 +42,15 @@ REPEATS = (1, 4)  # times that a bag is repeated
 EMPTY = 0.3  # chance of a token of pure noise after a bag
 OVERVIEW = 0.5  # of the other batches: a view of everything comes first
 PLACED = 0.3  # chance that a bag behind an overview tells where its object is
+CUT = 0.35  # chance that a word is cut
+ROWS = (1, 3)  # of patches on which the letters behind a cut lie
 NOISE = 0.3  # of the embeddings' size
 BAG = 5  # most words in a bag
 
 
 def sketch(level: Level, rng: np.random.Generator, most: int = 99) -> Scene:
     """A scene of one level without its picture, with up to `most` objects: cells are its pixels."""
-    words = materials("train").words
+    stock = materials("train")
     pairs: dict[tuple[str, str], None] = {}
     wanted = int(rng.integers(min(2, level.objects[0]), min(level.objects[1], most) + 1))
     while len(pairs) < wanted:
@@ -65,7 +68,7 @@ def sketch(level: Level, rng: np.random.Generator, most: int = 99) -> Scene:
             if not sign and (level.both or first)
             else None,
             digit=DIGITS[rng.integers(10)] if not sign and (level.both or not first) else None,
-            word=words[rng.integers(len(words))].lower() if sign else None,
+            word=stock.word(rng).lower() if sign else None,
             glyphs=(),
         )
         things.append(thing)
@@ -116,13 +119,21 @@ class Descriptions:
             for thing in things:
                 self._repeat(tokens, thing, [scene.cell(thing)])
         for thing in things:
-            for text in _texts(thing):
+            texts = _texts(thing)
+            cut = thing.word is not None and self.rng.random() < CUT
+            end = int(self.rng.integers(1, len(texts))) if cut else len(texts)
+            for text in texts[:end]:
                 placed = not overview or self.rng.random() < PLACED
                 self._repeat(tokens, thing, [*text, *([scene.cell(thing)] if placed else [])])
+            for _ in range(self.rng.integers(ROWS[0], ROWS[1] + 1) if cut else 0):
+                for letter, _ in texts[end:]:
+                    self._repeat(tokens, thing, [letter], (1, 2))
         return tokens
 
-    def _repeat(self, tokens: list[list[str]], thing: Thing, words: list[str]) -> None:
-        for _ in range(self.rng.integers(REPEATS[0], REPEATS[1] + 1)):
+    def _repeat(
+        self, tokens: list[list[str]], thing: Thing, words: list[str], times: tuple[int, int] = REPEATS
+    ) -> None:
+        for _ in range(self.rng.integers(times[0], times[1] + 1)):
             tokens.append([thing.colour, thing.shape, *words])
             if self.rng.random() < EMPTY:
                 tokens.append([])

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from foveate.errors import FoveateError
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig, LlamaConfig
+    from transformers import CLIPVisionConfig, ConvNextConfig, LlamaConfig
+
+
+CONVNET_STRIDE = 8  # pixels
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Scale:
         magnify: factor on the levels' sizes of objects and glyphs.
         vision_width, vision_layers, vision_heads: of the tower.
         text_width, text_layers, text_heads: of the LLM.
-        tower, reader: pre-training of the two; batches of crops and of texts.
+        tower, convnet, reader: pre-training of tower, ConvNeXt and LLM; batches of crops and of texts.
         tower_scenes: pictures that the tower's crops come from.
         levels: names of the levels that tower and LLM are pre-trained for.
         page_sizes: factors on the size of the glyphs on the pages that the tower learns to read on.
@@ -57,6 +60,7 @@ class Scale:
     text_layers: int
     text_heads: int
     tower: Schedule
+    convnet: Schedule
     reader: Schedule
     tower_scenes: int
     cell: Schedule
@@ -85,6 +89,23 @@ class Scale:
             image_size=self.view,
             patch_size=self.patch,
         )
+
+    def convnet_config(self) -> ConvNextConfig:
+        """A ConvNeXt as wide as the tower, `CONVNET_STRIDE` pixels to a feature."""
+        from transformers import ConvNextConfig
+
+        widths = [self.vision_width // 4, self.vision_width // 2, self.vision_width]
+        return ConvNextConfig(
+            patch_size=CONVNET_STRIDE >> (len(widths) - 1),
+            num_stages=len(widths),
+            hidden_sizes=widths,
+            depths=[1, 2, 2],
+            layer_scale_init_value=0.1,
+        )
+
+    def grid(self, convolutional: bool = False) -> int:
+        """Rows of features per view, of the tower or of the ConvNeXt."""
+        return self.view // (CONVNET_STRIDE if convolutional else self.patch)
 
     def text_config(self, vocabulary: int) -> LlamaConfig:
         from transformers import LlamaConfig
@@ -115,6 +136,7 @@ SCALES: dict[str, Scale] = {
         text_layers=3,
         text_heads=3,
         tower=Schedule(steps=6000, batch=64, lr=2e-3),
+        convnet=Schedule(steps=2500, batch=64, lr=3e-3),
         reader=Schedule(steps=2600, batch=32, lr=2e-3),
         tower_scenes=8000,
         cell=Schedule(steps=500, batch=32, lr=2e-3),
@@ -133,15 +155,16 @@ SCALES: dict[str, Scale] = {
         text_width=128,
         text_layers=4,
         text_heads=4,
-        tower=Schedule(steps=15000, batch=32, lr=1.5e-3),
-        reader=Schedule(steps=1300, batch=32, lr=1.5e-3),
+        tower=Schedule(steps=20000, batch=32, lr=1.5e-3),
+        convnet=Schedule(steps=5000, batch=32, lr=2e-3),
+        reader=Schedule(steps=2600, batch=32, lr=1.5e-3),
         tower_scenes=4000,
         cell=Schedule(steps=1500, batch=16, lr=1.5e-3),
         cell_llm_lr=7e-4,
         scenes=8000,
         test_scenes=1000,
         levels=("signs", "words"),
-        page_sizes=(0.8, 1.0, 1.5, 2.0, 3.0),
+        page_sizes=(0.7, 1.0, 1.5, 2.0, 3.0),
         uneven=1.6,
     ),
     "base": Scale(
@@ -156,6 +179,7 @@ SCALES: dict[str, Scale] = {
         text_layers=8,
         text_heads=8,
         tower=Schedule(steps=60000, batch=256, lr=5e-4),
+        convnet=Schedule(steps=20000, batch=256, lr=5e-4),
         reader=Schedule(steps=10000, batch=128, lr=5e-4),
         tower_scenes=20000,
         cell=Schedule(steps=4000, batch=64, lr=5e-4),

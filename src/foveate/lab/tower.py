@@ -1,10 +1,11 @@
 """Pre-training of the tower, the stand-in for CLIP: a `CLIPVisionModel` that says what lies on every patch.
+The stand-in for CLIP-ConvNeXt, a `ConvNextModel` for methods that have one, learns the same.
 
 It learns to read on pages (see `pages`). Then it sees windows of the pictures at every zoom between their own
 pixels and the base view, and learns for each patch the shape and colour of the object there and the glyph on
 it, nearest to the patch, with its place in its word. The glyph is asked of every patch of the object as long
-as the window shows it. Where in the picture the object lies is asked where the window shows all of the
-picture; elsewhere the answer is that it cannot be known.
+as the window shows it, its place where the window shows how the word begins. Where in the picture the object
+lies is asked where the window shows all of the picture. Elsewhere the answer is that it cannot be known.
 Glyphs are legible to it at their own size, and too small in the base view: what the methods are there for.
 """
 
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, ConvNextModel, PreTrainedModel
 
 from foveate.lab.levels import LEVELS
 from foveate.lab.materials import DIGITS, LETTERS, Split, materials
@@ -41,7 +42,7 @@ CLASSES = {
     "place": 1 + len(PLACES),
 }
 NOTHING_WEIGHT = 0.06  # in the loss; most patches show background
-UNKNOWN_CELL_WEIGHT = 0.3  # in the loss, of patches with an object in a part of the picture
+UNKNOWN_WEIGHT = {"cell": 0.3, "place": 0.2}  # in the loss: that a cell or a place cannot be known
 VISIBLE = 0.6  # of a glyph's area inside the window: it can be read
 
 # Zooms that windows are cut at, as original pixels per pixel of the view, and their chances; 0: everything.
@@ -114,18 +115,16 @@ def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
         labels[0, here] = 1 + SHAPES.index(thing.shape)
         labels[1, here] = 1 + list(COLOURS).index(thing.colour)
         labels[3, here] = 1 + CELLS.index(scene.cell(thing)) if everything else NOTHING
-        shown = [glyph for glyph in thing.glyphs if _visible(glyph.box, window) >= VISIBLE]
+        shown = [i for i, glyph in enumerate(thing.glyphs) if _visible(glyph.box, window) >= VISIBLE]
         if shown:
-            centres = np.array(
-                [[(g.box.left + g.box.right) / 2, (g.box.top + g.box.bottom) / 2] for g in shown]
-            )
+            boxes = [thing.glyphs[i].box for i in shown]
+            centres = np.array([[(b.left + b.right) / 2, (b.top + b.bottom) / 2] for b in boxes])
             apart = np.hypot(x[here, None] - centres[:, 0], y[here, None] - centres[:, 1])  # (n, glyphs)
-            classes = np.array([1 + GLYPHS.index(glyph.character) for glyph in shown])
-            nearest = apart.argmin(1)
+            nearest = np.array(shown)[apart.argmin(1)]  # of the object's glyphs
+            classes = np.array([1 + GLYPHS.index(glyph.character) for glyph in thing.glyphs])
             labels[2, here] = classes[nearest]
-            if thing.word is not None:
-                entire = len(shown) == len(thing.glyphs)  # the window shows where the word begins
-                labels[4, here] = 1 + nearest if entire else UNKNOWN
+            if thing.word is not None and shown[0] == 0:  # the window shows how the word begins
+                labels[4, here] = 1 + nearest
     return labels
 
 
@@ -156,10 +155,10 @@ class PatchHead(nn.Module):
 
 
 class CropSampler:
-    """Endless batches of pages and of windows of scenes, with their labels."""
+    """Endless batches of pages and of windows of scenes, with the labels of `grid` x `grid` patches."""
 
-    def __init__(self, scenes: list[Scene], scale: Scale, seed: int) -> None:
-        self.scenes, self.scale, self.grid = scenes, scale, scale.view // scale.patch
+    def __init__(self, scenes: list[Scene], scale: Scale, grid: int, seed: int) -> None:
+        self.scenes, self.scale, self.grid = scenes, scale, grid
         self.rng = np.random.default_rng([seed, len(scenes)])
         self.stock = materials("tower")
 
@@ -198,7 +197,7 @@ def patch_loss(predicted: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         if (labels[:, i] == UNKNOWN).all():
             continue
         weight = torch.ones(logits.shape[-1], device=logits.device)
-        weight[NOTHING] = UNKNOWN_CELL_WEIGHT if name == "cell" else NOTHING_WEIGHT
+        weight[NOTHING] = UNKNOWN_WEIGHT.get(name, NOTHING_WEIGHT)
         loss = loss + F.cross_entropy(
             logits.flatten(0, 1), labels[:, i].flatten(), weight, ignore_index=UNKNOWN
         )
@@ -213,20 +212,34 @@ def tower_scenes(scale: Scale, split: Split, count: int, seed: int = 0) -> list[
     ]
 
 
+def patch_tokens(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    """(V, 3, h, w) -> (V, N, C): a ViT's tokens without the class token, or a ConvNet's map in rows."""
+    hidden = model(pixels).last_hidden_state
+    return hidden[:, 1:] if hidden.ndim == 3 else hidden.flatten(2).transpose(1, 2)
+
+
 def train_tower(
-    scale: Scale, seed: int = 0, report: Callable[[int, float], None] = lambda step, loss: None
-) -> tuple[CLIPVisionModel, PatchHead]:
-    """Pre-trains a tower; `report` gets step and loss after each step."""
+    scale: Scale,
+    convolutional: bool = False,
+    seed: int = 0,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[PreTrainedModel, PatchHead]:
+    """Pre-trains a ViT, or a ConvNeXt; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
-    schedule = scale.tower
-    model, head = CLIPVisionModel(scale.vision_config()), PatchHead(scale.vision_width)
-    sampler = CropSampler(tower_scenes(scale, "tower", scale.tower_scenes), scale, seed)
+    model: PreTrainedModel
+    if convolutional:
+        schedule, model = scale.convnet, ConvNextModel(scale.convnet_config())
+    else:
+        schedule, model = scale.tower, CLIPVisionModel(scale.vision_config())
+    head = PatchHead(scale.vision_width)
+    sampler = CropSampler(
+        tower_scenes(scale, "tower", scale.tower_scenes), scale, scale.grid(convolutional), seed
+    )
     optimise = optimiser([(model, schedule.lr), (head, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
         pixels, labels = sampler.batch(schedule.batch, (step - 1) / schedule.steps)
-        tokens = model(pixels).last_hidden_state[:, 1:]  # (V, N, C), class token dropped
-        loss = patch_loss(head(tokens), labels)
+        loss = patch_loss(head(patch_tokens(model, pixels)), labels)
         optimise.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
@@ -238,9 +251,10 @@ def train_tower(
 
 @torch.no_grad()
 def legibility(
-    model: CLIPVisionModel, head: PatchHead, scale: Scale, scenes: list[Scene], seed: int = 0
+    model: PreTrainedModel, head: PatchHead, scale: Scale, scenes: list[Scene], seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Accuracy of the labels in `MEASURED` over patches with something on them, per zoom."""
+    grid = scale.grid(convolutional=isinstance(model, ConvNextModel))
     rng = np.random.default_rng(seed)
     table = {}
     for zoom in (1.0, 1.5, 2.0, 3.0, 4.0):
@@ -250,10 +264,9 @@ def legibility(
         for batch in _chunks(fitting, 128):
             windows = [random_window(rng, len(scene.picture), side) for scene in batch]
             pictures = [crop(s, w, scale.view) for s, w in zip(batch, windows, strict=True)]
-            grid = scale.view // scale.patch
             labels = np.stack([patch_labels(s, w, grid) for s, w in zip(batch, windows, strict=True)])
             pixels = normalised(np.stack(pictures)).to(model.device)
-            guesses = head(model(pixels).last_hidden_state[:, 1:])
+            guesses = head(patch_tokens(model, pixels))
             # "nothing" is left out: on these patches there is something
             best = [(g[..., 1:].argmax(-1) + 1).cpu().numpy() for g in guesses]
             kinds = list(labels.swapaxes(0, 1))

@@ -10,6 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -197,6 +198,11 @@ class Method(ABC):
     @classmethod
     def options_for(cls, ratio: int) -> dict[str, Any]:
         """Options with which a square picture, `ratio` views wide, is read at its own pixels."""
+        return {}
+
+    @classmethod
+    def options_with(cls, convnet: Path) -> dict[str, Any]:
+        """Options with which a method that has a ConvNeXt starts from the one in a folder."""
         return {}
 
     @abstractmethod

@@ -33,11 +33,13 @@ layers that nobody reads are not built, activations are checkpointed only in tra
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -551,6 +553,12 @@ class LlavaHR(Method):
         """A small ConvNeXt of stride 8: its grid is `ratio` times that of a ViT with patches of 8."""
         convnext = {"patch": 2, "depths": [1, 2, 2], "widths": [24, 48, 96], "layer_scale": 0.1}
         return {"magnify": ratio, "groups": 2, "convnext": convnext}
+
+    @classmethod
+    def options_with(cls, convnet: Path) -> dict[str, Any]:
+        config = json.loads((convnet / "config.json").read_text(encoding="utf-8"))
+        shape = {"patch": config["patch_size"], "depths": config["depths"], "widths": config["hidden_sizes"]}
+        return {"convnext": {**shape, "weights": str(convnet)}}
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
