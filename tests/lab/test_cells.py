@@ -20,6 +20,7 @@ from foveate.lab.cell import Bench, Cell, Student, make_bench, train_cell
 from foveate.lab.cli import app
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
 from foveate.lab.data import view_key
+from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
 from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import markdown
 from foveate.lab.run import run
@@ -208,7 +209,8 @@ def test_region_boxes_survive_the_disk(bench: Bench) -> None:
 
 
 def test_a_report_tells_everything(prepared: Path) -> None:
-    path = run(["llava", "pooled"], [0, 1], "easy", "nano", prepared, steps=2)
+    variants = (Variant("llava"), Variant("pooled"))
+    path = run(Experiment(variants, "easy", "nano", seeds=(0, 1), steps=2), prepared)
     text = path.read_text(encoding="utf-8")
     for expected in ("LLaVA-1.5", "pooled tiles", "*chance*", "*in-scene guess*", "where"):
         assert expected in text
@@ -219,8 +221,91 @@ def test_a_report_tells_everything(prepared: Path) -> None:
         assert result["command"] in text
 
 
+EXPERIMENT = """
+level: easy
+scale: nano
+seeds: [0, 1]
+steps: 8
+variants:
+  - method: llava
+  - method: pooled
+    label: tiles alone
+    options: {with_global: false}
+  - method: pooled
+    label: in turns
+    stages:
+      - {part: 0.25, trains: [connector.tile_projector], captions: true, options: {with_global: false}}
+      - {part: 0.25, trains: [connector.global_projector]}
+      - {part: 0.5, trains: [connector, language_model]}
+"""
+
+
+def test_an_experiment_is_a_file(prepared: Path, tmp_path: Path) -> None:
+    file = tmp_path / "turns.yaml"
+    file.write_text(EXPERIMENT)
+    arguments = ["run", str(file), "--folder", str(prepared)]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    report = prepared / "reports" / "turns"
+    text = (report / "report.md").read_text(encoding="utf-8")
+    results = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    assert "| LLaVA-1.5 | 2 |" in text and "| tiles alone | 2 |" in text and "| in turns | 2 |" in text
+    words = shlex.split(results[-1]["command"])
+    assert words[-4:] == ["--rows", "in turns", "--seeds", "1"]
+    done = CliRunner().invoke(app, [*words[2:], "--folder", str(prepared)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads((report / "report.json").read_text(encoding="utf-8")) == results[-1:]
+    for arguments, said in (
+        (["--rows", "none"], "unknown rows none"),
+        (["--seeds", ""], "at least one seed"),
+    ):
+        error = CliRunner().invoke(app, ["run", str(file), *arguments]).exception
+        assert isinstance(error, FoveateError) and said in str(error)
+
+
+def test_stages_train_what_they_name_under_their_options(bench: Bench) -> None:
+    stages = (
+        StageSpec(0.5, ("connector.tile_projector",), captions=True, options={"with_global": False}),
+        StageSpec(0.5, ("connector", "language_model")),
+    )
+    with controls():
+        student = Student(replace(cell("pooled", steps=4), stages=stages), bench)
+        student.ready()
+        first, second = student.stages()
+        learner = student.under(first)
+        assert not learner.method.options.with_global and student.under(second) is student
+        learner.model.train()
+        optimise = learner.optimiser(first)
+        loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], captions=True))
+        loss.backward()
+        optimise.step()
+        before = {key: tensor.clone() for key, tensor in student.model.state_dict().items()}
+        student.take(learner)
+        after = student.model.state_dict()
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved == {key for key in before if key.startswith("connector.tile_projector")}
+        with pytest.raises(FoveateError, match="no module 'ear'"):
+            student.optimiser(first._replace(trains=("ear",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (EXPERIMENT.replace("part: 0.5", "part: 0.6"), "must add up to 1"),
+        (EXPERIMENT.replace("scale: nano", "scale: huge"), "unknown scale 'huge'"),
+        (EXPERIMENT.replace("trains: [connector, language_model]", "trains: []"), "trains is empty"),
+        ("level: easy\nvariants: []", "at least one method"),
+        ("level: easy\nvariant: []", "unknown key 'variant'"),
+    ],
+)
+def test_wrong_experiments_are_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(FoveateError, match=said):
+        read_experiment(tmp_path / "wrong.yaml")
+
+
 def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
-    path = run(["pooled"], [3], "easy", "nano", prepared, 2, {"pooled": {"with_global": False}})
+    variant = Variant("pooled", options={"with_global": False})
+    path = run(Experiment((variant,), "easy", "nano", (3,), 2), prepared)
     result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[0]
     words = shlex.split(result["command"])
     assert words[:2] == ["foveate", "lab"]
@@ -242,6 +327,10 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
         (["--methods", ""], "at least one method"),
         (["--methods", "llava", "--option", "fit"], "METHOD.KEY=VALUE"),
         (["--methods", "llava", "--option", "llava.fat=1"], "unknown key 'fat'"),
+        (["--methods", "llava", "--option", "anyres.fit=pad"], "which --methods does not name"),
+        (["--methods", "llava,llava"], "are the same"),
+        ([], "either a file with an experiment or --methods"),
+        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path) -> None:

@@ -66,7 +66,7 @@ def test_patches_are_labelled_with_what_lies_on_them() -> None:
 
 
 def test_a_part_of_the_picture_does_not_tell_places() -> None:
-    """Neither where in the picture an object is, nor where in its word a letter, if the beginning is cut off."""
+    """Neither where in the picture an object is, nor where in its word a letter, if its first is cut off."""
     labels = patch_labels(a_scene(), Window(48, 48, 48, 48), 6)
     assert (labels[3][labels[0] > 0] == 0).all() and (labels[4] > 0).any()
     cut = patch_labels(a_scene(), Window(79, 48, 48, 48), 6)  # the t alone

@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +25,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, ViewPlan
 from foveate.lab.controls import ConvNetOnly, GivenRegion
 from foveate.lab.data import Examples, Features, examples
+from foveate.lab.experiment import StageSpec
 from foveate.lab.levels import FINE, level_named
 from foveate.lab.optimise import optimiser, warm_cosine
 from foveate.lab.packing import PADDING, Packed, Sample, all_right, encode, pack
@@ -50,6 +51,8 @@ class Cell:
         level, scale: names.
         steps: of training; None: those of the scale.
         options: the method's options beyond its `options_for` the level's ratio.
+        stages: of training, instead of the lab's.
+        label: how a report calls it; by default by the method's title and its options.
     """
 
     method: str
@@ -58,20 +61,22 @@ class Cell:
     scale: str
     steps: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[StageSpec, ...] = ()
+    label: str | None = None
 
     @property
     def key(self) -> str:
         """Name of the cell's folder."""
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
-        if not self.options:
+        stages = [asdict(stage) for stage in self.stages]
+        if not self.options and not stages:
             return name
-        return (
-            f"{name}-{blake2b(json.dumps(self.options, sort_keys=True).encode(), digest_size=3).hexdigest()}"
-        )
+        described = json.dumps([self.options, stages] if stages else self.options, sort_keys=True)
+        return f"{name}-{blake2b(described.encode(), digest_size=3).hexdigest()}"
 
     @property
     def command(self) -> str:
-        """The command that makes this cell again."""
+        """The command that makes this cell again, where it has no stages of its own."""
         words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
         for key, value in self.options.items():
@@ -122,11 +127,17 @@ def make_bench(level: str, scale: str, folder: Path, parts: Parts) -> Bench:
 
 
 class Stage(NamedTuple):
-    """Steps on questions and captions with the LLM frozen, or on questions with it."""
+    """Steps on questions, with captions or without, in which some modules train.
+
+    `lr` is that of new modules; a tower that a method builds and the LLM have their own. `options` change the
+    method's.
+    """
 
     steps: int
-    with_llm: bool
+    trains: tuple[str, ...]
+    captions: bool
     lr: float
+    options: Mapping[str, Any]
 
 
 class Row(NamedTuple):
@@ -257,23 +268,55 @@ class Student:
         return self.model.encode_views(torch.from_numpy(pixels))
 
     def stages(self) -> list[Stage]:
-        """First the connector alone, with captions, then the LLM with it."""
+        """The cell's own; or first the connector alone, with captions, then the LLM with it."""
         scale, steps = self.bench.scale, self.cell.steps
-        warm = round(scale.warm_up * steps)
+        own = ("vision_tower",) if self.builds_tower else ()
+        specs = self.cell.stages or (
+            StageSpec(scale.warm_up, ("connector", *own), captions=True),
+            StageSpec(1 - scale.warm_up, ("connector", *own, "language_model")),
+        )
+        ends = [round(sum(spec.part for spec in specs[: i + 1]) * steps) for i in range(len(specs))]
         stages = [
-            Stage(warm, False, WARM_UP_LR * scale.cell.lr),
-            Stage(steps - warm, True, scale.cell.lr),
+            Stage(
+                end - begin,
+                spec.trains,
+                spec.captions,
+                scale.cell.lr * (1.0 if "language_model" in spec.trains else WARM_UP_LR),
+                spec.options,
+            )
+            for spec, begin, end in zip(specs, [0, *ends], ends, strict=False)
         ]
         return [stage for stage in stages if stage.steps]
 
     def optimiser(self, stage: Stage) -> torch.optim.AdamW:
-        self.model.language_model.requires_grad_(stage.with_llm)
-        groups: list[tuple[nn.Module, float]] = [(self.model.connector, stage.lr)]
-        if self.builds_tower:
-            groups.append((self.model.vision_tower, OWN_TOWER_LR * stage.lr))
-        if stage.with_llm:
-            groups.append((self.model.language_model, self.bench.scale.cell_llm_lr))
+        """Makes the stage's modules train, and no others."""
+        self.model.requires_grad_(False)
+        rates = {
+            "vision_tower": OWN_TOWER_LR * stage.lr,
+            "language_model": self.bench.scale.cell_llm_lr,
+        }
+        groups: list[tuple[nn.Module, float]] = []
+        for name in stage.trains:
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError as error:
+                raise FoveateError(f"stages: {self.method.title} has no module {name!r}") from error
+            groups.append((module.requires_grad_(True), rates.get(name.partition(".")[0], stage.lr)))
         return optimiser(groups)
+
+    def under(self, stage: Stage) -> Student:
+        """A student with this one's weights and the stage's options; itself where there are none."""
+        if not stage.options:
+            return self
+        cell = replace(self.cell, options={**self.cell.options, **stage.options})
+        other = Student(cell, self.bench)
+        other.take(self)
+        return other
+
+    def take(self, other: Student) -> None:
+        """The weights of another student that were trained, where both have them."""
+        self.model.load_state_dict(other.trained(), strict=False)
+        self.ready()
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that training changes."""
@@ -295,8 +338,12 @@ def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 Report = Callable[[int, int, float], None]  # step, steps, loss
 
 
-def train_cell(cell: Cell, bench: Bench, report: Report | None = None) -> dict[str, Any]:
+def train_cell(
+    cell: Cell, bench: Bench, report: Report | None = None, command: str | None = None
+) -> dict[str, Any]:
     """Trains and measures a cell, or reads its result if it is there. An interrupted cell goes on.
+
+    `command` makes the cell again; by default `cell.command`.
 
     Returns what `result.json` in the cell's folder holds.
     """
@@ -317,7 +364,7 @@ def train_cell(cell: Cell, bench: Bench, report: Report | None = None) -> dict[s
     asked = bench.test.asked
     result = {
         "cell": asdict(cell) | {"options": dict(cell.options)},
-        "command": cell.command,
+        "command": command or cell.command,
         "title": student.method.title,
         "accuracy": accuracy,
         "questions": {kind: sum(q.kind == kind for q in asked) for kind in accuracy if kind not in GROUPS},
@@ -331,11 +378,12 @@ def train_cell(cell: Cell, bench: Bench, report: Report | None = None) -> dict[s
         "features": fallback,
     }
     part = result_file.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=2) + "\n"
+    part.write_text(text, encoding="utf-8")
     torch.save(student.trained(), place / "weights.pt")
     os.replace(part, result_file)
     (place / "checkpoint.pt").unlink(missing_ok=True)
-    return result
+    return json.loads(text)
 
 
 def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
@@ -349,20 +397,21 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
     order = batches(len(bench.train.pictures), bench.scale.cell.batch, cell.seed)
     for _ in range(first):
         next(order)
-    student.model.train()
     clock, recent, end = time.process_time(), list[float](), 0
     for stage in student.stages():
         begin, end = end, end + stage.steps
         if first >= end:
             continue
-        optimise = student.optimiser(stage)
+        learner = student.under(stage)
+        learner.model.train()
+        optimise = learner.optimiser(stage)
         rates = warm_cosine(optimise, stage.steps)
         if saved and first > begin:
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
         for step in range(max(first, begin) + 1, end + 1):
-            rows = student.rows(bench.train, next(order), captions=not stage.with_llm)
-            loss, *_ = student.forward(bench.train, rows)
+            rows = learner.rows(bench.train, next(order), captions=stage.captions)
+            loss, *_ = learner.forward(bench.train, rows)
             assert loss is not None
             optimise.zero_grad()
             loss.backward()
@@ -375,7 +424,9 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                _save(checkpoint, student, optimise, rates, step, losses, spent + time.process_time() - clock)
+                _save(checkpoint, learner, optimise, rates, step, losses, spent + time.process_time() - clock)
+        if learner is not student:
+            student.take(learner)
     return spent + time.process_time() - clock, losses
 
 

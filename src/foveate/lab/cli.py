@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,10 +58,19 @@ def prepare(
 
 @app.command()
 def run(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="YAML file with variants, level, scale, seeds and steps.")
+    ] = None,
     methods: Annotated[
-        str, typer.Option(help="Names with commas between: methods, and controls of the lab.")
-    ],
-    seeds: Annotated[str, typer.Option(help="Whole numbers with commas between.")] = "0",
+        str | None,
+        typer.Option(help="Instead of a file: methods, and controls of the lab, with commas between."),
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Of the file's variants only these, with | between their labels.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Whole numbers with commas between; by default 0, or the file's.")
+    ] = None,
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default the scale's.")] = None,
@@ -71,12 +82,34 @@ def run(
     threads: Threads = 1,
 ) -> None:
     """Train and measure methods with equal data and steps; started again, it goes on where it was."""
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    numbers = _numbers(seeds)
-    options = _options(option or [])
+    from foveate.lab.experiment import Experiment, Variant, only, read_experiment
+
+    if (experiment is None) == (methods is None):
+        raise FoveateError("give either a file with an experiment or --methods")
+    numbers = None if seeds is None else _numbers(seeds)
+    if experiment is not None:
+        wanted = read_experiment(experiment)
+    else:
+        names = [name.strip() for name in (methods or "").split(",") if name.strip()]
+        options = _options(option or [])
+        if extra := set(options) - set(names):
+            raise FoveateError(f"--option for {', '.join(sorted(extra))}, which --methods does not name")
+        variants = tuple(Variant(name, options=options.get(name, {})) for name in names)
+        wanted = Experiment(variants, level, scale, (0,) if numbers is None else numbers, steps)
     import torch
 
     from foveate.lab.run import run as run_all
+
+    if numbers is not None:
+        wanted = replace(wanted, seeds=numbers)
+    if rows is not None:
+        wanted = only(wanted, rows.split("|"))
+
+    def command(cell: Any) -> str:
+        if experiment is None:
+            return str(cell.command)
+        words = ["foveate", "lab", "run", experiment.as_posix(), "--rows", cell.label or cell.method]
+        return shlex.join([*words, "--seeds", str(cell.seed)])
 
     torch.set_num_threads(threads)
     console = Console()
@@ -88,7 +121,8 @@ def run(
                 tasks[cell.key] = progress.add_task(cell.key, total=total)
             progress.update(tasks[cell.key], completed=step, description=f"{cell.key}, loss {loss:.3f}")
 
-        path = run_all(names, numbers, level, scale, folder, steps, options, report)
+        name = None if experiment is None else experiment.stem
+        path = run_all(wanted, folder, report, name, command)
     console.print(f"report written to {path}")
 
 
@@ -173,9 +207,9 @@ def show(
     Console().print(f"{count} scenes written to {out}")
 
 
-def _numbers(seeds: str) -> list[int]:
+def _numbers(seeds: str) -> tuple[int, ...]:
     try:
-        return [int(seed) for seed in seeds.split(",") if seed.strip()]
+        return tuple(int(seed) for seed in seeds.split(",") if seed.strip())
     except ValueError:
         raise FoveateError(f"--seeds {seeds}: expected whole numbers with commas between") from None
 

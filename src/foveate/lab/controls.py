@@ -260,7 +260,7 @@ class ConvTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model(pixel_values).last_hidden_state  # (V, C, h, w)
-        return F.adaptive_avg_pool2d(features, tuple(self.grid)).flatten(2).transpose(1, 2)
+        return F.adaptive_avg_pool2d(features, (self.grid.height, self.grid.width)).flatten(2).transpose(1, 2)
 
 
 class PlacedConnector(ProjectorConnector):

@@ -33,7 +33,7 @@ def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         options = ", ".join(f"{key}={value}" for key, value in result["cell"]["options"].items())
-        name = f"{result['title']} ({options})" if options else result["title"]
+        name = result["label"] or (f"{result['title']} ({options})" if options else result["title"])
         groups.setdefault(name, []).append(result)
     return groups
 

@@ -1,42 +1,35 @@
-"""An experiment: methods times seeds on one level, and its report."""
+"""An experiment: variants of methods times seeds on one level, and its report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.lab.cell import Cell, check_methods, make_bench, train_cell
 from foveate.lab.controls import controls
-from foveate.lab.levels import level_named
+from foveate.lab.experiment import Experiment
 from foveate.lab.parts import load_parts
 from foveate.lab.report import write_report
-from foveate.lab.scales import scale_named
 
 Report = Callable[[Cell, int, int, float], None]  # cell, step, steps, loss
 
 
 def run(
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    level: str,
-    scale: str,
+    experiment: Experiment,
     folder: Path,
-    steps: int | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
     report: Report | None = None,
+    name: str | None = None,
+    commands: Callable[[Cell], str] = lambda cell: cell.command,
 ) -> Path:
-    """Trains what is not there yet of all methods and seeds, seed by seed, and writes the report.
+    """Trains what is not there yet of all variants and seeds, seed by seed, and writes the report.
 
     Args:
-        methods: names of methods and controls.
-        seeds: of connectors and of the order of the data.
-        level, scale: names in `LEVELS` and `SCALES`.
+        experiment: what to train.
         folder: where everything is kept; an interrupted run goes on where it was.
-        steps: of training; by default the scale's.
-        options: per method, options beyond the lab's own.
         report: called after every step.
+        name: of the report's folder; by default scale, level and steps.
+        commands: what makes a cell again.
 
     Returns:
         The Markdown file of the report.
@@ -44,27 +37,26 @@ def run(
     Raises:
         FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk.
     """
-    options = options or {}
-    sizes = scale_named(scale)
-    level_named(level)
-    if steps is not None and steps < 1:
-        raise FoveateError(f"steps must be at least 1, not {steps}")
-    if not seeds:
-        raise FoveateError("name at least one seed, for example --seeds 0")
+    level, scale = experiment.level, experiment.scale
     with controls():
-        check_methods([*methods, *options])
+        check_methods([variant.method for variant in experiment.variants])
+        cells = [
+            [
+                Cell(v.method, seed, level, scale, experiment.training, v.options, v.stages, v.label)
+                for seed in experiment.seeds
+            ]
+            for v in experiment.variants
+        ]
+        keys = [cell.key for row in cells for cell in row]
+        if len({*keys}) < len(keys):
+            raise FoveateError("two variants, or two seeds, are the same")
         bench = make_bench(level, scale, folder, load_parts(scale, folder))
-        results = []
-        for seed in seeds:
-            for method in methods:
-                cell = Cell(
-                    method, seed, level, scale, steps or sizes.cell.steps, dict(options.get(method, {}))
-                )
-                tell = None if report is None else _telling(report, cell)
-                results.append(train_cell(cell, bench, tell))
-    results.sort(key=lambda result: methods.index(result["cell"]["method"]))
-    return write_report(results, folder / "reports" / f"{scale}-{level}-{steps or sizes.cell.steps}")
+        found = {}
+        for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
+            found[cell.key] = train_cell(cell, bench, _telling(report, cell), commands(cell))
+    results = [{**found[cell.key], "label": cell.label} for row in cells for cell in row]
+    return write_report(results, folder / "reports" / (name or f"{scale}-{level}-{experiment.training}"))
 
 
-def _telling(report: Report, cell: Cell) -> Callable[[int, int, float], None]:
-    return lambda step, steps, loss: report(cell, step, steps, loss)
+def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:
+    return None if report is None else lambda step, steps, loss: report(cell, step, steps, loss)

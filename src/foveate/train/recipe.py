@@ -161,7 +161,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises `FoveateError` for unreadable files, unknown keys, missing ones and wrong values.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path), "output, model, stages")
     for override in overrides:
         _override(values, override)
     return build_options(Recipe, values, where=str(path))
@@ -220,7 +220,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, keys: str) -> dict[str, Any]:
+    """The values of a file that should hold such `keys`. Raises `FoveateError`."""
     if not path.is_file():
         raise FoveateError(f"no recipe at {path}: give a YAML file")
     try:
@@ -231,7 +232,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FoveateError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
-        raise FoveateError(f"{path} should hold keys and values: output, model, stages")
+        raise FoveateError(f"{path} should hold keys and values: {keys}")
     return values
 
 

@@ -1,0 +1,104 @@
+"""An experiment as a file: which cells are trained, on which level, from which seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import FoveateError
+from foveate.lab.levels import level_named
+from foveate.lab.scales import scale_named
+from foveate.options import build_options
+from foveate.train.recipe import read_yaml
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A part of a cell's training, with options and weights of its own.
+
+    Attributes:
+        part: of the cell's steps.
+        trains: modules that train, with dots: `connector`, `connector.adapter`, `language_model`.
+        captions: whether captions are learnt beside the questions.
+        options: the method's options, changed in this stage.
+    """
+
+    part: float
+    trains: tuple[str, ...]
+    captions: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part <= 1:
+            raise FoveateError(f"part must be above 0 and at most 1, not {self.part}")
+        if not self.trains:
+            raise FoveateError("trains is empty: name at least one module, for example connector")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the report.
+
+    Attributes:
+        method: a method or a control.
+        label: name of the row; by default the method's title and its options.
+        options: beyond the method's own for the level.
+        stages: instead of the lab's: the connector with captions, then connector and LLM.
+    """
+
+    method: str
+    label: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[StageSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stages and abs(sum(stage.part for stage in self.stages) - 1) > 1e-6:
+            raise FoveateError("the parts of stages must add up to 1")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants times seeds.
+
+    Attributes:
+        variants: the rows.
+        level, scale: names.
+        seeds: of connectors and of the order of the data.
+        steps: of training; None: those of the scale.
+    """
+
+    variants: tuple[Variant, ...]
+    level: str = "easy"
+    scale: str = "tiny"
+    seeds: tuple[int, ...] = (0,)
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        scale_named(self.scale)
+        level_named(self.level)
+        if self.steps is not None and self.steps < 1:
+            raise FoveateError(f"steps must be at least 1, not {self.steps}")
+        if not self.seeds:
+            raise FoveateError("name at least one seed, for example --seeds 0")
+        if not self.variants:
+            raise FoveateError("name at least one method, for example --methods llava")
+
+    @property
+    def training(self) -> int:
+        """Steps of every cell."""
+        return self.steps or scale_named(self.scale).cell.steps
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Raises `FoveateError` for unreadable files, unknown keys and wrong values."""
+    return build_options(Experiment, read_yaml(path, "variants, level, seeds"), where=str(path))
+
+
+def only(experiment: Experiment, rows: Sequence[str]) -> Experiment:
+    """The experiment with the variants of these labels, or names of methods. Raises `FoveateError`."""
+    known = {variant.label or variant.method: variant for variant in experiment.variants}
+    if unknown := set(rows) - set(known):
+        raise FoveateError(f"unknown rows {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    return replace(experiment, variants=tuple(v for row, v in known.items() if row in rows))
