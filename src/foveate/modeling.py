@@ -18,7 +18,8 @@ from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
 from foveate.geometry import Box, ViewPlan
 from foveate.methods import method_class
-from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
+from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
+from foveate.source import Source
 
 
 @dataclass
@@ -31,6 +32,7 @@ class EncodedPictures(ModelOutput):
         injection: what the method's injectors read in the LLM's layers.
         regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
         heat: per picture, how much each of the method's cells matters to the question.
+        chains: per picture, parts of it that the connector looked at one after the other.
         pictures: how many there are; `generate` repeats `pooler_output` for beams and several answers.
     """
 
@@ -39,6 +41,7 @@ class EncodedPictures(ModelOutput):
     injection: Any = None
     regions: list[list[Box]] | None = None
     heat: list[Tensor] | None = None
+    chains: list[list[Chain]] | None = None
     pictures: int | None = None
 
 
@@ -87,8 +90,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         geometry = TowerGeometry.of(config.vision_config)
         self.method: Method = method_class(config.method)(geometry, config.options)
         self.vision_tower = self.method.build_tower(config.vision_config, config.vision_feature_layer)
+        text = config.text_config
         self.connector = self.method.build_connector(
-            Widths(config.vision_config.hidden_size, config.text_config.hidden_size)
+            Widths(config.vision_config.hidden_size, text.hidden_size, text.num_hidden_layers)
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
@@ -186,8 +190,20 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_sizes: Tensor,
         query_ids: Tensor | None = None,
         query_mask: Tensor | None = None,
+        source: Source | None = None,
     ) -> EncodedPictures:
-        """Vision features (V, N, C) -> visual tokens per picture. `query_ids` (P, T): their questions."""
+        """Vision features (V, N, C) -> visual tokens per picture.
+
+        Args:
+            features: of all views, picture after picture.
+            image_sizes: (P, 2) original heights and widths.
+            query_ids: (P, T) the question of each picture, for methods that read it.
+            query_mask: (P, T).
+            source: the original pictures, for methods that look at them.
+
+        Raises:
+            FoveateError: numbers that do not agree, or no `source` where the method needs one.
+        """
         plans = self.plans(image_sizes)
         views = sum(len(plan.views) for plan in plans)
         if views != len(features):
@@ -197,7 +213,16 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if len(query_ids) != len(plans):
                 raise FoveateError(f"query_ids hold {len(query_ids)} questions for {len(plans)} pictures")
             query = Query(self.get_input_embeddings()(query_ids), query_mask)
-        visual = self.connector(features, plans, query)
+        if not self.method.reads_source:
+            visual = self.connector(features, plans, query)
+        elif source is None or len(source.pictures) != len(plans):
+            found = 0 if source is None else len(source.pictures)
+            raise FoveateError(
+                f"{self.method.title} looks at the original pictures: give source_pixels and source_norms as "
+                f"FoveateProcessor makes them, for {len(plans)} pictures, not {found}"
+            )
+        else:
+            visual = self.connector(features, plans, query, source)
         if visual.separators is not None:
             separator = self._separator().to(visual.tokens)
             visual.tokens = torch.where(visual.separators[:, None], separator, visual.tokens)
@@ -208,6 +233,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             injection=visual.injection,
             regions=visual.regions,
             heat=visual.heat,
+            chains=visual.chains,
             pictures=len(plans),
         )
 
@@ -226,10 +252,15 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_sizes: Tensor,
         query_ids: Tensor | None = None,
         query_mask: Tensor | None = None,
+        source_pixels: Tensor | None = None,
+        source_norms: Tensor | None = None,
         **kwargs: Any,
     ) -> EncodedPictures:
-        """Pictures -> visual tokens: `encode_views`, then `connect`."""
-        return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask)
+        """Pictures -> visual tokens: `encode_views`, then `connect`. Arguments as for `forward`."""
+        source = None
+        if source_pixels is not None and source_norms is not None:
+            source = Source.unpacked(source_pixels, image_sizes, source_norms, self.encode_views)
+        return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask, source)
 
     def forward(
         self,
@@ -238,6 +269,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         query_ids: Tensor | None = None,
         query_mask: Tensor | None = None,
+        source_pixels: Tensor | None = None,
+        source_norms: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -255,6 +288,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_sizes: (P, 2) original heights and widths.
             query_ids: (P, Tq) question of each picture, for methods that read it.
             query_mask: (P, Tq).
+            source_pixels: (n,) bytes, the original pictures (H, W, 3) after each other, for methods that look
+                at them.
+            source_norms: (P, 2, 3) mean and standard deviation with which their pixels are normalised.
             labels: (B, T), -100 where there is no loss.
             mm_encoder_outputs: {"image": EncodedPictures} where the pictures are encoded already.
 
@@ -267,7 +303,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pictures is None and pixel_values is not None and len(pixel_values):
             if image_sizes is None:
                 raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
-            pictures = self.get_image_features(pixel_values, image_sizes, query_ids, query_mask)
+            pictures = self.get_image_features(
+                pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
+            )
         if pictures is not None:
             visual = self._placeholders(input_ids, inputs_embeds)  # (B, T)
             tokens = torch.cat(pictures.pooler_output).to(inputs_embeds)  # (sum of n, D)
@@ -314,7 +352,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        names = ("pixel_values", "image_sizes", "query_ids", "query_mask")
+        names = ("pixel_values", "image_sizes", "query_ids", "query_mask", "source_pixels", "source_norms")
         if kwargs.get("pixel_values") is not None:
             if kwargs.get("image_sizes") is None:
                 raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
@@ -379,7 +417,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         size = torch.tensor([[self.method.tower.image_size] * 2])
         views = [view.size for view in self.plans(size)[0].views]
         blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
-        visual = torch.cat(self.get_image_features(blank, size).pooler_output)
+        source = {}
+        if self.method.reads_source:
+            pixels = torch.zeros(3 * int(size.prod()), dtype=torch.uint8, device=self.device)
+            source = {"source_pixels": pixels, "source_norms": torch.ones(1, 2, 3, device=self.device)}
+        visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
         trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # injectors too
         return 0.0 * (visual.sum() + sum(trained))
 

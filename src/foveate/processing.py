@@ -78,7 +78,11 @@ class FoveateImageProcessor(BaseImageProcessor):
         return read_picture(images)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
-        """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2)."""
+        """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2).
+
+        Methods that look at the original pictures get those, too: `source_pixels` (n,), the bytes of all
+        pictures (H, W, 3) after each other, and `source_norms` (P, 2, 3), mean and standard deviation.
+        """
         pictures = list(_flat(self.fetch_images(images)))
         plans = [self.plan(picture.height, picture.width) for picture in pictures]
         views = [self.views(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
@@ -86,6 +90,9 @@ class FoveateImageProcessor(BaseImageProcessor):
             "pixel_values": np.concatenate(views),
             "image_sizes": np.array([plan.picture for plan in plans], dtype=np.int64),
         }
+        if self.planner().reads_source:
+            data["source_pixels"] = np.concatenate([np.asarray(picture).reshape(-1) for picture in pictures])
+            data["source_norms"] = np.stack([self.norms] * len(pictures))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def views(self, picture: Image.Image, plan: ViewPlan) -> np.ndarray:
@@ -131,6 +138,11 @@ class FoveateImageProcessor(BaseImageProcessor):
         image = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
         image.paste(picture.resize(size, Image.Resampling.BICUBIC, box=part), (round(left), round(top)))
         return image
+
+    @property
+    def norms(self) -> np.ndarray:
+        """Mean and standard deviation per channel, of pixels in 0..1: (2, 3) float32."""
+        return np.array([self.image_mean, self.image_std], dtype=np.float32)
 
     def _normalise(self, image: Image.Image) -> np.ndarray:
         """(H, W, 3) bytes -> (3, H, W) float32, through a table of the 256 possible values."""

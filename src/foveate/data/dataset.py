@@ -19,14 +19,16 @@ from foveate.pictures import read_size
 from foveate.processing import FoveateProcessor
 
 IGNORED = -100  # label of tokens without loss
+SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # of an item's pictures
 
 
 class Samples(Dataset[dict[str, Tensor]]):
     """Records of one or more data files as model inputs.
 
     An item holds `input_ids`, `attention_mask` and `labels` (T,), and where there are pictures `pixel_values`
-    (V, 3, h, w) and `image_sizes` (P, 2), and `query_ids` and `query_mask` (P, Tq) for methods that read the
-    question. Only the assistant's tokens have labels.
+    (V, 3, h, w) and `image_sizes` (P, 2), `query_ids` and `query_mask` (P, Tq) for methods that read the
+    question, `source_pixels` (n,) and `source_norms` (P, 2, 3) for those that look at the original pictures.
+    Only the assistant's tokens have labels.
 
     Args:
         sources: the files.
@@ -87,7 +89,7 @@ def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> d
         "attention_mask": torch.ones_like(ids),
         "labels": ids.masked_fill(~answer, IGNORED),
     }
-    for name in ("pixel_values", "image_sizes", "query_ids", "query_mask"):
+    for name in (*SEEN, "query_ids", "query_mask"):
         if name in inputs:
             encoded[name] = torch.as_tensor(inputs[name])
     if "query_ids" in encoded and processor.image_processor.planner().query_text == "prompt":
@@ -110,8 +112,8 @@ class Collator:
             for name, fill in fills.items()
         }
         shown = [item for item in items if "pixel_values" in item]
-        for name in ("pixel_values", "image_sizes"):
-            if shown:
+        for name in SEEN:
+            if shown and name in shown[0]:
                 batch[name] = torch.cat([item[name] for item in shown])  # (sum of V, 3, h, w), (sum of P, 2)
         asked = [item for item in shown if "query_ids" in item]
         for name, fill in (("query_ids", self.pad_token_id), ("query_mask", 0)):

@@ -79,10 +79,11 @@ class TowerGeometry:
 
 
 class Widths(NamedTuple):
-    """Channels of the vision features and of the LLM."""
+    """Channels of the vision features and of the LLM, and how many decoder layers it has."""
 
     vision: int  # C
     text: int  # D
+    layers: int = 0  # 0: unknown; only connectors with injectors ask
 
 
 # What a connector reads as the question: the user's text of the message that shows the picture; or all text
@@ -98,6 +99,21 @@ class Query(NamedTuple):
 
 
 @dataclass
+class Chain:
+    """Parts of a picture that a connector looked at one after the other.
+
+    Attributes:
+        name: what tells it from the picture's other chains, for the drawing of an answer.
+        boxes: in original pixels.
+        pixels: makes their views (n, 3, h, w), normalised, as the tower got them.
+    """
+
+    name: str
+    boxes: list[Box]
+    pixels: Callable[[], Tensor]
+
+
+@dataclass
 class VisualTokens:
     """What a connector hands to the LLM, all pictures of the batch after each other.
 
@@ -109,6 +125,7 @@ class VisualTokens:
         separators: (T,) bool, rows in whose place the LLM's own embedding of the separator token stands.
         heat: per picture, for each of `Method.cells`, how much it matters to the question, 0 to 1; 0 where
             it was dropped.
+        chains: per picture, parts of it that were looked at one after the other.
     """
 
     tokens: Tensor
@@ -117,6 +134,7 @@ class VisualTokens:
     regions: list[list[Box]] | None = None
     separators: Tensor | None = None
     heat: list[Tensor] | None = None
+    chains: list[list[Chain]] | None = None
 
 
 @dataclass
@@ -138,7 +156,10 @@ class Injector(nn.Module):
     """Changes the hidden states that leave one decoder layer during prefill."""
 
     def forward(self, hidden: Tensor, injection: Any, visual: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D). `visual` (B, T) marks the places of visual tokens."""
+        """(B, T, D) -> (B, T, D). `visual` (B, T) marks the places of visual tokens.
+
+        When a model is priced, `hidden` and `injection` have no values, only `visual` has.
+        """
         raise NotImplementedError
 
 
@@ -150,7 +171,10 @@ class Connector(nn.Module):
     """
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
-        """features (V, N, C): all views of the batch, picture after picture, in the order of their plans."""
+        """features (V, N, C): all views of the batch, picture after picture, in the order of their plans.
+
+        Where the method `reads_source`, a fourth argument `source`, a `foveate.source.Source`, follows.
+        """
         raise NotImplementedError
 
     def injectors(self) -> Mapping[int, Injector]:
@@ -260,6 +284,11 @@ class Method(ABC):
     def query_text(self) -> QueryText:
         """Which text the connector reads, where `uses_query`."""
         return "question"
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the connector looks at parts of the original pictures, at their own resolution."""
+        return False
 
     def cells(self, plan: ViewPlan) -> list[Box]:
         """The boxes, in original pixels, to which a connector's `heat` refers."""

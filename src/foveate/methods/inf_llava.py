@@ -415,7 +415,7 @@ class InfConnector(Connector):
         self.attention = nn.ModuleDict({name: CrossAttention(width, options) for name in names if found})
         if len(found) == 2:
             self.fusion = Fusion(width, options)
-        self.projector = mlp_projector(*widths, options.projector_depth)
+        self.projector = mlp_projector(widths.vision, widths.text, options.projector_depth)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         first_view = [0, *accumulate(len(plan.views) for plan in plans)]

@@ -227,13 +227,13 @@ class Mixture(nn.Module):
     def __init__(self, widths: Widths, grid: Size, heads: int, options: SlimeOptions) -> None:
         super().__init__()
         self.options = options
-        self.mlp = mlp_projector(*widths)
+        self.mlp = mlp_projector(widths.vision, widths.text)
         self.former = QueryFormer(widths.vision, grid, grid, heads)
         self.gate = nn.Parameter(torch.zeros(widths.vision, 2))
         if options.gate == "paper":
             self.noise = nn.Parameter(torch.zeros(widths.vision, 2))
         if options.expert_mlp == "own":
-            self.former_mlp = mlp_projector(*widths)
+            self.former_mlp = mlp_projector(widths.vision, widths.text)
 
     def forward(self, features: Tensor) -> Tensor:
         """(P, N, C) -> (P, N, D)"""

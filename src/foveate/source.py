@@ -1,0 +1,136 @@
+"""The original pictures of a batch, for connectors that look again: any box of them, as the tower sees it.
+
+A view of a box is what would be cut out if the whole picture were resized for it, with a triangle filter
+("bilinear": it averages where pixels are many, and interpolates where they are few) and without rounding.
+Only the box is computed: row weights x pixels x column weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Canvas, Size
+
+
+class Look(NamedTuple):
+    """A part of a picture to be seen: `box`, whole pixels of a canvas that the picture covers."""
+
+    canvas: Canvas
+    box: Box
+    upsampled: bool = False  # whether the canvas is made first and the box enlarged from it
+
+
+class Source:
+    """The original pictures of a batch, and what encodes parts of them.
+
+    Args:
+        pictures: (H, W, 3) bytes each.
+        norms: (P, 2, 3) mean and standard deviation per channel, of pixels in 0..1.
+        encode: views (V, 3, h, w), normalised -> (V, N, C).
+        memory: per picture the features (N, C) of what was looked at before; filled, and never emptied.
+            Pictures that are the same may share one.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Tensor],
+        norms: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        memory: Sequence[dict[Look, Tensor]] | None = None,
+    ) -> None:
+        self.pictures, self.norms, self.encode = list(pictures), norms, encode
+        self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
+        if not len(self.pictures) == len(self.norms) == len(self.memory):
+            raise FoveateError(
+                f"{len(self.pictures)} original pictures with {len(self.norms)} norms and {len(self.memory)} "
+                "memories: give one of each per picture"
+            )
+
+    @classmethod
+    def unpacked(
+        cls, pixels: Tensor, sizes: Tensor, norms: Tensor, encode: Callable[[Tensor], Tensor]
+    ) -> Source:
+        """From `source_pixels` (n,) bytes, the pictures after each other, and `image_sizes` (P, 2)."""
+        shapes = [(height, width, 3) for height, width in sizes.tolist()]
+        counts = [math.prod(shape) for shape in shapes]
+        if sum(counts) != len(pixels):
+            raise FoveateError(f"image_sizes call for {sum(counts)} source_pixels, not {len(pixels)}")
+        parts = pixels.split(counts)
+        return cls([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], norms, encode)
+
+    def look(self, wanted: Sequence[tuple[int, Look]], side: Size) -> Tensor:
+        """Features (L, N, C) of parts of the pictures, each shown to the tower at `side`.
+
+        `wanted` has the number of each part's picture. The tower is called once, for the parts that are in no
+        memory yet, or not at all.
+        """
+        new: dict[tuple[int, Look], int] = {}  # pictures that share a memory are one
+        for picture, look in wanted:
+            if look not in self.memory[picture]:
+                new.setdefault((id(self.memory[picture]), look), picture)
+        if new:
+            views = torch.stack([self.view(picture, look, side) for (_, look), picture in new.items()])
+            for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
+                self.memory[picture][look] = features
+        return torch.stack([self.memory[picture][look] for picture, look in wanted])
+
+    def view(self, picture: int, look: Look, side: Size) -> Tensor:
+        """One part as the tower gets it, (3, h, w), normalised."""
+        mean, std = self.norms[picture].float()[:, :, None, None]
+        return (self.pixels(picture, look, side) / 255 - mean) / std
+
+    def pixels(self, picture: int, look: Look, side: Size) -> Tensor:
+        """One part of a picture (3, h, w), float, from 0 to 255."""
+        pixels = self.pictures[picture]
+        rows, row_weights = _axis(pixels.shape[0], look, side, 0)
+        columns, column_weights = _axis(pixels.shape[1], look, side, 1)
+        part = pixels[rows, columns].float()  # (y, x, 3)
+        down, across = (torch.from_numpy(n).to(part) for n in (row_weights, column_weights))  # (h, y), (w, x)
+        narrow = (down @ part.flatten(1)).unflatten(1, part.shape[1:])  # (h, x, 3)
+        seen = (across @ narrow).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+        if look.canvas.source == (0, 0, pixels.shape[1], pixels.shape[0]):
+            return seen
+        fill = torch.zeros(3)
+        if look.canvas.fill == "mean":
+            fill = (255 * self.norms[picture, 0].float()).floor()
+        padding = 1 - down.sum(1)[:, None] * across.sum(1)  # (h, w)
+        return seen + fill.to(seen)[:, None, None] * padding
+
+
+def _axis(pixels: int, look: Look, side: Size, axis: int) -> tuple[slice, np.ndarray]:
+    """Which rows (axis 0) or columns (1) of a picture a view is made of, and weights (view, picture)."""
+    source, box, canvas = look.canvas.source, look.box, look.canvas.size[axis]
+    left, right = (int(n) for n in ((source.top, source.bottom), (source.left, source.right))[axis])
+    first, last = (float(n) for n in ((box.top, box.bottom), (box.left, box.right))[axis])
+    step = (right - left) / canvas  # pixels of the picture per pixel of the canvas
+    if not look.upsampled:
+        return _filter(pixels, (left, right), left + first * step, (last - first) * step, side[axis])
+    part, enlarge = _filter(canvas, (0, canvas), first, last - first, side[axis])
+    place, shrink = _filter(pixels, (left, right), left, right - left, canvas)
+    return place, enlarge @ shrink[part]
+
+
+def _filter(
+    pixels: int, extent: tuple[int, int], start: float, length: float, out: int
+) -> tuple[slice, np.ndarray]:
+    """Triangle filter: `length` pixels of an axis from `start` on become `out`.
+
+    The axis reaches over `extent`, of which only 0..pixels are there: weights of padding are left out.
+    Returns the pixels that are read and their weights (out, n), float32.
+    """
+    scale = length / out
+    reach = max(scale, 1.0)
+    centres = start + (np.arange(out) + 0.5) * scale
+    first = max(math.floor(centres[0] - reach), extent[0])
+    last = min(math.ceil(centres[-1] + reach), extent[1])
+    weights = (1 - np.abs(np.arange(first, last) + 0.5 - centres[:, None]) / reach).clip(min=0)
+    weights /= weights.sum(1, keepdims=True)
+    here = slice(min(max(first, 0), pixels), max(min(last, pixels), 0))
+    return here, weights[:, here.start - first : here.stop - first].astype(np.float32)
