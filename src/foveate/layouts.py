@@ -60,7 +60,21 @@ FAMILY_KEYS: dict[str, dict[str, str]] = {
         r"^lm_head\.": "language_model.lm_head.",
     },
 }
+PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # `mm_projector_type` of original checkpoints -> linear layers
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
+
+
+def known_projector(config: Mapping[str, Any]) -> bool:
+    """Whether an original checkpoint's projector is linear, or linear layers with GELU between."""
+    return config.get("mm_projector_type", "linear") in PROJECTORS
+
+
+def connector_options(config: Mapping[str, Any]) -> Json:
+    """What such methods call alike: how a picture becomes a square, and the depth of the projector."""
+    return {
+        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
+    }
 
 
 def convert_key(layout: Layout, key: str) -> str | None:

@@ -64,7 +64,7 @@ from foveate.geometry import (
     whole,
 )
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout
+from foveate.layouts import Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
     Insight,
@@ -628,22 +628,14 @@ class InfLlava(Method):
         return InfConnector(widths, self.scheme, self.tower.grid, self.options)
 
 
-def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
-        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
-    }
-
-
-PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}
 _DEM = r"^model\.spatial_embed\."
 
 InfLlava.layouts = (
     Layout(
         name="WeihuangLin/INF*-LLaVA-sft",
         family="original",
-        recognises=lambda config: config.get("mm_projector_type", "linear") in PROJECTORS,
-        options=_released_options,
+        recognises=known_projector,
+        options=lambda config, preprocessor: connector_options(config),
         keys={
             **{
                 rf"{_DEM}attention\.linears\.{i}\.": f"connector.attention.both.{ours}."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout
+from foveate.layouts import Layout, connector_options, known_projector
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
 
 
@@ -71,15 +71,6 @@ def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> d
     return {"fit": "crop" if preprocessor.get("do_center_crop", True) else "squash"}
 
 
-def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
-        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
-    }
-
-
-PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # `mm_projector_type` of original checkpoints
-
 Llava.layouts = (
     Layout(
         name="llava-hf/llava-1.5-*",
@@ -95,12 +86,12 @@ Llava.layouts = (
         name="liuhaotian/llava-v1.5-*",
         family="original",
         recognises=lambda config: (
-            config.get("mm_projector_type", "linear") in PROJECTORS
+            known_projector(config)
             and config.get("image_aspect_ratio") in (None, "pad", "square")
             and not config.get("mm_resampler_type")
             and "vision_tower_slow" not in config
         ),
-        options=_original_options,
+        options=lambda config, preprocessor: connector_options(config),
         keys={
             r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
             r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",

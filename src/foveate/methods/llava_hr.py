@@ -50,7 +50,7 @@ from foveate import checkpoints
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout
+from foveate.layouts import Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
     Insight,
@@ -709,23 +709,19 @@ def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
         raise FoveateError(f"config.json: vision_tower_slow {name!r} is none of {', '.join(CONVNEXTS)}")
     return {
         "resolutions": [[max(high * 14 // 32, 336), high]],
-        "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        **connector_options(config),
         "convnext": shape,
         "adapters": not config.get("freeze_vision", True),
-        "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
     }
 
 
-PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}
 _TOWER = r"^model\.vision_tower\."
 
 LlavaHR.layouts = (
     Layout(
         name="favor123/llava-hr-*",
         family="original",
-        recognises=lambda config: (
-            "vision_tower_slow" in config and config.get("mm_projector_type", "linear") in PROJECTORS
-        ),
+        recognises=lambda config: "vision_tower_slow" in config and known_projector(config),
         options=_original_options,
         keys={
             rf"{_TOWER}fast_vision_tower\.vision_tower\.vision_model\.": "vision_tower.model.",

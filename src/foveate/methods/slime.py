@@ -446,7 +446,6 @@ class Slime(Method):
     paper = "arXiv 2406.08487"
     Options = SlimeOptions
     options: SlimeOptions
-    uses_query = True
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
@@ -461,6 +460,11 @@ class Slime(Method):
     @classmethod
     def options_for(cls, ratio: int) -> dict[str, Any]:
         return {"grids": "paper", "grid_limit": ratio}
+
+    @property
+    def uses_query(self) -> bool:  # type: ignore[override]
+        """Whether a router is at work: what it never drops, no question needs to be read for."""
+        return self.options.gamma < 1 or self.options.max_visual_tokens is not None
 
     @property
     def query_text(self) -> QueryText:
