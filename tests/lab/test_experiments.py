@@ -1,0 +1,47 @@
+"""The experiments that come with the project: every row can be trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from foveate.lab.cell import Bench, Cell, Student, make_bench
+from foveate.lab.controls import controls
+from foveate.lab.experiment import Variant, read_experiment
+from foveate.lab.parts import Parts
+
+FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+ROWS = [(file.stem, variant) for file in FILES for variant in read_experiment(file).variants]
+
+
+@pytest.fixture
+def bench(parts: Parts, tmp_path: Path) -> Bench:
+    return make_bench("words", "nano", tmp_path, parts)
+
+
+@pytest.mark.parametrize(("file", "variant"), ROWS, ids=lambda value: str(value)[:40])
+def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Bench) -> None:
+    cell = Cell(variant.method, 0, "words", "nano", 16, variant.options, variant.stages, variant.label)
+    with controls():
+        student = Student(cell, bench)
+        student.ready()
+        assert student.stages()
+        for stage in student.stages():
+            learner = student.under(stage)
+            learner.model.train()
+            learner.optimiser(stage)
+            loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], stage.captions))
+            assert loss is not None
+            loss.backward()
+            for name in stage.trains:
+                grads = [p.grad for p in learner.model.get_submodule(name).parameters()]
+                assert any(grad is not None and grad.abs().max() > 0 for grad in grads), name
+
+
+def test_rows_of_an_experiment_differ() -> None:
+    for file in FILES:
+        variants = read_experiment(file).variants
+        assert len({variant.label or variant.method for variant in variants}) == len(variants)
+        keys = {Cell(v.method, 0, "easy", "tiny", 1, v.options, v.stages).key for v in variants}
+        assert len(keys) == len(variants)
