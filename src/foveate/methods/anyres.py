@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.geometry import (
     NO_TILES,
+    Box,
     Size,
     View,
     ViewPlan,
@@ -48,6 +49,7 @@ from foveate.methods.base import (
     VisualTokens,
     Widths,
     flat,
+    square_grid,
 )
 
 NEWLINE = -1
@@ -142,6 +144,13 @@ class AnyRes(Method):
             tokens=self.tower.tokens + lines * (columns_kept + 1),
             tiles=tiles,
         )
+
+    def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
+        side, per_view = self.tower.side, self.tower.tokens
+        places = [
+            plan.to_picture(i, box) for i in range(len(plan.views)) for box in square_grid(side, per_view)
+        ]
+        return [None if s == NEWLINE else places[s] for s in token_sources(plan, self.tower.grid)]
 
     def build_connector(self, widths: Widths) -> AnyResConnector:
         return AnyResConnector(widths, self.options.projector_depth, self.tower.grid)

@@ -1,0 +1,140 @@
+"""Where in the picture each image token of a VLM looks, for any processor, without knowing what it does.
+
+The processor is given three pictures of the same size as the real one: black, white, and one whose red and
+green say where a pixel is. Where black and white come out alike there is padding; elsewhere the colours of
+each view say which part of the picture it shows, whatever was cropped, padded, tiled or normalised.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size
+from foveate.processing import FoveateProcessor
+from foveate.vlm import VLM, message
+
+Places = list[Box | None]  # original pixels; None for tokens that show no part of the picture
+
+
+def token_places(vlm: VLM, picture: Size) -> Places:
+    """Per image token of one picture of this size, in the order of the LLM's sequence, what it shows.
+
+    Raises:
+        FoveateError: a model whose image tokens cannot be placed.
+    """
+    processor = vlm.processor
+    if isinstance(processor, FoveateProcessor):
+        images = processor.image_processor
+        places = images.planner().token_boxes(images.plan(*picture))
+        return [box and _inside(box, picture) for box in places]
+    inputs = _inputs(vlm, np.zeros((*picture, 3), dtype=np.uint8))
+    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    if "image_grid_thw" in inputs:
+        rows, columns = inputs["image_grid_thw"][0, 1:].tolist()
+        merge = processor.image_processor.merge_size
+        places = _grid(
+            Size(rows // merge, columns // merge), lambda x: x * picture.width, lambda y: y * picture.height
+        )
+    else:
+        places = _of_views(vlm, picture, _views(inputs), tokens)
+    if len(places) != tokens:
+        raise FoveateError(
+            f"{type(vlm.model).__name__} has {tokens} image tokens where {len(places)} can be placed in the "
+            "picture: choose another region proposer"
+        )
+    return [box and _inside(box, picture) for box in places]
+
+
+def _of_views(vlm: VLM, picture: Size, black: Tensor, tokens: int) -> Places:
+    """Places by views (V, 3, h, w): a square grid on each, or as the model packs its features."""
+    if not tokens % len(black) and math.isqrt(tokens // len(black)) ** 2 == tokens // len(black):
+        return [box for grid in _view_grids(vlm, picture, black, tokens // len(black)) for box in grid]
+    packs = [part for part in vlm.model.modules() if hasattr(part, "pack_image_features")]
+    if not packs:
+        return []
+    config = vlm.model.config
+    per_view = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    features = torch.tensor(  # (V, N, 5): left, top, right, bottom, and 1 where there is a place
+        [
+            [[float(n) for n in box] + [1.0] if box else [0.0] * 5 for box in grid]
+            for grid in _view_grids(vlm, picture, black, per_view)
+        ]
+    )
+    asked = inspect.signature(packs[-1].pack_image_features).parameters
+    more = {"vision_feature_select_strategy": "default"} if "vision_feature_select_strategy" in asked else {}
+    if "vision_aspect_ratio" in asked:
+        more["vision_aspect_ratio"] = config.vision_aspect_ratio
+    packed, _ = packs[-1].pack_image_features(
+        [features], torch.tensor([picture]), image_newline=torch.zeros(5), **more
+    )
+    return [Box(*row[:4]) if row[4] > 0.5 else None for row in packed[0].tolist()]
+
+
+def _view_grids(vlm: VLM, picture: Size, black: Tensor, per_view: int) -> list[Places]:
+    """Per view its grid of `per_view` places."""
+    side = math.isqrt(per_view)
+    height, width = picture
+    ramp = np.zeros((height, width, 3), dtype=np.uint8)
+    ramp[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
+    ramp[..., 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
+    white = _views(_inputs(vlm, np.full_like(ramp, 255))) - black
+    inside = white.abs().amin(1) > 0.5 * white.abs().max()  # (V, h, w)
+    where = (_views(_inputs(vlm, ramp)) - black) / white.where(white != 0, torch.ones(()))
+    return [
+        _grid(
+            Size(side, side),
+            _axis(place[0] * width, seen, width),
+            _axis((place[1] * height).T, seen.T, height),
+        )
+        for place, seen in zip(where, inside, strict=True)
+    ]
+
+
+def _axis(place: Tensor, seen: Tensor, length: int) -> Callable[[float], float]:
+    """Part of a view's side -> original pixel, fitted to what its pixels (lines, N) say, where `seen`."""
+    n = place.shape[1]
+    columns = seen.any(0).nonzero()[:, 0]
+    if not len(columns):  # nothing but padding
+        return lambda part: 0.0
+    means = (place * seen).sum(0)[columns] / seen.sum(0)[columns]
+    fit = (means > 1) & (means < length - 1)  # at its border a resized picture does not change steadily
+    if fit.sum() < 2:
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        return lambda part: (part * n - first) / (last - first) * length
+    slope, start = np.polyfit((columns[fit] + 0.5).numpy(), means[fit].numpy(), 1)
+    return lambda part: float(start + slope * part * n)
+
+
+def _grid(size: Size, x: Callable[[float], float], y: Callable[[float], float]) -> Places:
+    return [
+        Box(x(c / size.width), y(r / size.height), x((c + 1) / size.width), y((r + 1) / size.height))
+        for r in range(size.height)
+        for c in range(size.width)
+    ]
+
+
+def _inside(box: Box, picture: Size) -> Box | None:
+    part = box.clipped(picture)
+    return part if part.width > 0 and part.height > 0 else None
+
+
+def _inputs(vlm: VLM, pixels: np.ndarray) -> dict[str, Tensor]:
+    return vlm.inputs([message(Image.fromarray(pixels), "?")])
+
+
+def _views(inputs: dict[str, Tensor]) -> Tensor:
+    """`pixel_values` of one picture as (V, 3, h, w)."""
+    pixels = inputs["pixel_values"].float().cpu()
+    if pixels.ndim < 4 or pixels.shape[-3] != 3:
+        raise FoveateError(
+            f"pixel_values of shape {tuple(pixels.shape)} show no views: choose another region proposer"
+        )
+    return pixels.flatten(0, -4)

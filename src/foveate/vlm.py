@@ -1,0 +1,149 @@
+"""Any VLM of transformers behind one signature: conversations in, texts with confidences out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from foveate.errors import FoveateError
+from foveate.geometry import Size
+
+Messages = list[dict[str, Any]]
+
+
+class Said(NamedTuple):
+    """An answer and its confidence: the mean probability of its tokens, the one that ends it included."""
+
+    text: str
+    confidence: float
+
+
+class VLM:
+    """A model and its processor, as `AutoModelForImageTextToText` and `AutoProcessor` load them.
+
+    Args:
+        model: on its device; Foveate's own are no exception.
+        processor: with a chat template.
+
+    Raises:
+        FoveateError: a processor without chat template or without a token for pictures.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        name = type(processor).__name__
+        if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token_id"):
+            raise FoveateError(f"{name} is no processor of a VLM: give the one that AutoProcessor loads")
+        if processor.chat_template is None:
+            raise FoveateError(f"{name} has no chat template: set processor.chat_template")
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def load(cls, model: str | Path | None, device: str | None = None, dtype: str | None = None) -> VLM:
+        """A folder or hub id: all that `foveate.load` reads, else whatever transformers loads.
+
+        Args:
+            model: by default the embedded model.
+            device: as for `foveate.load`.
+            dtype: as for `foveate.load`.
+
+        Raises:
+            FoveateError: there is no such model, or it is no VLM.
+        """
+        from foveate.ask import DTYPES, choose_device, choose_dtype, load
+        from foveate.checkpoints import local_folder, read_json
+
+        folder = None if model is None else local_folder(model)
+        if folder is None or not _loads_by_itself(read_json(folder / "config.json").get("model_type")):
+            own = load(folder, device=device, dtype=dtype)
+            return cls(own.model, own.processor)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if dtype is not None and dtype not in DTYPES:
+            raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        device = device or choose_device()
+        kind = DTYPES[dtype] if dtype else choose_dtype(device)
+        try:
+            network = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind)
+            processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise FoveateError(f"{folder} cannot be loaded as a VLM: {str(error).splitlines()[0]}") from error
+        return cls(network.to(device).eval(), processor)
+
+    def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
+        """The model's inputs for conversations that wait for an answer, padded on the left."""
+        inputs = self.processor.apply_chat_template(
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
+    @torch.no_grad()
+    def answer(
+        self, conversations: Sequence[Messages], *, max_new_tokens: int = 256, **generation: Any
+    ) -> list[Said]:
+        """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says else."""
+        inputs = self.inputs(conversations)
+        padding = self.processor.tokenizer.pad_token_id
+        output = self.model.generate(
+            **inputs,
+            **{"do_sample": False, "pad_token_id": padding, **generation},
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
+        probability = torch.stack(
+            [
+                logits.float().softmax(-1).gather(1, tokens[:, None])[:, 0]
+                for logits, tokens in zip(output.logits, new.T, strict=True)
+            ],
+            dim=1,
+        )
+        said = self._said(new)
+        confidence = (probability * said).sum(1) / said.sum(1)
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [Said(text.strip(), c) for text, c in zip(texts, confidence.tolist(), strict=True)]
+
+    def _said(self, new: Tensor) -> Tensor:
+        """(B, T) bool: up to the first token that ends an answer, that one included."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        ended = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
+        return ended.cumsum(1) - ended.long() == 0
+
+    def shown(self, inputs: Mapping[str, Tensor], picture: Size) -> Size:
+        """The size at which the model is shown a picture, where that follows the picture's own; else its own.
+
+        Models of Qwen's kind give boxes in pixels of this size.
+        """
+        if "image_grid_thw" not in inputs:
+            return picture
+        _, rows, columns = (int(n) for n in inputs["image_grid_thw"][0])
+        patch = self.processor.image_processor.patch_size
+        return Size(rows * patch, columns * patch)
+
+
+def message(*parts: Image.Image | str) -> Messages:
+    """One message by the user: pictures and texts in this order."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def _loads_by_itself(model_type: str | None) -> bool:
+    """Whether transformers' own class serves: of the layouts that Foveate reads, only those it shares."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type != "llava"

@@ -1,0 +1,312 @@
+"""Relevance propagation over real VLM classes, where their image tokens look, and regions made of both."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size
+from foveate.places import token_places
+from foveate.relevance import (
+    READINGS,
+    BimodalRelevance,
+    Highlighter,
+    RegionRule,
+    interpret,
+    propagate,
+    region_scores,
+    relevance,
+    roi,
+    scaled,
+)
+from foveate.vlm import VLM, message
+from tests.support import gap, picture
+from tests.vlms import VLMS, foveate_model
+
+
+@cache
+def vlm(name: str) -> VLM:
+    return VLMS[name]()
+
+
+def rows_by_whole_maps(vlm: VLM, inputs: dict[str, Tensor], reading: str) -> Tensor:
+    """The same by the book: all maps and gradients at once, Sigma whole, its last row read in the end."""
+    decoder = vlm.model.get_decoder()
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    seen: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
+        seen.append(output[1])
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in decoder.layers]
+    logits = vlm.model(**inputs, use_cache=False).logits[:, -1]
+    gradients = torch.autograd.grad(logits.amax(-1).sum(), seen)
+    for hook in hooks:
+        hook.remove()
+    decoder.set_attn_implementation(before)
+    sigma = torch.eye(inputs["input_ids"].shape[1]).expand(len(logits), -1, -1)
+    for attention, gradient in zip(seen, gradients, strict=True):
+        sigma = propagate(sigma, interpret(attention.detach(), gradient, reading))
+    return sigma[:, -1]
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_row_is_that_of_the_whole_sigma(name: str) -> None:
+    model = vlm(name)
+    inputs = model.inputs([message(picture(60, 90), "What is this?"), message(picture(60, 90, 1), "Why?")])
+    for reading in READINGS:
+        row = relevance(model.model, inputs, reading)
+        expected = rows_by_whole_maps(model, inputs, reading)
+        assert gap(row, expected) <= 1e-5 * float(expected.abs().max()), reading
+    visual = inputs["input_ids"] == model.processor.image_token_id
+    assert float(row[visual].abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_model_is_as_before_afterwards(name: str) -> None:
+    model = VLMS[name]()
+    network, decoder = model.model.train(), model.model.get_decoder()
+    frozen = next(iter(network.parameters())).requires_grad_(False)
+    inputs = model.inputs([message(picture(60, 90), "What is this?")])
+    network(**inputs)  # transformers adds hooks of its own at the first call
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
+    relevance(network, inputs)
+    assert decoder.config._attn_implementation == "sdpa"
+    assert network.training
+    assert not frozen.requires_grad
+    assert sum(p.requires_grad for p in network.parameters()) == len(list(network.parameters())) - 1
+    assert all(p.grad is None for p in network.parameters())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
+
+
+def test_no_more_than_one_map_at_a_time() -> None:
+    """The largest tensors that autograd keeps at once are those of one layer."""
+    model = vlm("llava")
+    inputs = model.inputs([message(picture(60, 90), "w" * 100)])
+    tokens = inputs["input_ids"].shape[1]
+    alive: list[int] = []
+    held: set[int] = set()
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            if tensor.shape[-2:] == (tokens, tokens):
+                held.add(id(self))
+                alive.append(len(held))
+
+        def __del__(self) -> None:
+            held.discard(id(self))
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda box: box.tensor):
+        relevance(model.model, inputs)
+        one_pass = max(alive)
+        assert not held
+        alive.clear()
+        rows_by_whole_maps(model, inputs, "chefer")
+    layers = len(model.model.get_decoder().layers)
+    assert max(alive) >= layers * one_pass
+
+
+def test_padding_on_the_left_has_no_relevance() -> None:
+    model = vlm("llava")
+    long, short = "What is this, and where does it come from?", "Why?"
+    both = model.inputs([message(picture(60, 90), long), message(picture(60, 90, 1), short)])
+    alone = model.inputs([message(picture(60, 90, 1), short)])
+    row = relevance(model.model, both)[1]
+    padded = len(row) - alone["input_ids"].shape[1]
+    assert padded > 0
+    assert float(row[:padded].abs().max()) == 0
+    assert gap(row[padded:], relevance(model.model, alone)[0]) < 1e-5
+
+
+def test_unknown_reading_and_odd_decoders_are_named() -> None:
+    model = vlm("llava")
+    inputs = model.inputs([message(picture(60, 90), "Why?")])
+    with pytest.raises(FoveateError, match="unknown reading 'chafer'"):
+        relevance(model.model, inputs, "chafer")
+    layers = model.model.get_decoder().layers
+    own = layers[0].self_attn
+    del layers[0].self_attn
+    try:
+        with pytest.raises(FoveateError, match="choose another region proposer"):
+            relevance(model.model, inputs)
+    finally:
+        layers[0].self_attn = own
+
+
+# Where image tokens look.
+
+
+def views_of(model: VLM, shown: Image.Image) -> Tensor:
+    """Features of a picture's image tokens as they stand in the LLM's sequence, (n, D)."""
+    inputs = model.inputs([message(shown, "Why?")])
+    caught: list[Tensor] = []
+
+    def catch(module: torch.nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+        caught.append(kwargs["inputs_embeds"])
+
+    hook = model.model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+    with torch.no_grad():
+        model.model(**inputs)
+    hook.remove()
+    return caught[0][inputs["input_ids"] == model.processor.image_token_id]
+
+
+def without_attention(model: VLM) -> VLM:
+    """The vision tower's attention adds nothing: each of its tokens knows its own patch alone."""
+    for name, module in model.model.named_modules():
+        if name.endswith("self_attn.out_proj") or (".visual." in name and name.endswith("attn.proj")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize("size", [Size(60, 90), Size(150, 70), Size(33, 41)])
+@pytest.mark.parametrize("name", VLMS)
+def test_what_changes_is_where_the_picture_changed(name: str, size: Size) -> None:
+    """A spot is painted into the picture: those placed on it change, and no others."""
+    model = without_attention(VLMS[name]())
+    places = token_places(model, size)
+    grey = Image.new("RGB", (size.width, size.height), (128, 128, 128))
+    before = views_of(model, grey)
+    assert len(places) == len(before)
+    for across, down in ((0.3, 0.35), (0.62, 0.6)):
+        left, top = round(across * size.width), round(down * size.height)
+        painted = grey.copy()
+        painted.paste((255, 0, 0), (left, top, left + 8, top + 8))
+        change = (views_of(model, painted) - before).norm(dim=1)
+        changed = change > 0.02 * change.max()
+        under = torch.tensor([overlap(box, Box(left, top, left + 8, top + 8)) >= 4 for box in places])
+        near = torch.tensor([overlap(box, Box(left - 6, top - 6, left + 14, top + 14)) > 0 for box in places])
+        assert bool(under.any())
+        assert bool(changed[under].all()), "a token placed on the spot does not change"
+        assert not bool(changed[~near].any()), "a token placed elsewhere changes"
+
+
+def overlap(box: Box | None, spot: Box) -> float:
+    """How many pixels a token's place and a spot have in common across or down, whichever is less."""
+    if box is None:
+        return 0.0
+    across = min(box.right, spot.right) - max(box.left, spot.left)
+    down = min(box.bottom, spot.bottom) - max(box.top, spot.top)
+    return float(max(min(across, down), 0))
+
+
+def test_a_method_that_mixes_its_views_places_tokens_on_their_canvas() -> None:
+    model, size = foveate_model("inf_llava"), Size(80, 80)
+    places = token_places(model, size)
+    grey = Image.new("RGB", (80, 80), (128, 128, 128))
+    painted = grey.copy()
+    painted.paste((255, 0, 0), (0, 0, 40, 40))
+    change = (views_of(model, painted) - views_of(model, grey)).norm(dim=1)
+    under = torch.tensor([overlap(box, Box(0, 0, 40, 40)) > 0 for box in places])
+    assert int(under.sum()) == len(places) / 4
+    assert float(change[under].mean()) > float(change[~under].mean())
+
+
+def test_places_follow_the_processors_crop() -> None:
+    """LLaVA's processor shows the middle square: 16 tokens of 15 pixels each, to a tenth of a pixel."""
+    places = token_places(vlm("llava"), Size(60, 90))
+    assert len(places) == 16
+    for i, box in enumerate(places):
+        left, top = 15 + 15 * (i % 4), 15 * (i // 4)
+        assert np.allclose([float(n) for n in box], (left, top, left + 15, top + 15), atol=0.1)
+
+
+def test_padding_has_no_place() -> None:
+    """Foveate's LLaVA pads to a square: the first row of a wide picture's tokens shows nothing."""
+    places = token_places(vlm("foveate-llava"), Size(40, 160))
+    assert places[:4] == [None] * 4
+    assert all(box is not None for box in places[4:12])
+
+
+def test_a_picture_of_one_pixel() -> None:
+    for name in VLMS:
+        if name.startswith("qwen"):  # their own processor refuses such pictures
+            continue
+        assert any(box == Box(0, 0, 1, 1) or box for box in token_places(vlm(name), Size(1, 1))), name
+
+
+def test_tokens_that_are_no_grid_are_refused() -> None:
+    with pytest.raises(FoveateError, match="give the region otherwise"):
+        token_places(foveate_model("slime"), Size(60, 90))
+
+
+# Rules on small numbers.
+
+
+def test_readings_differ_where_the_paper_is_unclear() -> None:
+    attention = torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])  # (H, T, S)
+    gradient = torch.tensor([[[2.0, -4.0], [3.0, -1.0]]])
+    assert interpret(attention, gradient, "chefer").tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert interpret(attention, gradient, "literal").tolist() == [[1.0, -2.0], [0.0, -1.0]]
+    assert interpret(attention, gradient, "indicator").tolist() == [[2.0, -4.0], [0.0, -1.0]]
+
+
+def test_bimodal_rules_by_hand() -> None:
+    """Two text tokens and one image token; numbers worked out on paper from rules 6-11."""
+    both = BimodalRelevance.of(2, 1)
+    both.text_attends(torch.tensor([[0.0, 0.5], [0.25, 0.0]]))
+    assert both.text.tolist() == [[1.0, 0.5], [0.25, 1.0]]
+    both.text_attends_to_image(torch.tensor([[0.2], [0.4]]))
+    # Rows of what was added, [0, 0.5] and [0.25, 0], scaled to 1: [[1, 1], [1, 1]] with the identity.
+    assert torch.allclose(both.text_image, torch.tensor([[0.6], [0.6]]))
+    assert both.text.tolist() == [[1.0, 0.5], [0.25, 1.0]]  # the image knows nothing of the text yet
+    both.image_attends_to_text(torch.tensor([[0.5, 0.1]]))
+    assert torch.allclose(both.image_text, torch.tensor([[0.6, 0.6]]))
+    assert torch.allclose(both.image, torch.tensor([[1.0 + 0.5 * 0.6 + 0.1 * 0.6]]))
+    both.image_attends(torch.tensor([[0.5]]))
+    assert torch.allclose(both.image_text, torch.tensor([[0.9, 0.9]]))
+
+
+def test_scores_all_alike_keep_all() -> None:
+    assert scaled(torch.tensor([0.3, 0.3])).tolist() == [1.0, 1.0]
+    boxes = [Box(10, 10, 20, 20), Box(30, 30, 40, 40)]
+    assert roi(boxes, torch.zeros(2), Size(100, 100), RegionRule(extension=0)) == Box(10, 10, 40, 40)
+    assert roi(boxes, torch.tensor([0.0, 1.0]), Size(100, 100), RegionRule()) == Box(29, 29, 41, 41)
+
+
+def test_region_scores_are_means_by_overlap() -> None:
+    places = [Box(0, 0, 10, 10), Box(10, 0, 20, 10)]
+    scores = region_scores(
+        [Box(0, 0, 10, 10), Box(5, 0, 20, 10), Box(50, 50, 60, 60)], places, torch.tensor([1.0, 4.0])
+    )
+    assert torch.allclose(scores, torch.tensor([1.0, 3.0, 0.0]))
+
+
+@pytest.mark.parametrize("name", ["llava", "foveate-anyres"])
+def test_highlight_is_a_part_of_the_picture(name: str) -> None:
+    found = Highlighter(vlm(name))([picture(60, 90), picture(80, 50)], ["What is this?", "Why?"])
+    for highlight, size in zip(found, (Size(60, 90), Size(80, 50)), strict=True):
+        assert highlight.box == highlight.box.clipped(size)
+        assert highlight.box.width > 0 < highlight.box.height
+        weights = [weight for _, weight in highlight.heat]
+        assert math.isclose(max(weights), 1) and math.isclose(min(weights), 0)
+
+
+def test_a_detectors_regions_take_the_place_of_tokens() -> None:
+    regions = [Box(0, 0, 45, 60), Box(45, 0, 90, 60), Box(200, 0, 300, 10)]
+    highlighter = Highlighter(vlm("llava"), RegionRule(extension=0), lambda picture: regions)
+    (found,) = highlighter([picture(60, 90)], ["What is this?"])
+    assert [box for box, _ in found.heat] == regions[:2]  # the third lies outside
+    assert found.box in regions
+    blind = Highlighter(vlm("llava"), RegionRule(extension=0), lambda picture: [])
+    (by_tokens,) = blind([picture(60, 90)], ["What is this?"])
+    assert len(by_tokens.heat) == 16
+
+
+def test_rules_with_wrong_numbers_are_refused() -> None:
+    with pytest.raises(FoveateError, match="threshold"):
+        RegionRule(threshold=1.5)
+    with pytest.raises(FoveateError, match="extension"):
+        RegionRule(extension=-0.1)
+    with pytest.raises(FoveateError, match="reading"):
+        RegionRule(reading="chafer")

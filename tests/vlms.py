@@ -1,0 +1,251 @@
+"""Tiny random VLMs of transformers' own classes, each with a real processor and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    SiglipVisionConfig,
+    set_seed,
+)
+
+from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.vlm import VLM
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'image' %}"
+    "IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHORT = {"max_position_embeddings": 4096, "initializer_range": 0.2}
+LANGUAGE = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    **SHORT,
+}
+
+
+class _OnevisionPictures(LlavaOnevisionProcessor):
+    """Without the part for videos, which needs torchvision; so are the next two."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, None, **kwargs)
+
+
+class _Qwen25Pictures(Qwen2_5_VLProcessor):
+    def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, None, **kwargs)
+
+
+class _Qwen3Pictures(Qwen3VLProcessor):
+    def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, None, **kwargs)
+
+
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """One token per byte, and special ones."""
+    first = ["<unk>", "<s>", "</s>", "<pad>", *special]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*first, *alphabet])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[AddedToken(token, special=True) for token in special],
+        **named,
+    )
+
+
+def llava() -> VLM:
+    """LLaVA: one view, 16 tokens, the middle of the picture."""
+    set_seed(0)
+    tokens = tiny_tokenizer()
+    image = tokens.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=tiny_vision(),
+        text_config=tiny_text(),
+        image_token_index=image,
+        image_seq_length=16,
+    )
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(**sizes),
+        tokens,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    return VLM(LlavaForConditionalGeneration(config).eval(), processor)
+
+
+def llava_onevision() -> VLM:
+    """LLaVA-OneVision: the whole picture, and tiles joined, unpadded, with a newline behind each row."""
+    set_seed(0)
+    tokens = tokenizer("<image>", "<video>")
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56], [28, 84]]
+    config = LlavaOnevisionConfig(
+        vision_config=_siglip(28, 7),
+        text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        video_token_index=tokens.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
+    processor = _OnevisionPictures(
+        images,
+        tokens,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    return VLM(LlavaOnevisionForConditionalGeneration(config).eval(), processor)
+
+
+def idefics3() -> VLM:
+    """Idefics3, as SmolVLM's first release: tiles between marks of their own, then the whole."""
+    set_seed(0)
+    places = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+    marks = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    tokens = tokenizer(*marks, *places)
+    config = Idefics3Config(
+        vision_config={**_siglip(28, 7).to_dict(), "model_type": "idefics3_vision"},
+        text_config=LlamaConfig(**LANGUAGE, vocab_size=len(tokens)),
+        image_token_id=tokens.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=3,
+    )
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 84}, max_image_size={"longest_edge": 28})
+    template = TEMPLATE.replace("IMAGE", "<image>")
+    processor = Idefics3Processor(images, tokens, image_seq_len=4, chat_template=template)
+    return VLM(Idefics3ForConditionalGeneration(config).eval(), processor)
+
+
+def qwen2_5_vl() -> VLM:
+    """Qwen2.5-VL: the picture's own shape, 2 x 2 patches to a token, positions in three parts."""
+    set_seed(0)
+    tokens = _qwen_tokenizer()
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            **vision,
+            "patch_size": 7,
+            "window_size": 28,
+            "fullatt_block_indexes": [1],
+            "initializer_range": 0.2,
+        },
+        text_config=_qwen_text("qwen2_5_vl_text", tokens, [2, 2, 2]),
+        **_qwen_ids(tokens),
+    )
+    processor = _Qwen25Pictures(_qwen_images(7), tokens, chat_template=_qwen_template())
+    return VLM(Qwen2_5_VLForConditionalGeneration(config).eval(), processor)
+
+
+def qwen3_vl() -> VLM:
+    """Qwen3-VL: as Qwen2.5-VL, and features of the tower's lower layers are added in the LLM's first ones."""
+    set_seed(0)
+    tokens = _qwen_tokenizer()
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+    config = Qwen3VLConfig(
+        vision_config={
+            **vision,
+            "patch_size": 7,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+            "initializer_range": 0.2,
+        },
+        text_config={**_qwen_text("qwen3_vl_text", tokens, [2, 2, 2]), "head_dim": 12},
+        **_qwen_ids(tokens),
+    )
+    processor = _Qwen3Pictures(_qwen_images(7), tokens, chat_template=_qwen_template())
+    return VLM(Qwen3VLForConditionalGeneration(config).eval(), processor)
+
+
+def foveate_model(method: str) -> VLM:
+    """One of Foveate's own."""
+    made = tiny_model(method)
+    return VLM(made.model, made.processor)
+
+
+VLMS: dict[str, Callable[[], VLM]] = {
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+    "idefics3": idefics3,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "foveate-llava": lambda: foveate_model("llava"),
+    "foveate-anyres": lambda: foveate_model("anyres"),
+}
+
+
+def _siglip(side: int, patch: int) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=patch,
+        vision_use_head=False,
+    )
+
+
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+
+
+def _qwen_ids(tokens: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    marks = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    return {f"{k}_token_id": tokens.convert_tokens_to_ids(v) for k, v in {**names, **marks}.items()}
+
+
+def _qwen_text(model_type: str, tokens: PreTrainedTokenizerFast, sections: list[int]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 10000.0}
+    return {**LANGUAGE, "vocab_size": len(tokens), "model_type": model_type, "rope_parameters": rope}
+
+
+def _qwen_images(patch: int) -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=2, size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84}
+    )
+
+
+def _qwen_template() -> str:
+    return TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
