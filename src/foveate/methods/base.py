@@ -7,9 +7,11 @@ loading checkpoints) is the same for all methods and lives outside this folder.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, ViewPlan
+from foveate.geometry import Box, Size, View, ViewPlan, whole
 from foveate.options import build_options
 
 if TYPE_CHECKING:
@@ -294,6 +296,24 @@ class Method(ABC):
         """The boxes, in original pixels, to which a connector's `heat` refers."""
         return []
 
+    def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
+        """Per visual token the part of the picture it stands for, original pixels; None where it is no part.
+
+        By default one view's grid, the grids of all views after each other, or that of their only canvas.
+        Raises `FoveateError` where the tokens are none of these.
+        """
+        per_view = plan.tokens if len(plan.views) == 1 else self.tower.tokens
+        if plan.tokens == per_view * len(plan.views) and math.isqrt(per_view) ** 2 == per_view:
+            grids = [(i, view.size) for i, view in enumerate(plan.views)]
+            return [plan.to_picture(i, box) for i, size in grids for box in square_grid(size, per_view)]
+        if len(plan.canvases) == 1 and math.isqrt(plan.tokens) ** 2 == plan.tokens:
+            size = plan.canvases[0].size
+            over = ViewPlan(plan.picture, plan.canvases, (View(0, whole(size), "canvas"),), plan.tokens)
+            return [over.to_picture(0, box) for box in square_grid(size, plan.tokens)]
+        raise FoveateError(
+            f"{self.title} does not say where its visual tokens look: give the region otherwise"
+        )
+
     def describe_options(self) -> dict[str, Any]:
         return dataclasses.asdict(self.options)
 
@@ -306,6 +326,21 @@ class Method(ABC):
             f"{self.title} needs at least {least} visual tokens for this picture, "
             f"max_visual_tokens allows {self.options.max_visual_tokens}"
         )
+
+
+def square_grid(size: Size, cells: int) -> list[Box]:
+    """A view or canvas of this size cut into `cells` equal boxes, as many rows as columns, row by row."""
+    side = math.isqrt(cells)
+    return [
+        Box(
+            Fraction(c * size.width, side),
+            Fraction(r * size.height, side),
+            Fraction((c + 1) * size.width, side),
+            Fraction((r + 1) * size.height, side),
+        )
+        for r in range(side)
+        for c in range(side)
+    ]
 
 
 def flat(features: Tensor) -> Tensor:
