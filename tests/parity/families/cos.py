@@ -10,6 +10,7 @@ from PIL import Image
 from foveate.checkpoints import read_preprocessor
 from foveate.processing import chat_template, image_processor_for, normalise_messages
 from foveate.tiny import tiny_tokenizer
+from tests.parity import cos_relevance
 from tests.parity.checkpoints import load, prompt, tower_folder
 from tests.parity.golden import Comparison, Family
 from tests.support import greedy
@@ -72,6 +73,16 @@ def prompts(compare: Comparison) -> None:
 
 FAMILY = Family(
     method="chain_of_spot",
-    checkers={"checkpoint": checkpoint, "prompts": prompts},
-    methods={"checkpoint": "llava", "prompts": "llava"},
+    checkers={
+        "checkpoint": checkpoint,
+        "prompts": prompts,
+        "relevance": cos_relevance.relevance,
+        "roi_from_regions": cos_relevance.regions,
+    },
+    methods={
+        "checkpoint": "llava",
+        "prompts": "llava",
+        "relevance": "llava",
+        "roi_from_regions": "llava",
+    },
 )
