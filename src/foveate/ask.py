@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
 
-from foveate.chat import picture_queries
+from foveate.chat import IMAGE_TOKEN, picture_queries
 from foveate.cost import Pricer
 from foveate.errors import FoveateError
-from foveate.explain import draw
+from foveate.explain import cut_view, draw
 from foveate.geometry import Box, ViewPlan
 from foveate.methods.base import Insight, Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.pictures import Picture, drawing_path, read_picture
 from foveate.processing import FoveateProcessor
+from foveate.turns import Context, Prompt, can_go_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,8 +106,9 @@ class Ledger:
     Attributes:
         views: pictures shown to the vision tower, those that came from the cache included.
         encoded_views: of them encoded now.
-        visual_tokens: visual tokens in the LLM's sequence, after a method dropped some.
-        prompt_tokens: the whole prompt, visual tokens included.
+        visual_tokens: visual tokens that the LLM read, after a method dropped some.
+        prompt_tokens: all tokens that the LLM read, visual ones included.
+        kept_tokens: tokens of a prompt that it had read in an earlier turn and found in its cache.
         new_tokens: generated.
         tflop: vision, prefill and decoding, in 10^12 floating point operations.
         kv_megabytes: key and value cache after the longest prefill.
@@ -118,6 +119,7 @@ class Ledger:
     encoded_views: int = 0
     visual_tokens: int = 0
     prompt_tokens: int = 0
+    kept_tokens: int = 0
     new_tokens: int = 0
     tflop: float = 0.0
     kv_megabytes: float = 0.0
@@ -143,6 +145,8 @@ class Answer:
         plan: the views that the picture was cut into.
         heat: for methods that keep what matters to the question, parts of the picture in original pixels
             with a weight from 0 (dropped) to 1; else empty.
+        crops: pictures that a method with several turns showed the model after the first one.
+        notes: sentences about how the method came to the answer, for example why it found no region.
     """
 
     text: str
@@ -152,6 +156,8 @@ class Answer:
     picture: Image.Image = field(repr=False)
     plan: ViewPlan = field(repr=False)
     heat: list[tuple[Box, float]] = field(repr=False)
+    crops: list[Image.Image] = field(repr=False)
+    notes: list[str]
     _draw: Callable[[Answer], Image.Image] = field(repr=False)
 
     def show(self, out: str | Path | None = None) -> Image.Image:
@@ -171,8 +177,42 @@ class Answer:
             "question": self.question,
             "answer": self.text,
             "regions": [list(box.rounded()) for box in self.regions],
+            "notes": self.notes,
             "ledger": asdict(self.ledger),
         }
+
+
+@dataclass
+class Seen:
+    """A picture of a conversation as the LLM got it."""
+
+    regions: list[Box] | None
+    heat: Tensor | None
+
+
+@dataclass
+class Talk:
+    """A conversation that is going on: what was said, its pictures, and what it has cost."""
+
+    messages: list[dict[str, Any]]
+    seen: list[Seen]
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A picture in a prompt, with the question that a connector reads with it, (T,) or None."""
+
+    talk: Talk
+    picture: Image.Image
+    plan: ViewPlan
+    fingerprint: str
+    query: Tensor | None
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """All that its visual tokens depend on."""
+        return self.fingerprint, () if self.query is None else tuple(self.query.tolist())
 
 
 class Foveate:
@@ -182,6 +222,8 @@ class Foveate:
         model: the network, on its device.
         processor: what turns pictures and messages into its inputs.
         remembered_pictures: so many pictures keep their vision features for further questions.
+        keep_context: whether the LLM's cache is kept from one turn of a conversation to the next; without it
+            every turn reads the whole conversation anew.
     """
 
     def __init__(
@@ -189,9 +231,11 @@ class Foveate:
         model: FoveateForConditionalGeneration,
         processor: FoveateProcessor,
         remembered_pictures: int = 8,
+        keep_context: bool = True,
     ) -> None:
         self.model = model
         self.processor = processor
+        self.keep_context = keep_context
         self.remembered_pictures = remembered_pictures
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -207,7 +251,28 @@ class Foveate:
         Raises:
             FoveateError: a picture that cannot be read, an empty question.
         """
-        return Chat(self, read_picture(picture)).ask(question, max_new_tokens=max_new_tokens, **generation)
+        return self.ask_all([(picture, question)], max_new_tokens=max_new_tokens, **generation)[0]
+
+    def ask_all(
+        self, questions: Sequence[tuple[Picture, str]], *, max_new_tokens: int = 256, **generation: Any
+    ) -> list[Answer]:
+        """Asks several questions at once, each about a picture of its own, in one batch.
+
+        Args:
+            questions: pairs of a picture and what is asked about it.
+            max_new_tokens: bound on the length of each answer.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; no question; a streamer for more than one.
+        """
+        if not questions:
+            raise FoveateError("there is no question: give pairs of a picture and a question")
+        if len(questions) > 1 and generation.get("streamer") is not None:
+            raise FoveateError("only one answer can be streamed: ask one question at a time")
+        chats = [Chat(self, read_picture(picture)) for picture, _ in questions]
+        generation["max_new_tokens"] = max_new_tokens
+        return converse(self, chats, [question for _, question in questions], Context(), generation)
 
     def chat(self, picture: Picture) -> Chat:
         """A conversation about one picture that remembers what was said."""
@@ -235,38 +300,48 @@ class Foveate:
         return Pricer(self.model.config, self.model.dtype)
 
     @torch.inference_mode()
-    def say(
-        self, messages: Sequence[Mapping[str, Any]], ledger: Ledger, **generation: Any
-    ) -> tuple[str, EncodedPictures | None]:
-        """One turn: the model's reply to a conversation, and its pictures as they were encoded.
+    def say(self, talks: Sequence[Talk], context: Context, **generation: Any) -> list[str]:
+        """One turn of conversations side by side: the model's reply to each.
 
-        Messages hold pictures as PIL images. The costs are added to `ledger`.
+        Messages hold pictures as PIL images. What the turn costs is added to each talk's ledger, time in
+        equal shares. `context` is that of the same conversations' last turn.
         """
-        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-        plans = [self.plan(picture) for picture in pictures]
-        inputs = self._prompt(messages, plans)
-        encoded = self._encode(pictures, plans, self._query(messages, inputs), ledger) if pictures else None
-        inputs = inputs.to(self.model.device)
+        if not (self.keep_context and can_go_on(self.model, generation)):
+            context.clear()
+        prompts, shown = zip(*(self._prompt(talk) for talk in talks), strict=True)
+        known = [context.known(row, prompt) for row, prompt in enumerate(prompts)]
+        new: list[_Shown] = []
+        for talk, prompt, pictures, first in zip(talks, prompts, shown, known, strict=True):
+            fresh = [p for p, (start, _) in zip(pictures, prompt.places, strict=True) if start >= first]
+            talk.seen = talk.seen[: len(pictures) - len(fresh)]
+            new += fresh
+        encoded = self._encode(new, [talk.ledger for talk in talks]) if new else None
+        if encoded is not None:
+            self._note(new, encoded)
         start = self._now()
-        output = self.model.generate(
-            **inputs,
-            mm_encoder_outputs={"image": encoded} if encoded else {},
-            **{"do_sample": False, **generation},
-        )
-        ledger.seconds["generate"] += self._now() - start
-        length = inputs["input_ids"].shape[1]
-        new = output[0, length:]
-        visual = sum(plan.tokens for plan in plans)
-        if encoded is not None and encoded.kept is not None:
-            dropped = visual - sum(int(kept.sum()) for kept in encoded.kept)
-            visual, length = visual - dropped, length - dropped
-        prefill, decode, kv = self.pricer.language(length)
-        ledger.visual_tokens += visual
-        ledger.prompt_tokens += length
-        ledger.new_tokens += len(new)
-        ledger.tflop += (prefill + decode * max(len(new) - 1, 0)) / 1e12
-        ledger.kv_megabytes = max(ledger.kv_megabytes, kv / 1e6)
-        return self.processor.decode(new, skip_special_tokens=True).strip(), encoded
+        replies = context.go_on(self.model, prompts, known, encoded, **generation)
+        seconds = (self._now() - start) / len(talks)
+        for talk, reply in zip(talks, replies, strict=True):
+            prefill, decode, kv = self.pricer.language(reply.read, reply.kept)
+            talk.ledger.seconds["generate"] += seconds
+            talk.ledger.prompt_tokens += reply.read
+            talk.ledger.kept_tokens += reply.kept
+            talk.ledger.new_tokens += len(reply.ids)
+            talk.ledger.tflop += (prefill + decode * max(len(reply.ids) - 1, 0)) / 1e12
+            talk.ledger.kv_megabytes = max(talk.ledger.kv_megabytes, kv / 1e6)
+        return [self.processor.decode(reply.ids, skip_special_tokens=True).strip() for reply in replies]
+
+    def _note(self, shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
+        """Tells each picture's talk what the connector said of it."""
+        for i, picture in enumerate(shown):
+            picture.talk.seen.append(
+                Seen(
+                    None if encoded.regions is None else encoded.regions[i],
+                    None if encoded.heat is None else encoded.heat[i],
+                )
+            )
+            kept = picture.plan.tokens if encoded.kept is None else int(encoded.kept[i].sum())
+            picture.talk.ledger.visual_tokens += kept
 
     def _now(self) -> float:
         """Seconds, once the device has done all that was asked of it."""
@@ -274,67 +349,91 @@ class Foveate:
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
-    def _prompt(self, messages: Sequence[Mapping[str, Any]], plans: Sequence[ViewPlan]) -> BatchFeature:
-        """The conversation's token ids, with placeholders counted off the plans."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+    def _prompt(self, talk: Talk) -> tuple[Prompt, list[_Shown]]:
+        """A conversation's token ids, with placeholders counted off the plans, and its pictures."""
+        pictures = [part["image"] for m in talk.messages for part in m["content"] if part["type"] == "image"]
+        plans = [self.plan(picture) for picture in pictures]
+        text = self.processor.apply_chat_template(talk.messages, add_generation_prompt=True)
         placeholders = [self.processor.image_token * plan.tokens for plan in plans]
         texts, _ = self.processor.get_text_with_replacements([text], placeholders)
         bos = self.processor.tokenizer.bos_token
         special = bos is None or not text.startswith(bos)
-        return BatchFeature(self.processor.tokenizer(texts, return_tensors="pt", add_special_tokens=special))
+        ids = self.processor.tokenizer(texts[0], add_special_tokens=special)["input_ids"]
+        marks = [i for i, token in enumerate(ids) if token == self.processor.image_token_id]
+        places, used = [], 0
+        for plan in plans:
+            places.append((marks[used], marks[used + plan.tokens - 1] + 1))
+            used += plan.tokens
+        queries = self._queries(talk.messages, torch.tensor(ids), len(pictures))
+        shown = [
+            _Shown(talk, picture, plan, _fingerprint(picture), query)
+            for picture, plan, query in zip(pictures, plans, queries, strict=True)
+        ]
+        return Prompt(ids, [picture.key for picture in shown], places), shown
 
-    def _query(self, messages: Sequence[Mapping[str, Any]], inputs: BatchFeature) -> dict[str, Tensor]:
-        """`query_ids` and `query_mask` (P, T) of the conversation's pictures, for methods that read them."""
+    def _queries(
+        self, messages: Sequence[Mapping[str, Any]], ids: Tensor, pictures: int
+    ) -> Sequence[Tensor | None]:
+        """Per picture of a conversation the tokens (T,) that its connector reads; None if it reads none."""
         if not self.model.method.uses_query:
-            return {}
-        queries = picture_queries(messages)
+            return [None] * pictures
         if self.model.method.query_text == "question":
-            tokens = self.processor.tokenizer(
-                queries, add_special_tokens=False, padding=True, return_tensors="pt"
-            )
-            return {"query_ids": tokens["input_ids"], "query_mask": tokens["attention_mask"]}
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        query_ids, query_mask = self.processor.text_around(list(ids), list(mask), [len(queries)])
-        return {"query_ids": query_ids, "query_mask": query_mask}
+            texts = picture_queries(messages)
+            tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            return [torch.tensor(row, dtype=torch.long) for row in tokens]
+        every = torch.ones_like(ids, dtype=torch.bool)
+        rows, mask = self.processor.text_around([ids], [every], [pictures])
+        return [row[seen.bool()] for row, seen in zip(rows, mask, strict=True)]
 
-    def _encode(
-        self,
-        pictures: Sequence[Image.Image],
-        plans: Sequence[ViewPlan],
-        query: Mapping[str, Tensor],
-        ledger: Ledger,
-    ) -> EncodedPictures:
+    def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
         """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
-        keys = [_fingerprint(picture) for picture in pictures]
-        new = {
-            key: (picture, plan)
-            for key, picture, plan in zip(keys, pictures, plans, strict=True)
-            if key not in self._features
-        }
+        new: dict[str, _Shown] = {}
+        for picture in shown:
+            if picture.fingerprint not in self._features:
+                new.setdefault(picture.fingerprint, picture)
+        keys = [picture.fingerprint for picture in shown]
         found = {key: self._features[key] for key in keys if key in self._features}
         if new:
             start = self._now()
-            views = [self.processor.image_processor.views(picture, plan) for picture, plan in new.values()]
+            views = [self.processor.image_processor.views(p.picture, p.plan) for p in new.values()]
             counts = [len(v) for v in views]
             pixels = torch.cat([torch.from_numpy(v) for v in views]).to(self.model.device, self.model.dtype)
-            ledger.seconds["prepare"] += self._now() - start
+            _share(ledgers, "prepare", self._now() - start)
             start = self._now()
             found |= zip(new, self.model.encode_views(pixels).split(counts), strict=True)
-            ledger.seconds["encode"] += self._now() - start
-            ledger.encoded_views += sum(counts)
-            ledger.tflop += sum(self.pricer.encode(plan.picture) for _, plan in new.values()) / 1e12
-        ledger.views += sum(len(plan.views) for plan in plans)
+            _share(ledgers, "encode", self._now() - start)
+            for picture, count in zip(new.values(), counts, strict=True):
+                picture.talk.ledger.encoded_views += count
+                picture.talk.ledger.tflop += self.pricer.encode(picture.plan.picture) / 1e12
+        for picture in shown:
+            picture.talk.ledger.views += len(picture.plan.views)
         for key in keys:
             self._features[key] = found[key]
             self._features.move_to_end(key)
         while len(self._features) > self.remembered_pictures:
             self._features.popitem(last=False)
-        asked = {name: tensor.to(self.model.device) for name, tensor in query.items()}
         start = self._now()
-        sizes = torch.tensor([plan.picture for plan in plans])
-        encoded = self.model.connect(torch.cat([found[key] for key in keys]), sizes, **asked)
-        ledger.seconds["encode"] += self._now() - start
+        queries = [picture.query for picture in shown if picture.query is not None]
+        query_ids, query_mask = self._padded(queries) if queries else (None, None)
+        sizes = torch.tensor([picture.plan.picture for picture in shown])
+        features = torch.cat([found[key] for key in keys])
+        encoded = self.model.connect(features, sizes, query_ids, query_mask)
+        _share(ledgers, "encode", self._now() - start)
         return encoded
+
+    def _padded(self, queries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`query_ids` and `query_mask` (P, longest), padded on the left."""
+        longest = max(len(query) for query in queries)
+        ids = torch.full((len(queries), longest), self.processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, query in enumerate(queries):
+            ids[row, longest - len(query) :], mask[row, longest - len(query) :] = query, 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _share(ledgers: Sequence[Ledger], phase: str, seconds: float) -> None:
+    for ledger in ledgers:
+        ledger.seconds[phase] += seconds / len(ledgers)
 
 
 class Chat:
@@ -344,9 +443,45 @@ class Chat:
         self.foveate = foveate
         self.picture = picture
         self.messages: list[dict[str, Any]] = []
+        self._seen: list[Seen] = []
+        self._context = Context()
 
     def ask(self, question: str, **generation: Any) -> Answer:
         """As `Foveate.ask`."""
+        return converse(self.foveate, [self], [question], self._context, generation)[0]
+
+    def turns(self, question: str) -> Generator[Turn, str, Reply]:
+        """The turns with which a question is answered; further questions take one each."""
+        if not self.messages:
+            return self.foveate.model.method.converse(self.picture, question)
+        return _one_turn(question)
+
+    def answer(self, question: str, talk: Talk, end: Reply, crops: list[Image.Image]) -> Answer:
+        """Notes what was said, and says where the model looked."""
+        self.messages, self._seen = talk.messages, talk.seen
+        plan = self.foveate.plan(self.picture)
+        seen = talk.seen[0]
+        chosen = list(plan.regions) if seen.regions is None else seen.regions
+        regions = chosen if end.regions is None else end.regions
+        heat: list[tuple[Box, float]] = []
+        if seen.heat is not None:
+            cells = self.foveate.model.method.cells(plan)
+            heat = list(zip(cells, seen.heat.tolist(), strict=True))
+        return Answer(
+            text=end.text,
+            regions=regions,
+            ledger=talk.ledger,
+            question=question,
+            picture=self.picture,
+            plan=plan,
+            heat=heat,
+            crops=crops,
+            notes=end.notes,
+            _draw=self._draw,
+        )
+
+    def check(self, question: str) -> None:
+        """Raises `FoveateError` for what is no question."""
         if not isinstance(question, str):
             raise FoveateError(f"a question must be a text, not {type(question).__name__}")
         if not question.strip():
@@ -354,42 +489,9 @@ class Chat:
         token = self.foveate.processor.image_token
         if token in question:
             raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
-        ledger = Ledger()
-        messages = list(self.messages)
-        encoded: EncodedPictures | None = None
-        if messages:
-            reply = self._turn(messages, Turn(question), ledger, generation)[0]
-            end = Reply(reply)
-        else:
-            conversation = self.foveate.model.method.converse(self.picture, question)
-            turn = next(conversation)
-            while True:
-                reply, encoded = self._turn(messages, turn, ledger, generation)
-                try:
-                    turn = conversation.send(reply)
-                except StopIteration as stop:
-                    end = stop.value
-                    break
-        self.messages = messages
-        plan = self.foveate.plan(self.picture)
-        chosen = (
-            encoded.regions[0] if encoded is not None and encoded.regions is not None else list(plan.regions)
-        )
-        regions = chosen if end.regions is None else end.regions
-        heat: list[tuple[Box, float]] = []
-        if encoded is not None and encoded.heat is not None:
-            cells = self.foveate.model.method.cells(plan)
-            heat = list(zip(cells, encoded.heat[0].tolist(), strict=True))
-        return Answer(end.text, regions, ledger, question, self.picture, plan, heat, self._draw)
 
-    def _turn(
-        self, messages: list[dict[str, Any]], turn: Turn, ledger: Ledger, generation: dict[str, Any]
-    ) -> tuple[str, EncodedPictures | None]:
-        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in turn.pictures]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.text}]})
-        reply, encoded = self.foveate.say(messages, ledger, **generation)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
-        return reply, encoded
+    def talk(self) -> Talk:
+        return Talk(list(self.messages), list(self._seen))
 
     def _draw(self, answer: Answer) -> Image.Image:
         processor, plan, ledger = self.foveate.processor.image_processor, answer.plan, answer.ledger
@@ -408,9 +510,16 @@ class Chat:
         ]
         insight = self._insight(answer)
         own_views = [(role, processor.shown(pixels)) for role, pixels in insight.views]
-        caption += [(note, False) for note in insight.notes]
+        caption += [(note, False) for note in (*insight.notes, *answer.notes)]
         heat = answer.heat or insight.heat
-        return draw(answer.picture, answer.regions, plan, canvases, caption, heat, own_views)
+        regions = answer.regions
+        if answer.crops:  # numbered on from the views of the whole picture
+            regions = [*plan.regions, *(region for region in regions if region not in plan.regions)]
+        for crop in answer.crops:
+            of_crop = self.foveate.plan(crop)
+            painted = [processor.paint(crop, canvas) for canvas in of_crop.canvases]
+            own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
+        return draw(answer.picture, regions, plan, canvases, caption, heat, own_views)
 
     def _insight(self, answer: Answer) -> Insight:
         model, processor = self.foveate.model, self.foveate.processor.image_processor
@@ -422,6 +531,83 @@ class Chat:
         made = model.method.insight(model.vision_tower, views, answer.plan)
         read = model.connector.insight(lambda: self.foveate.features(answer.picture), answer.plan)
         return Insight(made.views + read.views, made.heat or read.heat, made.notes + read.notes)
+
+
+def _one_turn(question: str) -> Generator[Turn, str, Reply]:
+    text = yield Turn(question)
+    return Reply(text)
+
+
+def converse(
+    foveate: Foveate,
+    chats: Sequence[Chat],
+    questions: Sequence[str],
+    context: Context,
+    generation: Mapping[str, Any],
+) -> list[Answer]:
+    """Answers a question in each chat, turn by turn, all side by side.
+
+    Args:
+        foveate: whose chats these are.
+        chats: one for each question.
+        questions: one for each chat.
+        context: what the chats' last turn left.
+        generation: arguments of transformers' `generate`.
+    """
+    for chat, question in zip(chats, questions, strict=True):
+        chat.check(question)
+    talks = [chat.talk() for chat in chats]
+    turns = [chat.turns(question) for chat, question in zip(chats, questions, strict=True)]
+    crops: list[list[Image.Image]] = [[] for _ in chats]
+    ends: dict[int, Reply] = {}
+    asked = {row: next(turn) for row, turn in enumerate(turns)}
+    first = True
+    while asked:
+        for row, turn in asked.items():
+            talks[row].messages.append({"role": "user", "content": _content(turn)})
+            crops[row] += [] if first else turn.pictures
+        replies = foveate.say(
+            [talks[row] for row in asked], context, **_bounded(generation, list(asked.values()))
+        )
+        live = list(asked)
+        for row, reply in zip(live, replies, strict=True):
+            talks[row].messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+            try:
+                asked[row] = turns[row].send(reply)
+            except StopIteration as stop:
+                ends[row] = stop.value
+                del asked[row]
+        if asked:
+            context.select([live.index(row) for row in asked])
+        first = False
+    return [
+        chat.answer(question, talk, ends[row], crops[row])
+        for row, (chat, question, talk) in enumerate(zip(chats, questions, talks, strict=True))
+    ]
+
+
+def _content(turn: Turn) -> list[dict[str, Any]]:
+    """A turn as the parts of a user's message."""
+    text = turn.text if IMAGE_TOKEN in turn.text else IMAGE_TOKEN * len(turn.pictures) + turn.text
+    before, *pieces = text.split(IMAGE_TOKEN)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
+    for picture, piece in zip(turn.pictures, pieces, strict=True):
+        parts.append({"type": "image", "image": picture})
+        piece = piece.removeprefix("\n")  # chat templates end a picture's line themselves
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _bounded(generation: Mapping[str, Any], turns: Sequence[Turn]) -> dict[str, Any]:
+    """The arguments of `generate` for turns that are taken side by side."""
+    arguments = dict(generation)
+    bounds = [turn.max_new_tokens for turn in turns if turn.max_new_tokens is not None]
+    if len(bounds) == len(turns):
+        arguments["max_new_tokens"] = min(max(bounds), arguments.get("max_new_tokens", max(bounds)))
+        arguments.pop("max_length", None)
+    if all(turn.inner for turn in turns):
+        arguments.pop("streamer", None)
+    return arguments
 
 
 def _fingerprint(picture: Image.Image) -> str:

@@ -93,9 +93,12 @@ class Pricer:
         prefill, decode, kv = self._language(plan.tokens + text_tokens)
         return Cost(len(plan.views), plan.tokens, *plan.effective, self._encode(picture), prefill, decode, kv)
 
-    def language(self, tokens: int) -> tuple[int, int, int]:
-        """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them."""
-        return self._language(tokens)
+    def language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
+        """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them.
+
+        `kept` tokens before them are in the cache already.
+        """
+        return self._language(tokens, kept)
 
     def encode(self, picture: Size) -> int:
         """FLOPs of the vision tower and connector for one picture."""
@@ -108,15 +111,18 @@ class Pricer:
             self.model.get_image_features(blank, torch.tensor([picture]))
         return counter.get_total_flops()
 
-    def _count_language(self, tokens: int) -> tuple[int, int, int]:
+    def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         width = self.model.config.text_config.hidden_size
-        embeds = torch.zeros(1, tokens, width, device="meta", dtype=self.dtype)
+        embeds = torch.zeros(1, kept + tokens, width, device="meta", dtype=self.dtype)
+        language, cache = self.model.language_model, None
         with torch.no_grad():
+            if kept:
+                cache = language(inputs_embeds=embeds[:, :kept], use_cache=True).past_key_values
             with FlopCounterMode(display=False) as prefill:
-                cache = self.model.language_model(
-                    inputs_embeds=embeds, use_cache=True, logits_to_keep=1
+                cache = language(
+                    inputs_embeds=embeds[:, kept:], past_key_values=cache, use_cache=True, logits_to_keep=1
                 ).past_key_values
             kv = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
             with FlopCounterMode(display=False) as decode:
-                self.model.language_model(inputs_embeds=embeds[:, :1], past_key_values=cache)
+                language(inputs_embeds=embeds[:, :1], past_key_values=cache)
         return prefill.get_total_flops(), decode.get_total_flops(), kv

@@ -360,8 +360,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": encoded}
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None:
-            ids = kwargs.get("input_ids")
-            if ids is not None and bool((ids == self.config.image_token_id).any()):
+            ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+            read = 0 if cache is None else cache.get_seq_length()
+            if ids is not None and bool((ids[:, read:] == self.config.image_token_id).any()):
                 raise FoveateError("input_ids have image placeholders, but there are no pixel_values")
             return super().generate(**kwargs)
         image = EncodedPictures(**pictures)  # a copy: for beams, transformers repeats tokens in place

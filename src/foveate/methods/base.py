@@ -193,10 +193,19 @@ class Connector(nn.Module):
 
 @dataclass
 class Turn:
-    """One thing to ask the model: pictures (one placeholder each, before the text) and a text."""
+    """One thing to ask the model: pictures (one placeholder each, where the text says) and a text.
+
+    Attributes:
+        text: what the user says. Without `<image>` in it, the pictures stand before it.
+        pictures: what the user shows.
+        inner: a step on the way, whose reply is not streamed to whoever asked.
+        max_new_tokens: bound on the reply, besides the one that was asked for.
+    """
 
     text: str
     pictures: list[Image.Image] = field(default_factory=list)
+    inner: bool = False
+    max_new_tokens: int | None = None
 
 
 @dataclass
@@ -205,6 +214,7 @@ class Reply:
 
     text: str
     regions: list[Box] | None = None  # None: where the views lie, or what the connector says
+    notes: list[str] = field(default_factory=list)  # sentences about how it came to it
 
 
 class Method(ABC):

@@ -1,0 +1,209 @@
+"""What one turn of a conversation leaves for the next: what the LLM has read need not be read again.
+
+A turn's prompt begins with what was said before. `Context` keeps the LLM's key and value cache over some
+conversations side by side, and knows which token stands in which of its columns. Of the next prompt only what
+follows the part in common is read; columns that are not part of it are masked. The replies are those of
+reading everything anew, because every token keeps its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to where the model is to go on.
+
+    Attributes:
+        ids: its tokens, one placeholder for each visual token.
+        pictures: per picture all that its visual tokens depend on.
+        places: per picture its first placeholder and the one after its last.
+    """
+
+    ids: list[int]
+    pictures: list[Hashable]
+    places: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote, and how many tokens it read for that.
+
+    Attributes:
+        ids: the new tokens, the one that ends the answer included.
+        read: tokens of the prompt that were read now.
+        kept: tokens of the prompt that an earlier turn had left in the cache.
+    """
+
+    ids: list[int]
+    read: int
+    kept: int
+
+
+@dataclass
+class _Row:
+    ids: list[int]  # what the cache holds of a conversation, and what a connector dropped of it
+    columns: list[int]  # where each stands in the cache; -1 where it was dropped
+    pictures: list[Hashable]
+
+
+class Context:
+    """The key and value cache over conversations side by side, as their last turn left it; empty at first."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        self.cache: DynamicCache | None = None
+        self.held = torch.zeros(0, 0, dtype=torch.long)  # (B, W) the token in each column of the cache
+
+    def clear(self) -> None:
+        self.rows, self.cache = [], None
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with some of the conversations only."""
+        if self.cache is not None and len(rows) < len(self.rows):
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.held.device))
+            self.held = self.held[list(rows)]
+            self.rows = [self.rows[row] for row in rows]
+
+    def known(self, row: int, prompt: Prompt) -> int:
+        """How many of a prompt's first tokens are in the cache; its last one never counts."""
+        if self.cache is None:
+            return 0
+        before = self.rows[row]
+        most = min(len(before.ids), len(prompt.ids) - 1)
+        for i, (start, _) in enumerate(prompt.places):
+            if prompt.pictures[i : i + 1] != before.pictures[i : i + 1]:
+                most = min(most, start)
+                break
+        return next((i for i in range(most) if before.ids[i] != prompt.ids[i]), most)
+
+    def go_on(
+        self,
+        model: FoveateForConditionalGeneration,
+        prompts: Sequence[Prompt],
+        known: Sequence[int],
+        encoded: EncodedPictures | None,
+        **generation: Any,
+    ) -> list[Reply]:
+        """Reads what is new of each prompt and lets the model write.
+
+        Args:
+            model: whose cache this is.
+            prompts: one for each conversation.
+            known: what the method `known` says of each.
+            encoded: the pictures behind the known tokens, conversation after conversation.
+            **generation: arguments of transformers' `generate`; greedy decoding without any.
+        """
+        cache, self.cache = self.cache, None  # lost if generation is interrupted, never half-written
+        visible = _visible(prompts, known, encoded)
+        width = max(sum(row) for row in visible)
+        past = 0 if cache is None else self.held.shape[1]
+        ids = torch.zeros(len(prompts), past + width, dtype=torch.long, device=model.device)
+        mask = torch.zeros_like(ids)
+        columns: list[list[int]] = []
+        if cache is not None:
+            ids[:, :past] = self.held
+        for row, (prompt, first, seen) in enumerate(zip(prompts, known, visible, strict=True)):
+            before = self.rows[row].columns[:first] if first else []
+            there = torch.tensor([c for c in before if c >= 0], dtype=torch.long, device=model.device)
+            mask[row, there] = 1
+            new = [token for token, keep in zip(prompt.ids[first:], seen, strict=True) if keep]
+            start = past + width - len(new)
+            ids[row, start:], mask[row, start:] = torch.tensor(new, device=model.device), 1
+            # Masked columns repeat a token of the prompt: a repetition penalty must find nothing else there.
+            text = next((n for n in prompt.ids if n != model.config.image_token_id), prompt.ids[-1])
+            ids[row] = ids[row].where(mask[row].bool(), text)
+            place = iter(range(start, past + width))
+            columns.append(before + [next(place) if keep else -1 for keep in seen])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            mm_encoder_outputs={"image": _compact(encoded)} if encoded else {},
+            **{"do_sample": False, **generation, "return_dict_in_generate": True},
+        )
+        sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # of several answers the first
+        ends = _ends(model, generation)
+        written = [_until(row.tolist(), ends, len(prompts) > 1) for row in sequences[:, past + width :]]
+        self._keep(output.past_key_values, sequences, prompts, columns, written, past + width)
+        return [
+            Reply(new, sum(seen), sum(c >= 0 for c in row[:first]))
+            for new, seen, row, first in zip(written, visible, columns, known, strict=True)
+        ]
+
+    def _keep(
+        self,
+        cache: Any,
+        sequences: Tensor,
+        prompts: Sequence[Prompt],
+        columns: Sequence[list[int]],
+        written: Sequence[list[int]],
+        length: int,
+    ) -> None:
+        """Notes what the cache holds now, if it is one that can be gone on with."""
+        if not isinstance(cache, DynamicCache) or any(cache.is_sliding) or any(cache.is_linear):
+            return
+        held = cache.get_seq_length()
+        if held != sequences.shape[1] - 1 or any(len(layer.keys) != len(prompts) for layer in cache.layers):
+            return  # several beams or answers
+        self.cache, self.held, self.rows = cache, sequences[:, :held], []
+        for prompt, places, new in zip(prompts, columns, written, strict=True):
+            fed = new[: held - length]
+            self.rows.append(
+                _Row(prompt.ids + fed, places + list(range(length, length + len(fed))), prompt.pictures)
+            )
+
+
+ONE_ANSWER = ("num_beams", "num_return_sequences")  # 1 where a cache is to be gone on with
+OWN_CACHE = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+
+
+def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, Any]) -> bool:
+    """Whether generation with these arguments can start from a cache and leave one."""
+    config = (generation.get("generation_config") or model.generation_config).to_dict() | dict(generation)
+    single = all(config.get(name) in (None, 1) for name in ONE_ANSWER)
+    return single and config.get("use_cache") is not False and not any(config.get(n) for n in OWN_CACHE)
+
+
+def _visible(
+    prompts: Sequence[Prompt], known: Sequence[int], encoded: EncodedPictures | None
+) -> list[list[bool]]:
+    """Per prompt, which of its tokens behind the known ones the LLM gets: all but the dropped visual ones."""
+    kept = iter(encoded.kept if encoded is not None and encoded.kept is not None else [])
+    visible = []
+    for prompt, first in zip(prompts, known, strict=True):
+        seen = [True] * (len(prompt.ids) - first)
+        for start, end in prompt.places:
+            if start >= first and encoded is not None and encoded.kept is not None:
+                seen[start - first : end - first] = next(kept).tolist()
+        visible.append(seen)
+    return visible
+
+
+def _compact(encoded: EncodedPictures) -> EncodedPictures:
+    """The pictures without the tokens that were dropped."""
+    if encoded.kept is None:
+        return encoded
+    tokens = [t[keep] for t, keep in zip(encoded.pooler_output, encoded.kept, strict=True)]
+    return EncodedPictures(tokens, injection=encoded.injection, pictures=encoded.pictures)
+
+
+def _ends(model: FoveateForConditionalGeneration, generation: Mapping[str, Any]) -> set[int]:
+    config = (generation.get("generation_config") or model.generation_config).to_dict() | dict(generation)
+    ends = config.get("eos_token_id")
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _until(ids: list[int], ends: set[int], several: bool) -> list[int]:
+    """What a conversation wrote; where others wrote longer, what follows its end is padding."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids if stop is None or not several else ids[: stop + 1]
