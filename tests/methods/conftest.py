@@ -20,7 +20,9 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
         "groups": 2,
         "zero_init": False,  # a fresh adapter would hide what the gate and f_h do
     },
+    "coroi": {"zero_init": False},  # fresh injectors would hide what was injected
 }
+LOOKS = {"coroi": 4}  # how often a method's connector calls the tower again, at most
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveate import Foveate, FoveateForConditionalGeneration, FoveateProcessor
 from foveate.geometry import Box, Size, ViewPlan
 from foveate.methods import METHODS
-from tests.methods.conftest import fresh
+from tests.methods.conftest import LOOKS, fresh
 from tests.support import chat, gap, greedy, largest_gap, picture, pictures, right_padded, rows
 
 Tiny = Callable[[str], Foveate]
@@ -103,7 +103,8 @@ def test_processor_count_is_model_count(method: str, tiny: Tiny) -> None:
     for height, width in sizes:
         inputs = processor(images=picture(height, width), text="<image>", return_tensors="pt")
         plan = processor.image_processor.plan(height, width)
-        visual = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        of_pictures = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
+        visual = model.get_image_features(**of_pictures)
         placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
         counts = {placeholders, plan.tokens, len(visual.pooler_output[0])}
         assert len(counts) == 1, f"{height} x {width}: {counts}"
@@ -301,7 +302,8 @@ def test_one_call_of_the_tower_for_all_views(method: str) -> None:
     for run in (lambda: made.model(**batch), lambda: greedy(made.model, batch)):
         called.clear()
         run()
-        assert called[made.model.vision_tower] == 1
+        again = LOOKS.get(method, 0)
+        assert 1 + min(again, 1) <= called[made.model.vision_tower] <= 1 + again
         with_weights = [m for m in made.model.vision_tower.modules() if list(m.parameters(recurse=False))]
         read_as_tensors = [m for m in with_weights if isinstance(m, nn.Embedding)]
         assert [m for m in with_weights if m not in called and m not in read_as_tensors] == []

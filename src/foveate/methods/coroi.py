@@ -1,0 +1,672 @@
+"""CoRoI: the low-resolution view and the question choose a window, which is read at high resolution and helps
+to choose the next one, at several scales at once; all windows change hidden states inside the LLM.
+
+Paper: Chen et al., Visual Instruction Tuning with Chain of Region-of-Interest, arXiv 2505.06840.
+Authors' code: none is public; this is written from the paper.
+
+    f_theta_v: how much each token matters         Scorer                section 3.1, figure 4 (a)
+    sliding window, average pooling, arg-max       integral, pooled      section 3.1, "Selection"
+    the last window joins the question             CoroiConnector.chain  section 3.1, "Movement"
+    clips of the high-resolution pictures          foveate.source        sections 3, 4.1
+    f_theta': low-resolution tokens read a clip    CrossAttention        section 3.2
+    the residual is added behind layer k           RoiInjector           section 3.2
+    layers k_j = floor(j L / 8) - 1, j = 2 to 7    decoder_layers        appendix
+    576 tokens, or 2880                            Coroi.plan            section 4.1, "Model Variants"
+    two stages                                     recipes/coroi.yaml    section 3.3
+
+The paper leaves much open. Each choice is an option; docs/methods/coroi.md lists them with the reasons. Those
+that change most:
+
+    gradient straight_through    an arg-max has no gradient and the tower is frozen, so that the scorer, taken
+                                 literally, never learns; a gate on the residual, 1 in value, lets it
+    pixels original              the text enlarges the 336-pixel picture, which adds no detail; here a window
+                                 is cut from the original, resized to the scale
+    zero_init true               the value norms start at zero: a fresh model is its LLM, to the bit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError
+from foveate.geometry import (
+    NO_TILES,
+    Box,
+    Canvas,
+    Size,
+    View,
+    ViewPlan,
+    padded_square,
+    squashed,
+    tiled,
+    whole,
+)
+from foveate.layers import mlp_projector
+from foveate.methods.base import (
+    Chain,
+    Connector,
+    Injector,
+    Method,
+    MethodOptions,
+    Query,
+    QueryText,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+)
+from foveate.source import Look, Source
+
+
+@dataclass(frozen=True)
+class CoroiOptions(MethodOptions):
+    # Views
+    variant: Literal["v1", "v2"] = "v1"  # v2: the picture at twice the size as well, four views more
+    fit: Literal["squash", "pad"] = "squash"  # how the picture becomes a square
+    # Chain
+    scales: tuple[int, ...] = (2, 3, 4)  # lambda: how much larger the pictures are that windows are cut from
+    rois: int = (
+        4  # n: windows per scale, one after the other; 0: none, no part of the method but the projector
+    )
+    pixels: Literal["original", "upsampled"] = "original"  # what a window is cut from
+    text: Literal["question", "prompt"] = "question"  # U: the user's text, or all text but the answer
+    history: Literal["last", "all", "none"] = (
+        "last"  # earlier windows that join the question; none: no movement
+    )
+    chain_reads: Literal["vision", "projected"] = "vision"  # features of those windows
+    distinct: bool = False  # whether a chain may not choose a window twice
+    # Scorer
+    scorers: Literal["shared", "scale", "step"] = "shared"  # one, or one per scale or per step
+    scorer_heads: int | None = None  # of both attentions; null: one per 64 channels
+    scorer_norm: Literal["before", "after"] = "before"  # where the norms stand
+    scorer_positions: bool = False  # whether tokens get learnt positions besides those of the tower
+    gradient: Literal["straight_through", "weighted", "gumbel", "none"] = "straight_through"
+    temperature: float = 0.5  # of the softmax over a scale's windows
+    # Injection
+    layers: Literal["six", "three", "one"] | tuple[int, ...] = "six"  # decoder layers, 0-based
+    layer_weights: Literal["own", "shared"] = "own"  # whether each layer has its attention
+    projections: Literal["linear_norm", "norm_linear"] = "linear_norm"  # of query, key and value
+    heads: int = 1  # of the attention to a window
+    injection_reads: Literal["vision", "projected"] = "vision"  # features that are keys and values
+    assignment: Literal["every", "in_turn"] = "every"  # windows of a layer: all, or each in one layer alone
+    overlap: Literal["add", "sequence"] = "add"  # windows of one token: all read the same state, or in turn
+    queries: Literal["window", "all"] = "window"  # which low-resolution tokens read a window
+    zero_init: bool = True  # whether injection starts as nothing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scales or min(self.scales) < 2 or len(set(self.scales)) < len(self.scales):
+            raise FoveateError(
+                f"scales must be different whole numbers from 2 on, as [2, 3, 4], not {list(self.scales)}"
+            )
+        if self.rois < 0:
+            raise FoveateError(f"rois must not be negative, but is {self.rois}")
+        if self.temperature <= 0:
+            raise FoveateError(f"temperature must be above 0, not {self.temperature}")
+        if self.heads < 1 or (self.scorer_heads is not None and self.scorer_heads < 1):
+            raise FoveateError(f"heads {self.heads} and scorer_heads {self.scorer_heads} must be at least 1")
+        if not isinstance(self.layers, str) and len(set(self.layers)) < max(1, len(self.layers)):
+            raise FoveateError(
+                f"layers must be six, three, one or different numbers, not {list(self.layers)}"
+            )
+
+
+def decoder_layers(choice: str | Sequence[int], depth: int) -> list[int]:
+    """Layers of an LLM of `depth` layers whose output is changed, 0-based, in rising order.
+
+    Quarters of the LLM end at layers jL/8 - 1 for even j, the doubled ones lie halfway between.
+    Raises `FoveateError` for layers that the LLM does not have.
+    """
+    if not isinstance(choice, str):
+        if depth < 1 or not all(0 <= layer < depth for layer in choice):
+            raise FoveateError(
+                f"layers {list(choice)} of an LLM of {depth} layers: choose from 0 to {depth - 1}"
+            )
+        return sorted(choice)
+    eighths = {"six": (2, 3, 4, 5, 6, 7), "three": (2, 4, 6), "one": (4,)}[choice]
+    if depth < 1:
+        raise FoveateError("the LLM's number of layers is unknown: give Widths its layers")
+    return sorted({max(j * depth // 8 - 1, 0) for j in eighths})  # fewer where the LLM is small
+
+
+# Which window.
+
+
+class Attention(nn.Module):
+    """Multi-head attention; a row without anything to read gets zeros."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, heads, N, C / heads)"""
+        return split(self.query(x), self.heads)
+
+    def forward(self, queries: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, heads, N, C / heads), (B, M, C), (B, M) where there is something -> (B, N, C)"""
+        key, value = split(self.key(source), self.heads), split(self.value(source), self.heads)
+        if mask is None:
+            return self.out(joined(F.scaled_dot_product_attention(queries, key, value)))
+        some = mask.any(1)[:, None, None]  # (B, 1, 1)
+        allowed = (mask[:, None] | ~some)[:, None]  # (B, 1, 1, M)
+        read = F.scaled_dot_product_attention(queries, key, value, attn_mask=allowed)
+        return self.out(joined(read)) * some
+
+
+class LowView(NamedTuple):
+    """The low-resolution view as a scorer reads it, before any question: the same in all steps and scales."""
+
+    tokens: Tensor  # (P, N, C) after the self attention
+    queries: Tensor  # (P, heads, N, C / heads) of the cross attention
+
+
+class Scorer(nn.Module):
+    """f_theta_v: self attention of low-resolution tokens, cross attention to their guides, feed-forward."""
+
+    def __init__(self, width: int, tokens: int, options: CoroiOptions) -> None:
+        super().__init__()
+        heads = options.scorer_heads or max(1, width // 64)
+        if width % heads:
+            raise FoveateError(f"scorer_heads {heads} must divide the vision tower's width {width}")
+        self.before = options.scorer_norm == "before"
+        self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
+        norm = [nn.LayerNorm(width)] if self.before else []
+        self.feed_forward = nn.Sequential(
+            *norm, nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 1)
+        )
+        if options.scorer_positions:
+            self.positions = nn.Parameter(torch.zeros(tokens, width))
+        self.placed = options.scorer_positions
+
+    def read(self, low: Tensor) -> LowView:
+        """(P, N, C)"""
+        x = low + self.positions if self.placed else low
+        read = self.self_norm(x) if self.before else x
+        x = x + self.self_attention(self.self_attention.queries(read), read)
+        if not self.before:
+            x = self.self_norm(x)
+        return LowView(x, self.cross_attention.queries(self.cross_norm(x) if self.before else x))
+
+    def forward(self, low: LowView, guides: Tensor, mask: Tensor) -> Tensor:
+        """Guides (B, M, C) and where there is one (B, M), B a multiple of P -> scores (B, N)."""
+        copies = len(guides) // len(low.tokens)
+        tokens, queries = (x.repeat_interleave(copies, 0) for x in low)
+        x = tokens + self.cross_attention(queries, guides, mask)
+        if not self.before:
+            x = self.cross_norm(x)
+        return self.feed_forward(x)[..., 0]
+
+
+def integral(scores: Tensor) -> Tensor:
+    """(..., h, w) -> (..., h + 1, w + 1) sums of all that is above and left, in double precision.
+
+    So precise that windows which are equal stay equal: of them the first one is chosen.
+    """
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64
+    return F.pad(scores.to(exact).cumsum(-2).cumsum(-1), (1, 0, 1, 0))
+
+
+def pooled(sums: Tensor, side: int) -> Tensor:
+    """Averages over all windows of side x side, stride 1, from an integral image (B, h + 1, w + 1)."""
+    below, above = sums[:, side:], sums[:, :-side]
+    total = (below[:, :, side:] - below[:, :, :-side]) - (above[:, :, side:] - above[:, :, :-side])
+    return total / side**2
+
+
+def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
+    """What the update of the chosen windows is multiplied by: (B, R) values of windows, (B,) -> (B,).
+
+    1, with the gradient of the window's probability; or, weighted, its score between 0 and 1.
+    """
+    if options.gradient == "weighted":
+        return values.gather(1, chosen[:, None])[:, 0].sigmoid()
+    probability = (values / options.temperature).softmax(1).gather(1, chosen[:, None])[:, 0]
+    learns = 0.0 if options.gradient == "none" else 1.0  # zero, not nothing: other ranks wait for gradients
+    return 1 + learns * (probability - probability.detach())
+
+
+def hit(windows: Sequence[Box], target: Box) -> bool:
+    """Whether one of the windows contains all of `target`; boxes in pixels of the same picture."""
+    return any(
+        window.left <= target.left
+        and window.top <= target.top
+        and window.right >= target.right
+        and window.bottom >= target.bottom
+        for window in windows
+    )
+
+
+# What becomes of it in the LLM.
+
+
+@dataclass
+class Group:
+    """Windows of one size that are injected at once; one that was chosen several times stands once."""
+
+    rows: Tensor  # (R,) of Regions.features
+    places: Tensor  # (R, Q) low-resolution tokens that read each, numbers in Round.tokens
+    gates: Tensor  # (R,) factor of each window's update
+
+
+@dataclass
+class Round:
+    """Windows that read the same hidden states, so that their order does not matter."""
+
+    tokens: Tensor  # (U,) numbers among all visual tokens of the batch
+    groups: list[Group]
+
+
+@dataclass
+class Regions:
+    """What the injectors get: features (W, N, C) of all windows, and per injector its rounds.
+
+    There is one list of rounds where all injectors have the same.
+    """
+
+    features: Tensor
+    turns: list[list[Round]]
+
+
+class Projection(nn.Module):
+    """A linear layer and a LayerNorm. `zero`: the output starts as zero."""
+
+    def __init__(self, wide_in: int, wide_out: int, norm_first: bool, zero: bool) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.linear = nn.Linear(wide_in, wide_out)
+        self.norm = nn.LayerNorm(wide_in if norm_first else wide_out)
+        if zero:
+            last = self.linear if norm_first else self.norm
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)) if self.norm_first else self.norm(self.linear(x))
+
+
+class CrossAttention(nn.Module):
+    """f_theta': low-resolution tokens of a window, in the LLM's states, read the window's features."""
+
+    def __init__(self, read: int, width: int, options: CoroiOptions) -> None:
+        super().__init__()
+        if width % options.heads:
+            raise FoveateError(f"heads {options.heads} must divide the LLM's width {width}")
+        self.heads = options.heads
+        norm_first = options.projections == "norm_linear"
+        self.query = Projection(width, width, norm_first, zero=False)
+        self.key = Projection(read, width, norm_first, zero=False)
+        self.value = Projection(read, width, norm_first, zero=options.zero_init)
+
+    def forward(self, hidden: Tensor, round_: Round, features: Tensor) -> Tensor:
+        """Updates (U, D) of the hidden states (U, D) of the round's tokens."""
+        queries = self.query(hidden)
+        update = torch.zeros_like(hidden)
+        for group in round_.groups:
+            read = features[group.rows]  # (R, N, C)
+            query, key, value = (
+                split(x, self.heads) for x in (queries[group.places], self.key(read), self.value(read))
+            )
+            found = joined(F.scaled_dot_product_attention(query, key, value))  # (R, Q, D)
+            found = found * group.gates.to(found)[:, None, None]
+            update = update.index_add(0, group.places.flatten(), found.flatten(0, 1).to(update))
+        return update
+
+
+class RoiInjector(Injector):
+    """Adds what the windows say to low-resolution tokens behind one decoder layer."""
+
+    def __init__(self, attention: CrossAttention, turn: int) -> None:
+        super().__init__()
+        self.attention, self.turn = attention, turn
+
+    def forward(self, hidden: Tensor, injection: Regions, visual: Tensor) -> Tensor:
+        places = visual.flatten().nonzero()[:, 0].to(hidden.device)  # of all visual tokens in (B T)
+        states = hidden.flatten(0, 1)
+        for round_ in injection.turns[self.turn % len(injection.turns)]:
+            here = places[round_.tokens]
+            states = states.index_add(0, here, self.attention(states[here], round_, injection.features))
+        return states.view_as(hidden)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    """(B, heads, N, C / heads) -> (B, N, C)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+# The connector.
+
+
+class Window(NamedTuple):
+    """A window that was chosen: `row` and `column` of its first token in the low-resolution grid."""
+
+    picture: int
+    scale: int  # its number in the options' scales
+    step: int
+    row: int
+    column: int
+
+
+@dataclass
+class Chosen:
+    """All windows of a batch, with their features and gates in the same order."""
+
+    windows: list[Window]  # picture after picture, scale after scale, step after step
+    features: Tensor  # (W, N, C)
+    gates: Tensor  # (W,)
+
+
+class CoroiConnector(Connector):
+    def __init__(self, widths: Widths, tower: TowerGeometry, options: CoroiOptions) -> None:
+        super().__init__()
+        self.tower, self.options = tower, options
+        self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
+        self.projector = mlp_projector(widths.vision, widths.text)
+        self.question = nn.Linear(widths.text, widths.vision)
+        if options.chain_reads == "projected" and options.history != "none":
+            self.past = nn.Linear(widths.text, widths.vision)
+        count = {"shared": 1, "scale": len(options.scales), "step": max(options.rois, 1)}[options.scorers]
+        self.scorers = nn.ModuleList(Scorer(widths.vision, tower.tokens, options) for _ in range(count))
+        self.layers = decoder_layers(options.layers, widths.layers)
+        read = widths.vision if options.injection_reads == "vision" else widths.text
+        count = 1 if options.layer_weights == "shared" else len(self.layers)
+        self.attentions = nn.ModuleList(CrossAttention(read, widths.text, options) for _ in range(count))
+
+    def injectors(self) -> Mapping[int, Injector]:
+        shared = self.options.layer_weights == "shared"
+        found: dict[int, Injector] = {}
+        for turn, layer in enumerate(self.layers if self.options.rois else []):
+            attention = self.attentions[0 if shared else turn]
+            assert isinstance(attention, CrossAttention)
+            found[layer] = RoiInjector(attention, turn)
+        return found
+
+    def forward(
+        self,
+        features: Tensor,
+        plans: Sequence[ViewPlan],
+        query: Query | None,
+        source: Source | None = None,
+    ) -> VisualTokens:
+        views = features.unflatten(0, (len(plans), -1))  # (P, V, N, C)
+        tokens = self._tokens(self.projector(views))
+        if not self.options.rois:
+            return VisualTokens(tokens)
+        assert source is not None
+        chosen = self.chain(views[:, 0], plans, query, source)
+        looks = [self._look(window, plans[window.picture]) for window in chosen.windows]
+        regions: list[list[Box]] = [[] for _ in plans]
+        for window, look in zip(chosen.windows, looks, strict=True):
+            plan = plans[window.picture]
+            regions[window.picture].append(plan.to_picture(0, look.box).clipped(plan.picture))
+        return VisualTokens(
+            tokens,
+            injection=self._injection(chosen, looks, [plan.tokens for plan in plans]),
+            regions=regions,
+            chains=[self._chains(p, regions[p], looks, source) for p in range(len(plans))],
+        )
+
+    def _tokens(self, projected: Tensor) -> Tensor:
+        """(P, V, N, D) -> (P n, D): the low-resolution view; in v2 then the four others as one grid."""
+        low, high = projected[:, 0], projected[:, 1:]
+        if high.shape[1]:
+            tiles = high.unflatten(2, tuple(self.tower.grid)).unflatten(1, (2, 2))  # (P, 2, 2, h, w, D)
+            low = torch.cat([low, tiles.transpose(2, 3).flatten(1, 4)], 1)
+        return low.flatten(0, 1)
+
+    # Selection and movement.
+
+    def chain(self, low: Tensor, plans: Sequence[ViewPlan], query: Query | None, source: Source) -> Chosen:
+        """Section 3.1, all pictures and scales in step: the tower runs once a step, for new windows only."""
+        options, (pictures, scales) = self.options, (len(plans), len(self.sides))
+        words, mask = self._words(low, query)  # (P, 1, T, C), (P, 1, T)
+        views = [scorer.read(low) for scorer in self.scorers]  # type: ignore[operator]
+        numbers: list[list[list[int]]] = []  # (n, P, m) windows
+        gates: list[Tensor] = []  # (P, m) each
+        features: list[Tensor] = []  # (P, m, N, C) each
+        past: list[Tensor] = []  # as the scorers read them
+        taken: list[Tensor | None] = [None] * scales
+        sums = None
+        for step in range(options.rois):
+            if sums is None or past or options.scorers == "step":
+                guides, there = words, mask
+                if past:
+                    read = torch.cat(past[-1:] if options.history == "last" else past, 2)  # (P, m, M, C)
+                    guides = torch.cat([words.expand(-1, scales, -1, -1), read], 2)
+                    there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[2]), value=True)
+                sums = integral(self._scores(step, views, guides, there))  # (P, 1 or m, h + 1, w + 1)
+            picked = [
+                self.select(pooled(sums[:, s % sums.shape[1]], self.sides[s]), taken[s])
+                for s in range(scales)
+            ]
+            chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
+            gates.append(torch.stack([value for _, value in picked], 1))
+            numbers.append(_listed(chosen, step))
+            if options.distinct:
+                taken = [self._taken(s, chosen[:, s], taken[s]) for s in range(scales)]
+            looks = [(w.picture, self._look(w, plans[w.picture])) for w in self._windows(step, numbers[-1])]
+            read = source.look(looks, self.tower.side).to(low).unflatten(0, (pictures, scales))
+            features.append(read)
+            if options.history != "none" and step + 1 < options.rois:
+                past.append(self.past(self.projector(read)) if options.chain_reads == "projected" else read)
+        windows = [w for step, chosen in enumerate(numbers) for w in self._windows(step, chosen)]
+        return Chosen(
+            sorted(windows), torch.stack(features, 2).flatten(0, 2), torch.stack(gates, 2).flatten()
+        )
+
+    def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
+        """U in the tower's width (P, 1, T, C), and where there is a token (P, 1, T)."""
+        if query is None or not query.mask.shape[1]:
+            return low.new_zeros(len(low), 1, 1, low.shape[2]), low.new_zeros(
+                len(low), 1, 1, dtype=torch.bool
+            )
+        return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
+
+    def _scores(self, step: int, views: list[LowView], guides: Tensor, mask: Tensor) -> Tensor:
+        """Guides (P, g, M, C) with g one for all scales, or one for each -> maps (P, g or m, h, w)."""
+        if self.options.scorers == "scale":
+            g = guides.shape[1]
+            maps = [
+                scorer(view, guides[:, s % g], mask[:, s % g])
+                for s, (scorer, view) in enumerate(zip(self.scorers, views, strict=True))
+            ]
+            return torch.stack(maps, 1).unflatten(2, tuple(self.tower.grid))
+        number = step if self.options.scorers == "step" else 0
+        maps = self.scorers[number](views[number], guides.flatten(0, 1), mask.flatten(0, 1))
+        return maps.view(*guides.shape[:2], *self.tower.grid)
+
+    def select(self, values: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Averages of one scale's windows (P, rows, columns) -> number of the best and its gate, (P,) each.
+
+        `taken` (P, rows columns): windows that may not be chosen. Of equal ones, the first in row order is.
+        """
+        values = values.flatten(1)
+        if self.training and self.options.gradient == "gumbel":
+            uniform = torch.rand_like(values).clamp(min=1e-20)
+            values = values - self.options.temperature * (-uniform.log()).clamp(min=1e-20).log()
+        if taken is not None:
+            values = values.masked_fill(taken, -torch.inf)
+        chosen = values.argmax(1)
+        return chosen, gate(values, chosen, self.options)
+
+    def _taken(self, scale: int, chosen: Tensor, before: Tensor | None) -> Tensor:
+        """(P, windows) which ones of a scale were chosen."""
+        count = (self.tower.grid.height - self.sides[scale] + 1) * (
+            self.tower.grid.width - self.sides[scale] + 1
+        )
+        now = F.one_hot(chosen, count).bool()
+        return now if before is None else now | before
+
+    def _windows(self, step: int, numbers: list[list[int]]) -> list[Window]:
+        """Of one step, picture after picture and scale after scale."""
+        columns = [self.tower.grid.width - side + 1 for side in self.sides]
+        return [
+            Window(p, s, step, *divmod(number, columns[s]))
+            for p, row in enumerate(numbers)
+            for s, number in enumerate(row)
+        ]
+
+    def _look(self, window: Window, plan: ViewPlan) -> Look:
+        """Where a window lies on the low-resolution canvas."""
+        side, patch = self.sides[window.scale], self.tower.patch_size
+        left, top = window.column * patch, window.row * patch
+        box = Box(left, top, left + side * patch, top + side * patch)
+        return Look(plan.canvases[0], box, self.options.pixels == "upsampled")
+
+    # For the LLM.
+
+    def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> Regions:
+        """`counts`: visual tokens per picture; the low-resolution ones come first."""
+        options = self.options
+        first: dict[tuple[int, Look], int] = {}  # of the windows that are the same
+        for i, (window, look) in enumerate(zip(chosen.windows, looks, strict=True)):
+            first.setdefault((window.picture, look), i)
+        row_of = {key: row for row, key in enumerate(first)}
+        rows = [row_of[window.picture, look] for window, look in zip(chosen.windows, looks, strict=True)]
+        features = chosen.features[torch.tensor(list(first.values()), device=chosen.features.device)]
+        if options.injection_reads == "projected":
+            features = self.projector(features)
+        starts = [0, *accumulate(counts)]
+        per_picture = options.rois * len(self.sides)
+
+        def round_of(numbers: list[int]) -> Round:
+            return self._round(chosen, rows, numbers, starts)
+
+        turns = []
+        parts = len(self.layers) if options.assignment == "in_turn" else 1
+        for part in range(parts):
+            mine = [i for i in range(len(rows)) if i % per_picture % parts == part]
+            if options.overlap == "add":
+                turns.append([round_of(mine)] if mine else [])
+            else:
+                order = [[i for i in mine if i % per_picture == place] for place in range(per_picture)]
+                turns.append([round_of(numbers) for numbers in order if numbers])
+        return Regions(features, turns)
+
+    def _round(self, chosen: Chosen, rows: list[int], numbers: list[int], starts: list[int]) -> Round:
+        """Of the windows with these numbers; `rows` of all windows' features, `starts` of pictures' tokens.
+
+        Windows of a picture that are the same stand once, with the sum of their gates.
+        """
+        gates, device = chosen.gates, chosen.features.device
+        cells: dict[int, dict[int, np.ndarray]] = {}  # window size -> row -> tokens
+        owners: dict[int, list[int]] = {}  # row -> windows
+        for i in numbers:
+            window = chosen.windows[i]
+            side = self.sides[window.scale]
+            tokens = starts[window.picture] + self._cells(window.row, window.column, side)
+            cells.setdefault(len(tokens), {})[rows[i]] = tokens
+            owners.setdefault(rows[i], []).append(i)
+        used = np.unique(np.concatenate([np.concatenate(list(group.values())) for group in cells.values()]))
+        groups = []
+        for group in cells.values():
+            members = [(slot, i) for slot, row in enumerate(group) for i in owners[row]]
+            slots, windows = (
+                torch.tensor(column, device=gates.device) for column in zip(*members, strict=True)
+            )
+            places = np.searchsorted(used, np.stack(list(group.values())))
+            groups.append(
+                Group(
+                    rows=torch.tensor(list(group), device=device),
+                    places=torch.from_numpy(places).to(device),
+                    gates=gates.new_zeros(len(group)).index_add(0, slots, gates[windows]),
+                )
+            )
+        return Round(torch.from_numpy(used).to(device), groups)
+
+    def _cells(self, row: int, column: int, side: int) -> np.ndarray:
+        """Numbers of the low-resolution tokens that read a window."""
+        grid = np.arange(self.tower.tokens).reshape(self.tower.grid)
+        if self.options.queries == "window":
+            grid = grid[row : row + side, column : column + side]
+        return grid.flatten()
+
+    def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
+        """One per scale, for the drawing."""
+        steps, per_picture = self.options.rois, len(regions)
+        chains = []
+        for s, scale in enumerate(self.options.scales):
+            mine = looks[picture * per_picture :][s * steps : (s + 1) * steps]
+
+            def pixels(mine: list[Look] = mine) -> Tensor:
+                return torch.stack([source.view(picture, look, self.tower.side) for look in mine])
+
+            chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], pixels))
+        return chains
+
+
+def _listed(chosen: Tensor, step: int) -> list[list[int]]:
+    """(P, m) as lists. Without values, for pricing: a new window in each step, the most that it can cost."""
+    return [[step] * chosen.shape[1]] * len(chosen) if chosen.is_meta else chosen.tolist()
+
+
+class Coroi(Method):
+    title = "CoRoI"
+    idea = (
+        "a chain of windows, each chosen by the question and the one before, injected into the LLM's layers"
+    )
+    paper = "arXiv 2505.06840"
+    Options = CoroiOptions
+    options: CoroiOptions
+    uses_query = True
+
+    def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(tower, options)
+        side = tower.grid.height
+        for scale in self.options.scales:
+            if scale > side:
+                raise FoveateError(f"scales: {scale} is more than the tower's {side} rows of tokens")
+            windows = (side - side // scale + 1) ** 2
+            if self.options.distinct and self.options.rois > windows:
+                raise FoveateError(
+                    f"rois {self.options.rois} with distinct: scale {scale} has {windows} windows"
+                )
+
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        """The paper's scales as far as the picture's pixels go, and that at which all of them are seen."""
+        largest = max(ratio, 2)
+        return {"scales": [*(scale for scale in (2, 3, 4) if scale < largest), largest]}
+
+    @property
+    def query_text(self) -> QueryText:
+        return self.options.text
+
+    @property
+    def reads_source(self) -> bool:
+        return self.options.rois > 0
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        picture, side, two = Size(height, width), self.tower.side, self.options.variant == "v2"
+        canvases = [self._fitted(picture, side.height)]
+        views = [View(0, whole(side), "global")]
+        if two:
+            canvases.append(self._fitted(picture, 2 * side.height))
+            views += tiled(1, Size(2, 2), side)
+        tokens = len(views) * self.tower.tokens
+        if not self._within_budget(tokens):
+            raise self._refuse_budget(tokens)
+        return ViewPlan(picture, tuple(canvases), tuple(views), tokens, Size(2, 2) if two else NO_TILES)
+
+    def _fitted(self, picture: Size, side: int) -> Canvas:
+        pad = self.options.fit == "pad"
+        return padded_square(picture, side) if pad else squashed(picture, Size(side, side))
+
+    def build_connector(self, widths: Widths) -> CoroiConnector:
+        return CoroiConnector(widths, self.tower, self.options)
