@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import ConvNextModel
 from typer.testing import CliRunner
 
 from foveate.errors import FoveateError
@@ -21,6 +22,7 @@ from foveate.lab.cli import app
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
 from foveate.lab.data import view_key
 from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
+from foveate.lab.packing import IGNORED
 from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import markdown
 from foveate.lab.run import run
@@ -197,6 +199,55 @@ def test_pooled_tokens_are_means_of_the_tiles_under_them() -> None:
     tokens = connector(torch.stack(views), [plan], None).tokens
     grid = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).reshape(36, 2)
     assert torch.equal(tokens, 3.0 * grid + 1)
+
+
+@pytest.mark.parametrize(("method", "inside"), [("convnet", "model.encoder"), ("llava_hr", "convnext")])
+def test_a_convnet_starts_from_the_prepared_one(method: str, inside: str, bench: Bench) -> None:
+    assert bench.parts.convnet is not None
+    prepared = ConvNextModel.from_pretrained(bench.parts.convnet, dtype=torch.float32).encoder.stages
+    with controls():
+        student = Student(cell(method), bench)
+    given = student.model.vision_tower.get_submodule(f"{inside}.stages").state_dict()
+    assert given.keys() == prepared.state_dict().keys()
+    assert all(torch.equal(given[key], tensor) for key, tensor in prepared.state_dict().items())
+    assert student.builds_tower == (method == "llava_hr")
+
+
+def test_without_a_prepared_convnet_the_control_says_so(bench: Bench) -> None:
+    bare = replace(bench, parts=replace(bench.parts, convnet=None))
+    with controls(), pytest.raises(FoveateError, match="foveate lab prepare"):
+        Student(cell("convnet"), bare)
+
+
+def test_queries_and_keys_of_the_resampler_meet_at_their_places() -> None:
+    """Before anything is learnt, a query looks most at the patches that lie under it."""
+    with controls():
+        resampler = method_class("resampler")(TowerGeometry(48, 8))
+    connector = resampler.build_connector(Widths(96, 96))
+    own, tiles = connector.places[0], connector.places[1:].flatten(0, 1)  # (36, D), (9 * 36, D)
+    nearest = (own @ tiles.T).argmax(1)  # each query covers 3 x 3 patches
+    tile, patch = nearest // 36, nearest % 36
+    rows, columns = 6 * (tile // 3) + patch // 6, 6 * (tile % 3) + patch % 6
+    assert torch.equal(rows // 3, torch.arange(6).repeat_interleave(6))
+    assert torch.equal(columns // 3, torch.arange(6).repeat(6))
+
+
+def test_questions_about_one_region_share_a_row(bench: Bench) -> None:
+    with controls():
+        student = Student(cell("oracle"), bench)
+    student.ready()
+    rows = student.rows(bench.train, [0, 1])
+    asked = [*bench.train.questions[0], *bench.train.questions[1]]
+    assert sorted(q.text for row in rows for q in row.asked) == sorted(q.text for q in asked)
+    assert all(q.region == row.region for row in rows for q in row.asked)
+    assert len({(row.picture, row.region) for row in rows}) == len(rows) < len(asked)
+    student.model.eval()
+    apart = [row._replace(asked=[question]) for row in rows for question in row.asked]
+    losses = []
+    for some in (rows, apart):
+        _, logits, packed = student.forward(bench.train, some)
+        losses.append(logits.detach()[:, :-1][packed.labels[:, 1:] != IGNORED])
+    assert gap(*losses) < 1e-4
 
 
 def test_region_boxes_survive_the_disk(bench: Bench) -> None:
