@@ -36,7 +36,7 @@ docs: install
 # Trains the embedded model again, from nothing: some hours on one core.
 embedded: export OMP_NUM_THREADS ?= 1
 embedded: install
-	$(BIN)/foveate lab prepare --scale small
+	$(BIN)/foveate lab prepare --scale small --parts tower,reader
 	$(BIN)/foveate lab run --methods anyres --level signs --scale small
 	$(BIN)/foveate lab export build/embedded --method anyres --level signs --scale small \
 		--option grids='[[3, 3], [2, 4], [4, 2]]'

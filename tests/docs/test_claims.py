@@ -141,7 +141,9 @@ def resolve(name: str) -> Any:
 def test_commands_and_options_in_prose_exist(page: str) -> None:
     group = typer.main.get_command(app)
     known = {name: command for name, command in group.commands.items()}
-    flags = {flag for command in known.values() for p in command.params for flag in (*p.opts, "--help")}
+    inner = [command for name in known for command in getattr(known[name], "commands", {}).values()]
+    commands = [*known.values(), *inner]
+    flags = {flag for command in commands for p in command.params for flag in (*p.opts, "--help")}
     for code in CODE.findall(prose(page)):
         words = code.split()
         if words[0] == "foveate" and len(words) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,12 @@ def test_rows_of_an_experiment_differ() -> None:
         assert len({variant.label or variant.method for variant in variants}) == len(variants)
         keys = {Cell(v.method, 0, "easy", "tiny", 1, v.options, v.stages).key for v in variants}
         assert len(keys) == len(variants)
+
+
+def test_the_experiment_in_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "shown.yaml").write_text(block, encoding="utf-8")
+        assert len(read_experiment(tmp_path / "shown.yaml").variants) > 1
