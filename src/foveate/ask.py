@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,10 +21,11 @@ from foveate.cost import Pricer
 from foveate.errors import FoveateError
 from foveate.explain import cut_view, draw
 from foveate.geometry import Box, ViewPlan
-from foveate.methods.base import Insight, Reply, Turn
+from foveate.methods.base import Chain, Insight, Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.pictures import Picture, drawing_path, read_picture
 from foveate.processing import FoveateProcessor
+from foveate.source import Look, Source
 from foveate.turns import Context, Prompt, can_go_on
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def choose_dtype(device: str) -> torch.dtype:
 
 
 EMBEDDED = Path(__file__).parent / "embedded"
+REMEMBERED_LOOKS = 48  # parts of a picture whose features are kept for further questions
 
 
 def load(
@@ -145,6 +148,7 @@ class Answer:
         plan: the views that the picture was cut into.
         heat: for methods that keep what matters to the question, parts of the picture in original pixels
             with a weight from 0 (dropped) to 1; else empty.
+        chains: for methods that look at parts of the picture one after the other, these parts.
         crops: pictures that a method with several turns showed the model after the first one.
         notes: sentences about how the method came to the answer, for example why it found no region.
     """
@@ -156,6 +160,7 @@ class Answer:
     picture: Image.Image = field(repr=False)
     plan: ViewPlan = field(repr=False)
     heat: list[tuple[Box, float]] = field(repr=False)
+    chains: list[Chain] = field(repr=False)
     crops: list[Image.Image] = field(repr=False)
     notes: list[str]
     _draw: Callable[[Answer], Image.Image] = field(repr=False)
@@ -188,6 +193,7 @@ class Seen:
 
     regions: list[Box] | None
     heat: Tensor | None
+    chains: list[Chain]
 
 
 @dataclass
@@ -238,6 +244,7 @@ class Foveate:
         self.keep_context = keep_context
         self.remembered_pictures = remembered_pictures
         self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._looks: dict[str, dict[Look, Tensor]] = {}  # per picture what a connector looked at
 
     def ask(self, picture: Picture, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
         """Asks one question about a picture; further questions about the same picture reuse its features.
@@ -338,6 +345,7 @@ class Foveate:
                 Seen(
                     None if encoded.regions is None else encoded.regions[i],
                     None if encoded.heat is None else encoded.heat[i],
+                    [] if encoded.chains is None else encoded.chains[i],
                 )
             )
             kept = picture.plan.tokens if encoded.kept is None else int(encoded.kept[i].sum())
@@ -404,22 +412,48 @@ class Foveate:
             _share(ledgers, "encode", self._now() - start)
             for picture, count in zip(new.values(), counts, strict=True):
                 picture.talk.ledger.encoded_views += count
-                picture.talk.ledger.tflop += self.pricer.encode(picture.plan.picture) / 1e12
+                picture.talk.ledger.tflop += self.pricer.vision(picture.plan.picture).encode / 1e12
         for picture in shown:
             picture.talk.ledger.views += len(picture.plan.views)
+            picture.talk.ledger.tflop += self.pricer.vision(picture.plan.picture).inject / 1e12
         for key in keys:
             self._features[key] = found[key]
             self._features.move_to_end(key)
         while len(self._features) > self.remembered_pictures:
-            self._features.popitem(last=False)
+            forgotten, _ = self._features.popitem(last=False)
+            self._looks.pop(forgotten, None)
         start = self._now()
         queries = [picture.query for picture in shown if picture.query is not None]
         query_ids, query_mask = self._padded(queries) if queries else (None, None)
         sizes = torch.tensor([picture.plan.picture for picture in shown])
         features = torch.cat([found[key] for key in keys])
-        encoded = self.model.connect(features, sizes, query_ids, query_mask)
+        source = self._source(shown) if self.model.method.reads_source else None
+        encoded = self.model.connect(features, sizes, query_ids, query_mask, source)
         _share(ledgers, "encode", self._now() - start)
+        if source is not None:
+            self._note_looks(shown, source)
         return encoded
+
+    def _source(self, shown: Sequence[_Shown]) -> Source:
+        """The original pictures, with what was looked at for earlier questions."""
+        norms = torch.from_numpy(self.processor.image_processor.norms).to(self.model.device)
+        return Source(
+            [torch.from_numpy(np.array(p.picture)).to(self.model.device) for p in shown],
+            norms.expand(len(shown), -1, -1),
+            lambda views: self.model.encode_views(views.to(self.model.dtype)),
+            [self._looks.setdefault(p.fingerprint, {}) for p in shown],
+        )
+
+    def _note_looks(self, shown: Sequence[_Shown], source: Source) -> None:
+        """Adds to the ledgers what the connector looked at, and forgets what is too much to remember."""
+        for i, picture in enumerate(shown):
+            ledger = picture.talk.ledger
+            ledger.views += len(source.looked[i])
+            ledger.encoded_views += source.encoded[i]
+            look = self.pricer.vision(picture.plan.picture).look
+            ledger.tflop += source.encoded[i] * look / 1e12
+            for old in list(source.memory[i])[:-REMEMBERED_LOOKS]:
+                del source.memory[i][old]
 
     def _padded(self, queries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`query_ids` and `query_mask` (P, longest), padded on the left."""
@@ -475,6 +509,7 @@ class Chat:
             picture=self.picture,
             plan=plan,
             heat=heat,
+            chains=seen.chains,
             crops=crops,
             notes=end.notes,
             _draw=self._draw,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from foveate.config import FoveateConfig
 from foveate.geometry import Size, ViewPlan
 from foveate.modeling import FoveateForConditionalGeneration
+from foveate.source import Source
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Cost:
     """The price of one question about one picture.
 
     Attributes:
-        views: pictures that the vision tower encodes.
+        views: pictures that the vision tower encodes; where a connector looks again, the most that it may.
         visual_tokens: of them in the LLM's sequence.
         effective_height, effective_width: the finest resolution at which the whole picture is seen, pixels.
         encode_flops: vision tower and connector.
-        prefill_flops: LLM over the visual tokens and `text_tokens` of text.
+        prefill_flops: LLM over the visual tokens and `text_tokens` of text, with what is injected into it.
         decode_flops: LLM per generated token.
         kv_bytes: key and value cache after the prefill.
     """
@@ -69,6 +71,15 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
     )
 
 
+class Vision(NamedTuple):
+    """What a picture costs outside of the LLM's own layers."""
+
+    encode: int  # FLOPs of the tower, for the plan's views, and of the connector
+    looks: int  # views that the connector has made of the original picture, if none comes twice
+    look: int  # FLOPs of the tower for one of them
+    inject: int  # FLOPs of the injectors in the prefill
+
+
 class Pricer:
     """Counts FLOPs on a weightless copy of a model.
 
@@ -81,7 +92,7 @@ class Pricer:
         with torch.device("meta"):
             self.model = FoveateForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
-        self._encode = lru_cache(maxsize=256)(self._count_encode)
+        self._vision = lru_cache(maxsize=256)(self._count_vision)
         self._language = lru_cache(maxsize=256)(self._count_language)
 
     def plan(self, height: int, width: int) -> ViewPlan:
@@ -89,9 +100,18 @@ class Pricer:
 
     def price(self, picture: Size, text_tokens: int = 64) -> Cost:
         """The cost of a question of `text_tokens` tokens (template included) about a picture of this size."""
-        plan = self.plan(*picture)
+        plan, vision = self.plan(*picture), self.vision(picture)
         prefill, decode, kv = self._language(plan.tokens + text_tokens)
-        return Cost(len(plan.views), plan.tokens, *plan.effective, self._encode(picture), prefill, decode, kv)
+        return Cost(
+            views=len(plan.views) + vision.looks,
+            visual_tokens=plan.tokens,
+            effective_height=plan.effective.height,
+            effective_width=plan.effective.width,
+            encode_flops=vision.encode + vision.looks * vision.look,
+            prefill_flops=prefill + vision.inject,
+            decode_flops=decode,
+            kv_bytes=kv,
+        )
 
     def language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them.
@@ -100,16 +120,41 @@ class Pricer:
         """
         return self._language(tokens, kept)
 
-    def encode(self, picture: Size) -> int:
-        """FLOPs of the vision tower and connector for one picture."""
-        return self._encode(picture)
+    def vision(self, picture: Size) -> Vision:
+        """What tower, connector and injectors cost for one picture."""
+        return self._vision(picture)
 
-    def _count_encode(self, picture: Size) -> int:
-        views = [view.size for view in self.plan(*picture).views]
-        blank = torch.zeros(len(views), 3, *views[0], device="meta", dtype=self.dtype)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.model.get_image_features(blank, torch.tensor([picture]))
-        return counter.get_total_flops()
+    def _count_vision(self, picture: Size) -> Vision:
+        model, plan = self.model, self.plan(*picture)
+        blank = torch.zeros(len(plan.views), 3, *plan.views[0].size, device="meta", dtype=self.dtype)
+        looks: list[Tensor] = []
+
+        def look(views: Tensor) -> Tensor:
+            looks.extend(views)
+            return features.new_empty(len(views), *features.shape[1:])
+
+        source = None
+        if model.method.reads_source:
+            pixels = torch.zeros(*picture, 3, device="meta", dtype=torch.uint8)
+            source = Source([pixels], torch.ones(1, 2, 3, device="meta"), look)
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as encode:
+                features = model.encode_views(blank)
+                encoded = model.connect(features, torch.tensor([picture]), source=source)
+            with FlopCounterMode(display=False) as again:
+                for view in looks[:1]:
+                    model.encode_views(view[None].to(self.dtype))
+            width = model.config.text_config.hidden_size
+            hidden = torch.zeros(1, plan.tokens, width, device="meta", dtype=self.dtype)
+            with FlopCounterMode(display=False) as inject:
+                for injector in model.connector.injectors().values():
+                    injector(hidden, encoded.injection, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        return Vision(
+            encode=encode.get_total_flops(),
+            looks=len(looks),
+            look=again.get_total_flops(),
+            inject=inject.get_total_flops(),
+        )
 
     def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         width = self.model.config.text_config.hidden_size

@@ -36,6 +36,10 @@ class Source:
         encode: views (V, 3, h, w), normalised -> (V, N, C).
         memory: per picture the features (N, C) of what was looked at before; filled, and never emptied.
             Pictures that are the same may share one.
+
+    Attributes:
+        looked: per picture, all parts that were asked for.
+        encoded: per picture, how many of them were in no memory.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Source:
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
+        self.looked: list[set[Look]] = [set() for _ in self.pictures]
+        self.encoded = [0] * len(self.pictures)
         if not len(self.pictures) == len(self.norms) == len(self.memory):
             raise FoveateError(
                 f"{len(self.pictures)} original pictures with {len(self.norms)} norms and {len(self.memory)} "
@@ -73,12 +79,14 @@ class Source:
         """
         new: dict[tuple[int, Look], int] = {}  # pictures that share a memory are one
         for picture, look in wanted:
+            self.looked[picture].add(look)
             if look not in self.memory[picture]:
                 new.setdefault((id(self.memory[picture]), look), picture)
         if new:
             views = torch.stack([self.view(picture, look, side) for (_, look), picture in new.items()])
             for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
                 self.memory[picture][look] = features
+                self.encoded[picture] += 1
         return torch.stack([self.memory[picture][look] for picture, look in wanted])
 
     def view(self, picture: int, look: Look, side: Size) -> Tensor:
