@@ -35,6 +35,7 @@ from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.modeling import EncodedPictures
+from foveate.source import Look, Source
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
 OWN_TOWER_LR = 0.25  # of the connector's: towers that a method builds itself are trained with it
@@ -175,6 +176,7 @@ class Student:
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)
         self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
+        self.memories: dict[str, dict[int, dict[Look, Tensor]]] = {data: {} for data in self.features}
         size = bench.train.size
         self.plan = self.method.plan(*size)
 
@@ -242,7 +244,19 @@ class Student:
         asked = [torch.tensor(row[0].ids[: row[0].answer]) for row in samples]  # one question a row
         ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
         lengths = torch.tensor([[len(text)] for text in asked])
-        return self.model.connect(features, sizes, ids, (torch.arange(ids.shape[1]) < lengths).long())
+        mask = (torch.arange(ids.shape[1]) < lengths).long()
+        source = self._source(data, rows) if self.method.reads_source else None
+        return self.model.connect(features, sizes, ids, mask, source)
+
+    def _source(self, data: Examples, rows: Sequence[Row]) -> Source:
+        """The pictures themselves; what a frozen tower has seen of them once is kept."""
+        memory = self.memories[data.key]
+        return Source(
+            [torch.from_numpy(np.array(data.pictures[row.picture])) for row in rows],
+            torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(rows))),
+            torch.no_grad()(self.model.encode_views),
+            [memory.setdefault(row.picture, {}) for row in rows],
+        )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:
         """Features (B V, N, C): cached ones where there is no region, of the region's own views elsewhere."""
