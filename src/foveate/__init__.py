@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foveate.errors import FoveateError
     from foveate.modeling import FoveateForConditionalGeneration
     from foveate.processing import FoveateImageProcessor, FoveateProcessor
+    from foveate.zoom import Zoom
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "FoveateForConditionalGeneration": "foveate.modeling",
     "FoveateImageProcessor": "foveate.processing",
     "FoveateProcessor": "foveate.processing",
+    "Zoom": "foveate.zoom",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "FoveateForConditionalGeneration",
     "FoveateImageProcessor",
     "FoveateProcessor",
+    "Zoom",
     "compose",
     "load",
 ]

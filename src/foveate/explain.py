@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +16,7 @@ COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 8
 HEAT = (255, 120, 0)
 MARGIN, GAP, LINE = 24, 10, 22
 PICTURE_SIDE, VIEWS_WIDTH, PAGE_WIDTH = 620, 560, 1100
+CHAIN_SIDE, CHAIN_VIEWS, BESIDE_CHAINS = 330, 620, 220  # of a chain's picture, of its views, of others
 CAPTION_LINES = 6  # of each paragraph
 
 
@@ -25,8 +28,11 @@ def draw(
     caption: Sequence[tuple[str, bool]],
     heat: Sequence[tuple[Box, float]] = (),
     own_views: Sequence[tuple[str, Image.Image]] = (),
+    chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]] = (),
 ) -> Image.Image:
     """The picture with numbered regions, all views beside it (below it if it is wide), and a caption.
+
+    Where parts were looked at one after the other, the picture stands once for each such chain.
 
     Args:
         picture: the original.
@@ -37,11 +43,16 @@ def draw(
         heat: boxes in the original's pixels with a weight from 0 to 1: the warmer, the more it mattered;
             those of weight 0 were dropped.
         own_views: views that the tower made itself, with their roles; they stand behind the plan's.
+        chains: name, boxes in the original's pixels, and their views; instead of the regions.
     """
-    left = mark_regions(picture, regions, PICTURE_SIDE, heat)
+    left = chain_sheet(picture, chains) if chains else mark_regions(picture, regions, PICTURE_SIDE, heat)
     views = [(view.role, cut_view(canvases[view.canvas], view)) for view in plan.views]
     roles, pictures = zip(*views, *own_views, strict=True)
-    right = contact_sheet(pictures, roles, VIEWS_WIDTH)
+    return lay_out(left, contact_sheet(pictures, roles, BESIDE_CHAINS if chains else VIEWS_WIDTH), caption)
+
+
+def lay_out(left: Image.Image, right: Image.Image, caption: Sequence[tuple[str, bool]]) -> Image.Image:
+    """A page of two drawings beside each other (below each other if the left one is wide) and a caption."""
     lines = [
         (line, INK if bold else FAINT)
         for text, bold in caption
@@ -83,6 +94,52 @@ def mark_regions(
         draw.rectangle(edges, outline=colour, width=3)
         _label(draw, (left + 4 + 22 * _same_corner(regions, i, 16 / scale), top + 4), str(i + 1), colour)
     return marked
+
+
+def chain_sheet(
+    picture: Image.Image, chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]]
+) -> Image.Image:
+    """A row per chain: the picture with numbered boxes and arrows from each to the next, then the views."""
+    scale = CHAIN_SIDE / max(picture.size)
+    width, height = (max(1, round(n * scale)) for n in picture.size)
+    views = CHAIN_VIEWS // max(len(boxes) for _, boxes, _ in chains) - GAP
+    row = max(height, views) + LINE + GAP
+    sheet = Image.new("RGB", (width + GAP + CHAIN_VIEWS, row * len(chains)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, (name, boxes, seen) in enumerate(chains):
+        marked = mark_regions(picture, boxes, CHAIN_SIDE)
+        centres = [
+            (float(box.left + box.right) / 2 * scale, float(box.top + box.bottom) / 2 * scale)
+            for box in boxes
+        ]
+        for i, (start, end) in enumerate(pairwise(centres)):
+            _arrow(ImageDraw.Draw(marked), start, end, COLOURS[(i + 1) % len(COLOURS)])
+        sheet.paste(marked, (0, r * row))
+        draw.text((0, r * row + height + 2), name, FAINT, font=_font(14))
+        for i, view in enumerate(seen):
+            x, y = width + GAP + i * (views + GAP), r * row
+            sheet.paste(view.resize((views, views), Image.Resampling.BICUBIC), (x, y))
+            draw.rectangle((x, y, x + views - 1, y + views - 1), outline=COLOURS[i % len(COLOURS)], width=3)
+            _label(draw, (x + 6, y + 5), str(i + 1), COLOURS[i % len(COLOURS)])
+    return sheet
+
+
+def _arrow(
+    draw: ImageDraw.ImageDraw,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    colour: tuple[int, int, int],
+) -> None:
+    """A line with a head; nothing where both ends are the same."""
+    (x, y), length = end, math.dist(start, end)
+    if length < 1:
+        return
+    dx, dy = (x - start[0]) / length, (y - start[1]) / length
+    draw.line((*start, *end), fill=colour, width=3)
+    back = (x - 12 * dx, y - 12 * dy)
+    draw.polygon(
+        [end, (back[0] - 6 * dy, back[1] + 6 * dx), (back[0] + 6 * dy, back[1] - 6 * dx)], fill=colour
+    )
 
 
 def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Image:

@@ -1,0 +1,339 @@
+"""Zooming with any VLM: where is the region of interest, its crop in original pixels, the answer to both.
+
+Chain-of-Spot's procedure (arXiv 2403.12966, section 3.3) around a model that was never trained for it. Who
+says where to look is a proposer: the model itself in words (`Answered`), the relevance of its image tokens
+(`Relevant`), whoever asks (`Given`), or any function of the same signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from foveate.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
+from foveate.errors import FoveateError
+from foveate.explain import PICTURE_SIDE, VIEWS_WIDTH, contact_sheet, lay_out, mark_regions
+from foveate.geometry import Box, Size
+from foveate.pictures import Picture, drawing_path, read_picture
+from foveate.relevance import Highlighter, RegionRule
+from foveate.vlm import VLM, Said, message
+
+WHERE = (
+    'To answer the question: "{question}", where is the region of interest in the image? Answer with {box}.'
+)
+REGION, QUESTION = "The region of interest in the image is", "Answer the question: {question}"
+UNITS = {
+    "unit": "each from 0 to 1",
+    "thousand": "each from 0 to 1000",
+    "pixels": "in pixels",
+}
+LONGEST = 50  # times the shorter side; processors refuse pictures that are much longer
+REGION_TOKENS = 64  # bound on the model's answer to where the region is
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What zooming may cost.
+
+    Attributes:
+        turns: how often to look closer; each further crop lies within the last one.
+        min_pixels: crops with fewer pixels are enlarged to about so many, for models that show a small
+            picture by few tokens.
+        max_pixels: crops with more are reduced.
+        min_side: a region has at least so many original pixels a side, unless the picture has not.
+    """
+
+    turns: int = 1
+    min_pixels: int = 336 * 336
+    max_pixels: int = 1344 * 1344
+    min_side: int = 16
+
+    def __post_init__(self) -> None:
+        if self.turns < 1 or self.min_side < 1:
+            raise FoveateError(f"a budget needs turns and min_side of at least 1, not {self}")
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise FoveateError(f"a budget needs 1 <= min_pixels <= max_pixels, not {self}")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Where to look in a picture, or why nowhere.
+
+    Attributes:
+        box: in the pixels of the picture that was looked at; None for nowhere.
+        problem: why there is no box.
+        said: what the model said, where it was asked.
+        heat: parts of the picture with their relevance, 0 to 1, where that was measured.
+    """
+
+    box: Box | None
+    problem: str | None = None
+    said: str | None = None
+    heat: list[tuple[Box, float]] = field(default_factory=list, repr=False)
+
+
+Proposer = Callable[[VLM, Image.Image, str], Proposal]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The model is asked where to look.
+
+    Attributes:
+        form: name of one of `foveate.boxes.BOX_FORMATS`; by default the model's own where it has one, else
+            `unit_xyxy`.
+        frame: whether coordinates span the picture, or the square that it is padded to.
+        extend: by which part of itself each side of the box grows.
+        prompt: with {question} and {box}, which becomes the form of the answer.
+    """
+
+    form: str | None = None
+    frame: Literal["picture", "padded"] = "picture"
+    extend: float = 0.1
+    prompt: str = WHERE
+
+    def __post_init__(self) -> None:
+        if self.form is not None:
+            box_format(self.form)
+        if self.frame not in ("picture", "padded"):
+            raise FoveateError(f"frame must be picture or padded, not {self.frame!r}")
+        if self.extend < 0:
+            raise FoveateError(f"extend must not be negative, it is {self.extend}")
+        if "{question}" not in self.prompt:
+            raise FoveateError("the prompt for the region must contain {question}")
+
+    def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
+        form = box_format(self.form or _own_form(vlm))
+        size = Size(picture.height, picture.width)
+        words = self.prompt.replace("{box}", _described(form)).replace("{question}", question)
+        conversation = message(picture, words)
+        frame = Frame.padded(size) if self.frame == "padded" else Frame.whole(size)
+        if form.scale == "pixels":
+            frame = Frame(size, frame.area, vlm.shown(vlm.inputs([conversation]), size))
+        (said,) = vlm.answer([conversation], max_new_tokens=REGION_TOKENS)
+        reading = read_box(said.text, form, frame)
+        if reading.box is None:
+            return Proposal(None, reading.problem, said.text)
+        return Proposal(fitted(reading.box, size, extend=self.extend), said=said.text)
+
+
+def _own_form(vlm: VLM) -> str:
+    model_type = vlm.model.config.model_type
+    return model_type if model_type in BOX_FORMATS else "unit_xyxy"
+
+
+def _described(form: BoxFormat) -> str:
+    names = ("left", "top", "right", "bottom")
+    ordered = names if form.order == "xyxy" else (names[0], names[2], names[1], names[3])
+    return f"{form.template.format(*ordered)}, {UNITS[form.scale]}"
+
+
+@dataclass(frozen=True)
+class Relevant:
+    """Where the image tokens lie that the answer rests on."""
+
+    rule: RegionRule = RegionRule()  # noqa: RUF009  it is frozen
+
+    def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
+        (found,) = Highlighter(vlm, self.rule)([picture], [question])
+        return Proposal(found.box, heat=found.heat)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The region is known: left, top, right, bottom in original pixels of the upright picture."""
+
+    box: tuple[float, float, float, float] | Box
+
+    def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
+        reading = checked_box([float(n) for n in self.box], Size(picture.height, picture.width))
+        return Proposal(reading.box, reading.problem)
+
+
+PROPOSERS: dict[str, Callable[[], Proposer]] = {"answer": Answered, "relevance": Relevant}
+
+
+@dataclass
+class ZoomAnswer:
+    """What a model said without and with a closer look.
+
+    Attributes:
+        text: its answer: the one with the closest look.
+        confidence: mean probability of that answer's tokens.
+        regions: where it looked closer, in original pixels of the upright picture; each lies in the one
+            before.
+        first: the answer to the whole picture.
+        zoomed: the answer with the crop; None where there was none.
+        proposals: one per turn, in the pixels of the region before; the last may say why there was no more.
+        crops: of the regions, as the model was shown them.
+        question: what was asked.
+        picture: what it was asked about.
+    """
+
+    first: Said
+    zoomed: Said | None
+    regions: list[Box]
+    proposals: list[Proposal] = field(repr=False)
+    crops: list[Image.Image] = field(repr=False)
+    question: str
+    picture: Image.Image = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return (self.zoomed or self.first).text
+
+    @property
+    def confidence(self) -> float:
+        return (self.zoomed or self.first).confidence
+
+    def show(self, out: str | Path | None = None) -> Image.Image:
+        """The picture with its regions and the crops beside it; also written to the file `out` if given."""
+        path = None if out is None else drawing_path(out)
+        heat = self.proposals[0].heat if self.proposals else []
+        left = mark_regions(self.picture, self.regions, PICTURE_SIDE, heat)
+        shown = self.crops or [self.picture]
+        roles = ["crop"] * len(self.crops) or ["whole"]
+        caption = [(f"Q  {self.question}", False)]
+        for how, said in (("whole picture", self.first), ("with the crop", self.zoomed)):
+            if said is not None:
+                last = said is (self.zoomed or self.first)
+                caption.append((f"A  {said.text or '(no text)'}   ({how}, {said.confidence:.2f})", last))
+        problems = [proposal.problem for proposal in self.proposals if proposal.problem]
+        caption += [(f"no closer look: {problem}", False) for problem in problems]
+        drawing = lay_out(left, contact_sheet(shown, roles, VIEWS_WIDTH), caption)
+        if path is not None:
+            try:
+                drawing.save(path)
+            except OSError as error:
+                raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+        return drawing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "confidence": self.confidence,
+            "regions": [list(box.rounded()) for box in self.regions],
+            "first": self.first._asdict(),
+            "zoomed": self.zoomed and self.zoomed._asdict(),
+            "problems": [proposal.problem for proposal in self.proposals if proposal.problem],
+        }
+
+
+class Zoom:
+    """Asks a VLM twice: about the whole picture, and about the picture and a crop of its region of interest.
+
+    Args:
+        model: any that `AutoModelForImageTextToText` loads, on its device; Foveate's own are no exception.
+        processor: the model's, with a chat template.
+        region: `answer` (the model says where to look), `relevance` (of its image tokens), or a function of
+            (VLM, picture, question) that returns a `Proposal`.
+        budget: how often and how large.
+
+    Raises:
+        FoveateError: an unknown proposer, a processor without chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        region: str | Proposer = "answer",
+        budget: Budget = Budget(),
+    ) -> None:
+        if isinstance(region, str):
+            if region not in PROPOSERS:
+                raise FoveateError(f"unknown region proposer {region!r}: choose {' or '.join(PROPOSERS)}")
+            region = PROPOSERS[region]()
+        self.vlm, self.region, self.budget = VLM(model, processor), region, budget
+
+    def ask(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+        no_zoom: bool = False,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> ZoomAnswer:
+        """Asks one question about a picture.
+
+        Args:
+            picture: path, URL, bytes, array or PIL image.
+            question: not empty.
+            box: look here (left, top, right, bottom in original pixels) instead of asking the proposer.
+            no_zoom: only the whole picture.
+            max_new_tokens: bound on each answer.
+            **generation: further arguments of transformers' `generate`; greedy decoding without any.
+
+        Raises:
+            FoveateError: a picture that cannot be read, an empty question, a box outside the picture.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise FoveateError("the question is empty: give a text")
+        token = self.vlm.processor.image_token
+        if token in question:
+            raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
+        whole = read_picture(picture)
+        if box is not None:
+            problem = Given(box)(self.vlm, whole, question).problem
+            if problem:
+                size = f"{whole.width} x {whole.height} pixels"
+                raise FoveateError(f"box {list(box)} in a picture of {size}: {problem}")
+        generation = {"max_new_tokens": max_new_tokens, **generation}
+        (first,) = self.vlm.answer([message(whole, question)], **generation)
+        answer = ZoomAnswer(first, None, [], [], [], question, whole)
+        turns = 0 if no_zoom else 1 if box is not None else self.budget.turns
+        propose = self.region if box is None else Given(box)
+        for _ in range(turns):
+            if not self._look_closer(answer, propose):
+                break
+        if answer.crops:
+            parts: list[Image.Image | str] = [
+                whole,
+                REGION,
+                answer.crops[-1],
+                QUESTION.replace("{question}", question),
+            ]
+            (answer.zoomed,) = self.vlm.answer([message(*parts)], **generation)
+        return answer
+
+    def _look_closer(self, answer: ZoomAnswer, propose: Proposer) -> bool:
+        """Adds one region and its crop, if the proposer knows one that is smaller than the last."""
+        seen = answer.crops[-1] if answer.crops else answer.picture
+        area = answer.regions[-1] if answer.regions else Box(0, 0, *answer.picture.size)
+        proposal = propose(self.vlm, seen, answer.question)
+        answer.proposals.append(proposal)
+        if proposal.box is None:
+            return False
+        x, y = area.width / seen.width, area.height / seen.height
+        left, top, right, bottom = (float(n) for n in proposal.box)
+        found = Box(area.left + left * x, area.top + top * y, area.left + right * x, area.top + bottom * y)
+        picture = Size(answer.picture.height, answer.picture.width)
+        least = max(self.budget.min_side, round(max(found.width, found.height) / LONGEST))
+        region = fitted(found.clipped(picture), picture, minimum=least)
+        if region.width * region.height >= area.width * area.height:
+            problem = "the region is not smaller than what was seen before"
+            answer.proposals[-1] = Proposal(None, problem, proposal.said, proposal.heat)
+            return False
+        answer.regions.append(region)
+        answer.crops.append(self._crop(answer.picture, region))
+        return True
+
+    def _crop(self, picture: Image.Image, region: Box) -> Image.Image:
+        crop = picture.crop(region.rounded())
+        pixels = crop.width * crop.height
+        wanted = min(max(pixels, self.budget.min_pixels), self.budget.max_pixels)
+        if wanted == pixels:
+            return crop
+        scale = math.sqrt(wanted / pixels)
+        size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
+        return crop.resize(size, Image.Resampling.BICUBIC)
