@@ -420,8 +420,7 @@ class Foveate:
             self._features[key] = found[key]
             self._features.move_to_end(key)
         while len(self._features) > self.remembered_pictures:
-            forgotten, _ = self._features.popitem(last=False)
-            self._looks.pop(forgotten, None)
+            self._features.popitem(last=False)
         start = self._now()
         queries = [picture.query for picture in shown if picture.query is not None]
         query_ids, query_mask = self._padded(queries) if queries else (None, None)
@@ -454,6 +453,7 @@ class Foveate:
             ledger.tflop += source.encoded[i] * look / 1e12
             for old in list(source.memory[i])[:-REMEMBERED_LOOKS]:
                 del source.memory[i][old]
+        self._looks = {key: looks for key, looks in self._looks.items() if key in self._features}
 
     def _padded(self, queries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`query_ids` and `query_mask` (P, longest), padded on the left."""
@@ -554,7 +554,11 @@ class Chat:
             of_crop = self.foveate.plan(crop)
             painted = [processor.paint(crop, canvas) for canvas in of_crop.canvases]
             own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
-        return draw(answer.picture, regions, plan, canvases, caption, heat, own_views)
+        chains = [
+            (chain.name, chain.boxes, [processor.shown(view) for view in chain.pixels()])
+            for chain in answer.chains
+        ]
+        return draw(answer.picture, regions, plan, canvases, caption, heat, own_views, chains)
 
     def _insight(self, answer: Answer) -> Insight:
         model, processor = self.foveate.model, self.foveate.processor.image_processor
