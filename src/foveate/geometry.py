@@ -52,6 +52,15 @@ class Box(NamedTuple):
             min(max(self.bottom, 0), size.height),
         )
 
+    def contains(self, other: Box) -> bool:
+        """Whether all of `other` lies in it."""
+        return (
+            self.left <= other.left
+            and self.top <= other.top
+            and self.right >= other.right
+            and self.bottom >= other.bottom
+        )
+
     def rounded(self) -> tuple[int, int, int, int]:
         """Nearest whole pixels, for drawing and for JSON."""
         return round(self.left), round(self.top), round(self.right), round(self.bottom)

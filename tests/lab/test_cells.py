@@ -245,8 +245,8 @@ def test_questions_about_one_region_share_a_row(bench: Bench) -> None:
     apart = [row._replace(asked=[question]) for row in rows for question in row.asked]
     losses = []
     for some in (rows, apart):
-        _, logits, packed = student.forward(bench.train, some)
-        losses.append(logits.detach()[:, :-1][packed.labels[:, 1:] != IGNORED])
+        seen = student.forward(bench.train, some)
+        losses.append(seen.logits.detach()[:, :-1][seen.packed.labels[:, 1:] != IGNORED])
     assert gap(*losses) < 1e-4
 
 
@@ -289,6 +289,16 @@ variants:
       - {part: 0.25, trains: [connector.global_projector]}
       - {part: 0.5, trains: [connector, language_model]}
 """
+
+
+def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
+    """A window of half the side holds some objects, and others not."""
+    everything = {"scales": [2], "rois": 1, "layers": [0]}
+    variants = (Variant("llava"), Variant("coroi", options=everything))
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    blind, chain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert blind["found"] is None and 0 < chain["found"] < 1
+    assert "region found" in path.read_text(encoding="utf-8")
 
 
 def test_an_experiment_is_a_file(prepared: Path, tmp_path: Path) -> None:

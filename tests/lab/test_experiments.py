@@ -33,7 +33,6 @@ def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Ben
             learner.model.train()
             learner.optimiser(stage)
             loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], stage.captions))
-            assert loss is not None
             loss.backward()
             for name in stage.trains:
                 grads = [p.grad for p in learner.model.get_submodule(name).parameters()]

@@ -149,6 +149,15 @@ class Row(NamedTuple):
     asked: list[Question]
 
 
+class Pass(NamedTuple):
+    """Loss; logits (B, T, vocabulary); what was packed; per row where a method chose to look, if it did."""
+
+    loss: Tensor
+    logits: Tensor
+    packed: Packed
+    regions: list[list[Box]] | None
+
+
 class Student:
     """A method's model and what feeds it."""
 
@@ -214,8 +223,8 @@ class Student:
                 rows.append(Row(i, None, asked))
         return rows
 
-    def forward(self, data: Examples, rows: Sequence[Row]) -> tuple[Tensor | None, Tensor, Packed]:
-        """Loss, logits (B, T, vocabulary) and what was packed."""
+    def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
+        """All questions of these rows at once."""
         samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
         encoded = self._connect(data, rows, samples)
         placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
@@ -229,7 +238,7 @@ class Student:
         output = self.model(
             **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
         )
-        return output.loss, output.logits, packed
+        return Pass(output.loss, output.logits, packed, encoded.regions)
 
     def _connect(
         self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]
@@ -372,7 +381,7 @@ def train_cell(
     caching = time.process_time() - start
     training, losses = _train(student, place / "checkpoint.pt", report)
     start = time.process_time()
-    accuracy = measure(student, bench.test)
+    accuracy, found = measure(student, bench.test)
     measuring = time.process_time() - start
     price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
     asked = bench.test.asked
@@ -381,6 +390,7 @@ def train_cell(
         "command": command or cell.command,
         "title": student.method.title,
         "accuracy": accuracy,
+        "found": found,
         "questions": {kind: sum(q.kind == kind for q in asked) for kind in accuracy if kind not in GROUPS},
         "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
         "cost": price.to_dict(),
@@ -425,8 +435,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             rates.load_state_dict(saved["rates"])
         for step in range(max(first, begin) + 1, end + 1):
             rows = learner.rows(bench.train, next(order), captions=stage.captions)
-            loss, *_ = learner.forward(bench.train, rows)
-            assert loss is not None
+            loss = learner.forward(bench.train, rows).loss
             optimise.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
@@ -470,20 +479,28 @@ GROUPS = ("fine", "coarse")
 
 
 @torch.inference_mode()
-def measure(student: Student, data: Examples, batch: int = 50) -> dict[str, float]:
-    """Exact match of greedy answers, per kind of question, and over all fine and all coarse ones."""
+def measure(student: Student, data: Examples, batch: int = 50) -> tuple[dict[str, float], float | None]:
+    """Exact match of greedy answers, per kind of question, and over all fine and all coarse ones.
+
+    And how often, of questions that are about a region, one of the regions that the method chose contains
+    it; None where it chooses none.
+    """
     student.model.eval()
     hits: dict[str, list[bool]] = {}
+    found: list[bool] = []
     for start in range(0, len(data.pictures), batch):
         indices = range(start, min(start + batch, len(data.pictures)))
         rows = student.rows(data, indices)
-        _, logits, packed = student.forward(data, rows)
-        right = [hit for row in all_right(logits, packed) for hit in row]
+        seen = student.forward(data, rows)
+        right = [hit for row in all_right(seen.logits, seen.packed) for hit in row]
         asked = [question for row in rows for question in row.asked]
         for question, hit in zip(asked, right, strict=True):
             hits.setdefault(question.kind, []).append(hit)
-    by_kind = {kind: float(np.mean(found)) for kind, found in hits.items()}
-    return by_kind | grouped(by_kind, data.asked)
+        for row, regions in zip(rows, seen.regions or [], strict=False):
+            targets = [question.region for question in row.asked if question.region is not None]
+            found += [any(region.contains(target) for region in regions) for target in targets]
+    by_kind = {kind: float(np.mean(right)) for kind, right in hits.items()}
+    return by_kind | grouped(by_kind, data.asked), float(np.mean(found)) if found else None
 
 
 def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:

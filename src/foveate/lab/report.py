@@ -46,15 +46,21 @@ def markdown(results: Sequence[Result]) -> str:
     kinds = [kind for kind in KINDS if kind in counts]
     fine = [kind for kind in kinds if kind in FINE]
     groups = by_method(results)
+    chosen = any(result["found"] is not None for result in results)
     head, kind_head = [*COLUMNS], ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
+    kind_head += ["region found"] if chosen else []
     lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]
     summary = [_summary(name, cells) for name, cells in groups.items()]
     summary += [_line(name, lines[name], GROUPS, before=2, after=5) for name in LINES]
     details = [
-        [name, *(_spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds)]
+        [
+            name,
+            *(_spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds),
+            *([_spread([cell["found"] for cell in cells if cell["found"] is not None])] if chosen else []),
+        ]
         for name, cells in groups.items()
     ]
-    details += [_line(name, lines[name], kinds, before=1, after=0) for name in LINES]
+    details += [_line(name, lines[name], kinds, before=1, after=int(chosen)) for name in LINES]
     text = [
         f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps",
         "",
@@ -75,6 +81,10 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         "![accuracy against visual tokens](report.png)",
         "",
+        *(
+            ["*region found*: of the questions about an object, how often a chosen region contains it.", ""]
+            * chosen
+        ),
         "Every cell again:",
         "",
         "```",
@@ -105,6 +115,8 @@ def _line(name: str, line: Mapping[str, float], kinds: Sequence[str], before: in
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean = f"{100 * sum(values) / len(values):.1f}"
     if len(values) == 1:
         return mean
