@@ -53,6 +53,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
         short = replace(
             SCALES[name],
             tower=Schedule(steps=2, batch=4, lr=1e-3),
+            convnet=Schedule(steps=2, batch=4, lr=1e-3),
             reader=Schedule(steps=2, batch=4, lr=1e-3),
             cell=Schedule(steps=4, batch=4, lr=1e-3),
             tower_scenes=8,
@@ -73,6 +74,7 @@ class Page:
         (folder / "docs").symlink_to(ROOT / "docs")
         (folder / "recipes").symlink_to(ROOT / "recipes")
         (folder / "examples").symlink_to(ROOT / "examples")
+        (folder / "experiments").symlink_to(ROOT / "experiments")
         monkeypatch.chdir(folder)
 
     def run(self, block: Block) -> None:
