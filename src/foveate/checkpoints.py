@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -96,14 +96,19 @@ def read_preprocessor(folder: Path) -> Json:
     return own or read_json(folder / "preprocessor_config.json")
 
 
-def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released | None:
-    """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown."""
+def recognise(
+    folder: Path, vision_tower: str | Path | None = None, method: str | None = None
+) -> Released | None:
+    """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown.
+
+    With `method`, only that method's layouts count.
+    """
     config = read_json(folder / "config.json")
     if config.get("model_type") == "foveate":
         if vision_tower is not None:
             raise FoveateError(f"{folder} has its own vision tower: leave out the one given")
         return None
-    released = _layout_of(folder, config)
+    released = _layout_of(folder, config, method)
     released.vision_tower = _tower_folder(released, vision_tower)
     released.preprocessor = read_preprocessor(folder)
     if not released.preprocessor and released.vision_tower:
@@ -111,12 +116,17 @@ def recognise(folder: Path, vision_tower: str | Path | None = None) -> Released 
     return released
 
 
-def _layout_of(folder: Path, config: Json) -> Released:
-    layouts = [(method, layout) for method in METHODS for layout in method_class(method).layouts]
+def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released:
+    layouts = [
+        (method, layout)
+        for method in (METHODS if named is None else [named])
+        for layout in method_class(method).layouts
+        if named is not None or not layout.only_named
+    ]
     for method, layout in sorted(layouts, key=lambda pair: pair[1].told_by is None):
         if _family(config) == layout.family and layout.recognises(config) and _told(folder, layout):
             return Released(folder, config, layout, method)
-    known = [layout.name for method in METHODS for layout in method_class(method).layouts]
+    known = [layout.name for _, layout in layouts] or [f"{named} has none"]
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
         f"{config.get('architectures')} is of no layout known here ({', '.join(known)})"
@@ -206,15 +216,18 @@ def convert_config(released: Released) -> Any:
     )
 
 
-def read_config(name: str | Path, vision_tower: str | Path | None = None) -> Any:
+def read_config(name: str | Path, vision_tower: str | Path | None = None, method: str | None = None) -> Any:
     """The `FoveateConfig` of a model folder or hub id of any known layout, without its weights."""
     folder = local_folder(name)
-    released = recognise(folder, vision_tower)
-    return own_config(folder) if released is None else convert_config(released)
+    released = recognise(folder, vision_tower, method)
+    return own_config(folder, method) if released is None else convert_config(released)
 
 
-def own_config(folder: Path) -> Any:
-    """The `FoveateConfig` of one of Foveate's own folders. Raises `FoveateError` that names the file."""
+def own_config(folder: Path, method: str | None = None) -> Any:
+    """The `FoveateConfig` of one of Foveate's own folders. Raises `FoveateError` that names the file.
+
+    With another `method` than its own, the options that both have stay.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     from foveate.config import FoveateConfig
@@ -231,6 +244,9 @@ def own_config(folder: Path) -> Any:
         raise FoveateError(f"{path}: {str(error).splitlines()[0]}") from error
     if not 0 <= config.image_token_id < config.text_config.vocab_size:
         raise FoveateError(f"{path}: 'image_token_id' lies outside of the LLM's vocabulary")
+    if method not in (None, config.method):
+        known = {f.name for f in fields(method_class(method).Options)}
+        config.method, config.options = method, {k: v for k, v in config.options.items() if k in known}
     return config
 
 

@@ -31,6 +31,8 @@ class Layout:
         connector_files: what a stage in which only the connector trains writes.
         told_by: regular expression on the weights' keys, at least one of which must match, where config.json
             alone does not tell the layout; such layouts are tried before the others.
+        only_named: nothing tells these checkpoints from those of another method: they are read as this
+            method's only where it is named.
         template: chat template that these checkpoints were trained with; None: that of their LLM.
     """
 
@@ -44,6 +46,7 @@ class Layout:
     separator: str | None = None
     connector_files: tuple[str, ...] = ()
     told_by: str | None = None
+    only_named: bool = False
     template: str | None = None
 
 

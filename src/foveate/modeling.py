@@ -106,6 +106,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pretrained_model_name_or_path: str | Path | None,
         *args: Any,
         vision_tower: str | Path | None = None,
+        method: str | None = None,
         options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -115,6 +116,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: folder or hub id.
             vision_tower: folder of the tower for original checkpoints that keep it apart; by default the
                 one that their config.json names.
+            method: another method with the same parameters than the folder's own.
             options: changes to the method's options.
             **kwargs: as for any `PreTrainedModel`.
 
@@ -124,12 +126,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         folder = checkpoints.local_folder(pretrained_model_name_or_path)
-        released = checkpoints.recognise(folder, vision_tower)
+        released = checkpoints.recognise(folder, vision_tower, method)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
-            config = given or checkpoints.own_config(folder)
+            config = given or checkpoints.own_config(folder, method)
             config.options.update(options or {})
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)

@@ -197,6 +197,7 @@ class FoveateProcessor(ProcessorMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         vision_tower: str | Path | None = None,
+        method: str | None = None,
         template: str | None = None,
         options: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -206,22 +207,26 @@ class FoveateProcessor(ProcessorMixin):
         Args:
             pretrained_model_name_or_path: folder or hub id.
             vision_tower: as for the model.
+            method: as for the model.
             template: name of a chat template to use instead of the folder's own.
             options: changes to the method's options.
             **kwargs: as for any processor.
         """
         folder = checkpoints.local_folder(pretrained_model_name_or_path)
-        released = checkpoints.recognise(folder, vision_tower)
+        released = checkpoints.recognise(folder, vision_tower, method)
         if released is None:
             own = checkpoints.read_json(folder / "processor_config.json").get("image_processor")
             if not isinstance(own, dict):
                 raise FoveateError(f"{folder / 'processor_config.json'} is missing or has no image_processor")
-            checkpoints.own_config(folder)  # this and the next for their errors
+            config = checkpoints.own_config(folder, method)  # this and the next also for their errors
             load_tokenizer(folder)
             try:
                 processor = super().from_pretrained(folder, **kwargs)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FoveateError(f"{folder}: its processor cannot be read: {error}") from error
+            if method is not None:
+                processor.image_processor.method = config.method
+                processor.image_processor.options = dict(config.options)
         else:
             processor = cls._of_released(released)
         if template is not None:

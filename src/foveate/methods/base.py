@@ -217,6 +217,21 @@ class Reply:
     notes: list[str] = field(default_factory=list)  # sentences about how it came to it
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A part of a picture that is cut out when it is needed.
+
+    Attributes:
+        picture: what it is cut from, as messages give pictures.
+        size: of the part, pixels.
+        make: picture -> part.
+    """
+
+    picture: Any
+    size: Size
+    make: Callable[[Image.Image], Image.Image]
+
+
 class Method(ABC):
     """Base class of all methods; the subclass's file stands beside its paper."""
 
@@ -291,6 +306,33 @@ class Method(ABC):
         """
         text = yield Turn(question, [picture])
         return Reply(text)
+
+    def turn_sizes(self, picture: Size) -> list[Size]:
+        """Per turn of `converse` the size of the picture that it shows, as far as it is known beforehand."""
+        return [picture]
+
+    @property
+    def learns_regions(self) -> bool:
+        """Whether training needs to know where the questions of a picture want one to look."""
+        return False
+
+    def lessons(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        size: Callable[[], Size],
+        regions: Mapping[int | None, Box],
+    ) -> list[list[dict[str, Any]]]:
+        """What can be learnt from a conversation; training takes one of them at random at each visit.
+
+        Args:
+            messages: of a training sample, its pictures as paths.
+            size: reads the size of its first picture.
+            regions: where to look for each of its questions, in original pixels as annotated; None: for all.
+
+        Returns:
+            Conversations whose pictures may be `Cut`s; none where the sample is of no use.
+        """
+        return [[dict(message) for message in messages]]
 
     @property
     def query_text(self) -> QueryText:

@@ -28,15 +28,13 @@ DEFAULT_TEMPLATE = "vicuna_v1"
 def base_options(spec: ModelSpec) -> dict[str, Any]:
     """All options of the recipe's method, before any stage changes them.
 
-    Raises `FoveateError` for an unknown method or option, or a method other than that of `load`.
+    Raises `FoveateError` for an unknown method or option.
     """
     if spec.load is None:
         assert spec.method is not None
         method, options = spec.method, spec.options
     else:
-        config = checkpoints.read_config(spec.load, spec.vision_tower)
-        if spec.method not in (None, config.method):
-            raise FoveateError(f"model.method is {spec.method}, but {spec.load} was made for {config.method}")
+        config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
         method, options = config.method, {**config.options, **spec.options}
     return asdict(build_options(method_class(method).Options, options, where="model.options"))
 
@@ -48,10 +46,14 @@ def skeleton(
     template = template or spec.template
     with torch.device("meta"):
         if spec.load is not None:
-            config = checkpoints.read_config(spec.load, spec.vision_tower)
+            config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
             config.options = dict(options)
             processor = FoveateProcessor.from_pretrained(
-                spec.load, vision_tower=spec.vision_tower, template=template, options=options
+                spec.load,
+                vision_tower=spec.vision_tower,
+                method=spec.method,
+                template=template,
+                options=options,
             )
             return FoveateForConditionalGeneration(config), processor
         if spec.tiny:
@@ -98,7 +100,11 @@ def load_model(
 ) -> FoveateForConditionalGeneration:
     """A model folder with a stage's options. Raises `FoveateError` where they need other parameters."""
     model = FoveateForConditionalGeneration.from_pretrained(
-        folder, vision_tower=vision_tower, options=dict(options), dtype=DTYPES[spec.dtype]
+        folder,
+        vision_tower=vision_tower,
+        method=spec.method,
+        options=dict(options),
+        dtype=DTYPES[spec.dtype],
     )
     return _with_attention(model, spec)
 
