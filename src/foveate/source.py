@@ -18,6 +18,8 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Canvas, Size
 
+BAND = 32  # rows of a view that are computed together
+
 
 class Look(NamedTuple):
     """A part of a picture to be seen: `box`, whole pixels of a canvas that the picture covers."""
@@ -99,17 +101,28 @@ class Source:
         pixels = self.pictures[picture]
         rows, row_weights = _axis(pixels.shape[0], look, side, 0)
         columns, column_weights = _axis(pixels.shape[1], look, side, 1)
-        part = pixels[rows, columns].float()  # (y, x, 3)
-        down, across = (torch.from_numpy(n).to(part) for n in (row_weights, column_weights))  # (h, y), (w, x)
-        narrow = (down @ part.flatten(1)).unflatten(1, part.shape[1:])  # (h, x, 3)
-        seen = (across @ narrow).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+        narrow = _banded(row_weights, pixels[rows, columns])  # (y, x, 3) -> (h, x, 3)
+        seen = _banded(column_weights, narrow.transpose(0, 1)).permute(2, 1, 0)  # (w, h, 3) -> (3, h, w)
         if look.canvas.source == (0, 0, pixels.shape[1], pixels.shape[0]):
             return seen
         fill = torch.zeros(3)
         if look.canvas.fill == "mean":
             fill = (255 * self.norms[picture, 0].float()).floor()
-        padding = 1 - down.sum(1)[:, None] * across.sum(1)  # (h, w)
+        down, across = (torch.from_numpy(n.sum(1)).to(seen) for n in (row_weights, column_weights))
+        padding = 1 - down[:, None] * across  # (h, w)
         return seen + fill.to(seen)[:, None, None] * padding
+
+
+def _banded(weights: np.ndarray, pixels: Tensor) -> Tensor:
+    """Weights (m, n) x pixels (n, ...) -> (m, ...), float; what a few rows do not read is not touched."""
+    parts = []
+    for start in range(0, len(weights), BAND):
+        band = weights[start : start + BAND]
+        used = np.flatnonzero(band.any(0))
+        first, last = (used[0], used[-1] + 1) if len(used) else (0, 0)
+        part = pixels[first:last].float().flatten(1)
+        parts.append(torch.from_numpy(band[:, first:last].copy()).to(part) @ part)
+    return torch.cat(parts).unflatten(1, pixels.shape[1:])
 
 
 def _axis(pixels: int, look: Look, side: Size, axis: int) -> tuple[slice, np.ndarray]:
