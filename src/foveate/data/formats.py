@@ -54,6 +54,10 @@ class Conversations:
         messages = to_messages(self._record(index), self.images)
         return messages if self.prompts else [_without_prompt(message) for message in messages]
 
+    def id(self, index: int) -> str:
+        """A record's `id`; its place in the file where it has none."""
+        return str(self._record(index).get("id", index))
+
     def where(self, index: int) -> str:
         """Names a record for messages: its file, its place there, its id."""
         place = f"sample {index}"
