@@ -159,7 +159,7 @@ SCALES: dict[str, Scale] = {
         convnet=Schedule(steps=5000, batch=32, lr=2e-3),
         reader=Schedule(steps=2600, batch=32, lr=1.5e-3),
         tower_scenes=4000,
-        cell=Schedule(steps=1500, batch=16, lr=1.5e-3),
+        cell=Schedule(steps=1700, batch=16, lr=1.5e-3),
         cell_llm_lr=7e-4,
         scenes=8000,
         test_scenes=1000,
