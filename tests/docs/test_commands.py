@@ -35,7 +35,13 @@ ELSEWHERE = {
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.
-ONLY_READ = ("recipes/llava.yaml", "recipes/anyres.yaml", "recipes/slime.yaml", "recipes/inf_llava.yaml")
+ONLY_READ = (
+    "recipes/llava.yaml",
+    "recipes/anyres.yaml",
+    "recipes/slime.yaml",
+    "recipes/inf_llava.yaml",
+    "recipes/coroi.yaml",
+)
 # The others are followed with fewer steps.
 SHORTER = ("stages.pretrain.steps=2", "stages.finetune.steps=2")
 EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # behind a print: what it prints

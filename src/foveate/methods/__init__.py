@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "slime": "foveate.methods.slime:Slime",
     "llava_hr": "foveate.methods.llava_hr:LlavaHR",
     "inf_llava": "foveate.methods.inf_llava:InfLlava",
+    "coroi": "foveate.methods.coroi:Coroi",
 }
 
 

@@ -62,6 +62,7 @@ from foveate.methods.base import (
     TowerGeometry,
     VisualTokens,
     Widths,
+    square_grid,
 )
 from foveate.source import Look, Source
 
@@ -667,6 +668,15 @@ class Coroi(Method):
     def _fitted(self, picture: Size, side: int) -> Canvas:
         pad = self.options.fit == "pad"
         return padded_square(picture, side) if pad else squashed(picture, Size(side, side))
+
+    def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
+        """The low-resolution view's grid, then in v2 that of the picture at twice the size."""
+        grids = zip(plan.canvases, (self.tower.tokens, 4 * self.tower.tokens), strict=False)
+        boxes: list[Box | None] = []
+        for canvas, tokens in grids:
+            over = ViewPlan(plan.picture, (canvas,), (View(0, whole(canvas.size), "canvas"),), tokens)
+            boxes += [over.to_picture(0, box) for box in square_grid(canvas.size, tokens)]
+        return boxes
 
     def build_connector(self, widths: Widths) -> CoroiConnector:
         return CoroiConnector(widths, self.tower, self.options)
