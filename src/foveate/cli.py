@@ -15,7 +15,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
-from foveate.options import parse_pairs
+from foveate.options import build_options, parse_pairs
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate
@@ -159,6 +159,10 @@ def inspect(
         title = method_class(name).title
         pricer = _pricer(name, model, parse_pairs(option))
         rows[name] = {"title": title, **pricer.price(size, text_tokens).to_dict()}
+        turns = pricer.turns(size, text_tokens)
+        if len(turns) > 1:
+            anew = pricer.price(size, text_tokens, keep_context=False)
+            rows[name] |= {"turns": [turn.to_dict() for turn in turns], "read_anew": anew.to_dict()}
     if as_json:
         _print_json({"width": size.width, "height": size.height, "text_tokens": text_tokens, "methods": rows})
         return
@@ -175,9 +179,9 @@ def inspect(
     )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows.values():
+    for title, row in _lines_of(rows):
         table.add_row(
-            row["title"],
+            title,
             str(row["views"]),
             str(row["visual_tokens"]),
             f"{row['effective_width']} x {row['effective_height']}",
@@ -259,6 +263,60 @@ def train(
     run(recipe, changes or [], console=Console())
 
 
+@app.command()
+def annotate(
+    data: Annotated[
+        str, typer.Argument(help=".json or .jsonl of conversations, or a Hugging Face dataset: folder or id.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Boxes, one question a line: .jsonl. The authors' format beside it.")
+    ],
+    model: Model = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
+    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
+    check: Annotated[
+        int, typer.Option(min=0, help="So many questions are also answered with their region masked.")
+    ] = 200,
+    threshold: Annotated[
+        float, typer.Option(help="Of relevance, scaled to 0..1, that a region keeps.")
+    ] = 0.5,
+    extension: Annotated[float, typer.Option(help="By which part of itself a region grows.")] = 0.1,
+    reading: Annotated[str, typer.Option(help="Of equation 5: chefer, literal or indicator.")] = "chefer",
+    detector: Annotated[
+        str | None, typer.Option(help="faster_rcnn; by default the image tokens are the regions.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Label your data with regions of interest, for training Chain-of-Spot. Goes on where it was."""
+    _quiet()
+    from foveate.annotate import annotate_data
+    from foveate.relevance import RegionRule
+
+    rule = build_options(
+        RegionRule,
+        {"reading": reading, "threshold": threshold, "extension": extension},
+        where="annotate",
+    )
+    report = annotate_data(
+        data,
+        out,
+        model=model,
+        images=images,
+        split=split,
+        rule=rule,
+        batch=batch,
+        check=check,
+        detector=detector,
+        device=device,
+        dtype=dtype,
+        console=Console(),
+    )
+    if report is not None:
+        _print_json({key: value for key, value in report.items() if key != "settings"})
+
+
 def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
     try:
@@ -291,6 +349,16 @@ def _load(
         template=template,
         options=parse_pairs(option),
     )
+
+
+def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of the table: a method's own, and those of its turns where it has several."""
+    lines = []
+    for row in rows.values():
+        lines.append((row["title"], row))
+        lines += [(f"  turn {i}", turn) for i, turn in enumerate(row.get("turns", []), 1)]
+        lines += [("  read anew", row["read_anew"])] if "read_anew" in row else []
+    return lines
 
 
 def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:

@@ -297,13 +297,9 @@ class Zoom:
             if not self._look_closer(answer, propose):
                 break
         if answer.crops:
-            parts: list[Image.Image | str] = [
-                whole,
-                REGION,
-                answer.crops[-1],
-                QUESTION.replace("{question}", question),
-            ]
-            (answer.zoomed,) = self.vlm.answer([message(*parts)], **generation)
+            ask = QUESTION.replace("{question}", question)
+            conversation = message(whole, REGION, answer.crops[-1], ask)
+            (answer.zoomed,) = self.vlm.answer([conversation], **generation)
         return answer
 
     def _look_closer(self, answer: ZoomAnswer, propose: Proposer) -> bool:

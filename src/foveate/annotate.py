@@ -1,0 +1,493 @@
+"""Region labels for one's own data: which part of a picture each answer rests on, for training Chain-of-Spot.
+
+Section 3.2 of arXiv 2403.12966, with the VLM itself in place of a detector and a second model. For every
+question about one picture, a region by relevance propagation (`foveate.relevance`), written as
+
+    FILE.jsonl         one question a line: box in original pixels (left, top, right, bottom)
+    FILE.json          the authors' format: {"000007_coco_1_q0": {"params": [top, left, size]}}, squares
+    FILE.report.json   how large the boxes are, and how often the answer changes when the region is masked
+
+While it runs, FILE.jsonl.parts holds one file per process. A line of it is one batch, written and synced
+whole: after a kill, the same command reads what is there, cuts off a torn last line, and does the rest. The
+batches are the same ones every time, so that the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image, ImageStat
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from foveate.ask import choose_device
+from foveate.data.questions import Question, Source, open_source, questions
+from foveate.detectors import Detector, load_detector
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size
+from foveate.pictures import read_picture
+from foveate.relevance import Highlighter, RegionRule
+from foveate.vlm import VLM, message
+
+ANSWER_TOKENS = 16  # of the answers that are compared
+WHOLE = 0.95  # a box of at least this part of the picture is counted as the whole picture
+NAMED = 20  # so many questions without a region are named in the report
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result. A run that goes on must have the same.
+
+    Attributes:
+        data: name of the data.
+        fingerprint: of the data.
+        model: name of the model.
+        dtype: of its weights.
+        rule: how relevance becomes a region.
+        batch: questions at once.
+        check: so many questions, evenly spread, are also answered with their region masked.
+        detector: name of what finds regions; None: the image tokens are the regions.
+    """
+
+    data: str
+    fingerprint: str
+    model: str
+    dtype: str
+    rule: RegionRule
+    batch: int = 8
+    check: int = 200
+    detector: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.check < 0:
+            raise FoveateError(
+                f"batch must be at least 1 and check at least 0, not {self.batch}, {self.check}"
+            )
+
+    def refuse_if_other(self, before: Any, where: Path) -> None:
+        """Raises `FoveateError` if a run was made with other settings."""
+        now = json.loads(json.dumps(asdict(self)))
+        if not isinstance(before, dict):
+            raise FoveateError(
+                f"{where} is broken: choose another file, or delete it and what stands beside it"
+            )
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise FoveateError(
+                    f"{where} is of a run with {name} {before.get(name)}, not {value}: choose another file"
+                )
+
+
+class Annotator:
+    """Annotates batches of questions.
+
+    Args:
+        vlm: the model that is asked.
+        source: the data.
+        rule: how relevance becomes a region.
+        detect: picture -> boxes of its regions; None: the image tokens are the regions.
+    """
+
+    def __init__(self, vlm: VLM, source: Source, rule: RegionRule, detect: Detector | None = None) -> None:
+        self.vlm, self.source = vlm, source
+        self.highlight = Highlighter(vlm, rule, detect)
+
+    def pictures(self, batch: Sequence[Question]) -> list[Image.Image | str]:
+        """Each question's picture, or why it cannot be read."""
+        read: list[Image.Image | str] = []
+        for question in batch:
+            try:
+                token = self.vlm.processor.image_token
+                if token in question.text or not question.text.strip():
+                    raise FoveateError(f"the question is empty, or {token} is in it")
+                read.append(read_picture(self.source.picture(question.record)))
+            except FoveateError as error:
+                read.append(str(error))
+        return read
+
+    def annotate(
+        self, batch: Sequence[Question], pictures: Sequence[Image.Image | str], checked: Sequence[bool]
+    ) -> list[dict[str, Any]]:
+        """One record per question: its box, or the problem; if checked, with the answers compared."""
+        seen = [(q, p, c) for q, p, c in zip(batch, pictures, checked, strict=True) if not isinstance(p, str)]
+        found = self.highlight([p for _, p, _ in seen], [q.text for q, _, _ in seen]) if seen else []
+        boxes = {q.key: highlight.box for (q, _, _), highlight in zip(seen, found, strict=True)}
+        compared = [(q, p) for q, p, check in seen if check]
+        answers = self._answers(compared, [boxes[q.key] for q, _ in compared])
+        records = []
+        for question, picture in zip(batch, pictures, strict=True):
+            record: dict[str, Any] = {"key": question.key, "index": question.record, "id": question.id}
+            record |= {"number": question.number, "question": question.text}
+            if isinstance(picture, str):
+                records.append({**record, "box": None, "problem": picture})
+                continue
+            record |= {"width": picture.width, "height": picture.height, "box": list(boxes[question.key])}
+            records.append({**record, **answers.get(question.key, {})})
+        return records
+
+    def _answers(
+        self, asked: Sequence[tuple[Question, Image.Image]], boxes: Sequence[Box]
+    ) -> dict[str, dict[str, str]]:
+        """By key, the answers to the picture, without the region, and without as much of it elsewhere."""
+        if not asked:
+            return {}
+        regions = [(p, box) for (_, p), box in zip(asked, boxes, strict=True)]
+        shown = {
+            "answer": [picture for _, picture in asked],
+            "answer_masked": [masked(p, box) for p, box in regions],
+            "answer_masked_elsewhere": [
+                masked(p, elsewhere(box, Size(p.height, p.width))) for p, box in regions
+            ],
+        }
+        found: dict[str, dict[str, str]] = {question.key: {} for question, _ in asked}
+        for name, pictures in shown.items():
+            conversations = [message(p, q.text) for p, (q, _) in zip(pictures, asked, strict=True)]
+            said = self.vlm.answer(conversations, max_new_tokens=ANSWER_TOKENS)
+            for (question, _), one in zip(asked, said, strict=True):
+                found[question.key][name] = one.text
+        return found
+
+
+def square(box: Box, picture: Size) -> tuple[int, int, int]:
+    """The authors' [top, left, size]: the smallest square around a box's centre that holds it.
+
+    It is moved inside the picture; where it is larger, it starts at 0 and sticks out on the right or below.
+    """
+    size = max(int(box.width), int(box.height))
+    top = math.floor((box.top + box.bottom - size) / 2)
+    left = math.floor((box.left + box.right - size) / 2)
+    return (
+        max(min(top, picture.height - size), 0),
+        max(min(left, picture.width - size), 0),
+        size,
+    )
+
+
+def masked(picture: Image.Image, box: Box) -> Image.Image:
+    """The picture with a box filled with the picture's mean colour."""
+    copy = picture.copy()
+    copy.paste(tuple(round(n) for n in ImageStat.Stat(picture).mean), box.rounded())
+    return copy
+
+
+def elsewhere(box: Box, picture: Size) -> Box:
+    """A box of the same size in the corner of the picture that is farthest from it."""
+    left = 0 if box.left + box.right > picture.width else picture.width - box.width
+    top = 0 if box.top + box.bottom > picture.height else picture.height - box.height
+    return Box(left, top, left + box.width, top + box.height)
+
+
+class Paths(NamedTuple):
+    """The files of a run."""
+
+    out: Path
+    authors: Path
+    report: Path
+    parts: Path
+
+    @classmethod
+    def of(cls, out: str | Path) -> Paths:
+        """Raises `FoveateError` where the file cannot be written."""
+        path = Path(out)
+        if path.suffix != ".jsonl":
+            raise FoveateError(f"{path} must end in .jsonl; the authors' format goes beside it, in .json")
+        if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise FoveateError(f"{path}: {path.absolute().parent} is not a folder that can be written to")
+        return cls(
+            path,
+            path.with_suffix(".json"),
+            path.with_suffix(".report.json"),
+            path.with_name(f"{path.name}.parts"),
+        )
+
+
+class Processes(Protocol):
+    """What `accelerate.PartialState` says; one process alone needs no accelerate."""
+
+    process_index: int
+    num_processes: int
+
+    def wait_for_everyone(self) -> None: ...
+
+
+class Alone:
+    """One process."""
+
+    process_index, num_processes = 0, 1
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
+
+def processes() -> Processes:
+    """The processes of this run: as many as torchrun or accelerate launched, on one machine or several."""
+    if "WORLD_SIZE" not in os.environ:
+        return Alone()
+    if find_spec("accelerate") is None:
+        raise FoveateError("several processes need the package accelerate: pip install 'foveate[annotate]'")
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the slowest may take long
+
+
+def run(
+    settings: Settings,
+    annotator: Annotator,
+    out: str | Path,
+    workers: Processes | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Annotates all questions, from where an earlier run got, and returns the report.
+
+    Every process calls this with the same arguments, on a file system that all of them share.
+
+    Args:
+        settings: what decides the result.
+        annotator: the model and the data.
+        out: `.jsonl` file; the others stand beside it.
+        workers: the processes of this run.
+        console: for the progress bar of the first process; nothing is shown without one.
+
+    Raises:
+        FoveateError: a file of a run with other settings, a broken part.
+    """
+    workers, paths = workers or Alone(), Paths.of(out)
+    first = workers.process_index == 0
+    report = finished(settings, paths)
+    if report is not None:
+        return report
+    asked, left_out = questions(annotator.source)
+    batches = [asked[i : i + settings.batch] for i in range(0, len(asked), settings.batch)]
+    every = max(1, -(-len(asked) // settings.check)) if settings.check else 0
+    if first:
+        paths.parts.mkdir(exist_ok=True)
+        begun = paths.parts / "run.json"
+        if begun.is_file():
+            settings.refuse_if_other(_json(begun), paths.parts)
+        else:
+            _write(begun, json.dumps(asdict(settings), indent=1))
+    workers.wait_for_everyone()
+    done = _done(paths.parts)
+    workers.wait_for_everyone()  # all have read before anyone writes
+    mine = [n for n in range(len(batches)) if n not in done][workers.process_index :: workers.num_processes]
+    quiet = Console(quiet=True) if console is None or not first else console
+    part = paths.parts / f"{workers.process_index:05d}.jsonl"
+    _cut_torn_line(part)
+    with _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
+        task = bar.add_task("annotating", total=len(mine) * workers.num_processes)
+        loading = ahead.submit(annotator.pictures, batches[mine[0]]) if mine else None
+        for place, n in enumerate(mine):
+            assert loading is not None
+            pictures = loading.result()
+            if place + 1 < len(mine):
+                loading = ahead.submit(annotator.pictures, batches[mine[place + 1]])
+            at = n * settings.batch
+            checked = [every > 0 and (at + i) % every == 0 for i in range(len(batches[n]))]
+            records = annotator.annotate(batches[n], pictures, checked)
+            file.write(json.dumps({"batch": n, "records": records}, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.advance(task, workers.num_processes)
+    workers.wait_for_everyone()
+    if first:
+        _finish(settings, paths, len(batches), left_out)
+    workers.wait_for_everyone()
+    return json.loads(paths.report.read_text(encoding="utf-8"))
+
+
+def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
+    """The report of a run that is complete; None where there is still something to do."""
+    if not paths.out.exists():
+        return None
+    if not paths.report.is_file():
+        raise FoveateError(f"{paths.out} exists already and has no report beside it: choose another file")
+    report = _json(paths.report)
+    settings.refuse_if_other(report.get("settings"), paths.out)
+    shutil.rmtree(paths.parts, ignore_errors=True)
+    return report
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _cut_torn_line(part: Path) -> None:
+    if part.exists():
+        os.truncate(part, _lines(part, part.read_bytes())[1])
+
+
+def _lines(part: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a part and where they end; a torn one behind them does not count."""
+    found, end = [], 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            value = None
+        if not isinstance(value, dict) or not {"batch", "records"} <= value.keys():
+            if end + len(line) < len(content):
+                raise FoveateError(
+                    f"{part} line {number} is broken: delete the folder {part.parent} and start anew"
+                )
+            break
+        found.append(value)
+        end += len(line)
+    return found, end
+
+
+def _done(parts: Path) -> dict[int, list[dict[str, Any]]]:
+    """Batch -> its records, from the files of all processes."""
+    done = {}
+    for part in sorted(parts.glob("*.jsonl")):
+        done.update({line["batch"]: line["records"] for line in _lines(part, part.read_bytes())[0]})
+    return done
+
+
+def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> None:
+    done = _done(paths.parts)
+    missing = [n for n in range(batches) if n not in done]
+    if missing:
+        raise FoveateError(
+            f"{len(missing)} batches are missing in {paths.parts}: start the same command again"
+        )
+    records = [record for n in range(batches) for record in done[n]]
+    authors = {
+        record["key"]: {"params": square(Box(*record["box"]), Size(record["height"], record["width"]))}
+        for record in records
+        if record["box"] is not None
+    }
+    report = {"settings": asdict(settings), **quality(records), "records_without_one_picture": left_out}
+    _write(paths.authors, json.dumps(authors, ensure_ascii=False))
+    _write(paths.report, json.dumps(report, indent=1, ensure_ascii=False))
+    _write(paths.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    shutil.rmtree(paths.parts)
+
+
+def quality(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers that tell whether the regions are worth training on.
+
+    `box_share` is the part of the picture that boxes cover, at the 10th, 50th and 90th percentile, and their
+    mean. Of the questions that were checked, `changed_masked` is the part whose answer changes when the
+    region is masked, and `changed_masked_elsewhere` when as much is masked elsewhere: regions that matter
+    change more answers than others.
+    """
+    boxed = [record for record in records if record["box"] is not None]
+    shares = [
+        (r["box"][2] - r["box"][0]) * (r["box"][3] - r["box"][1]) / (r["width"] * r["height"]) for r in boxed
+    ]
+    checked = [record for record in boxed if "answer" in record]
+    problems = [f"{r['key']}: {r['problem']}" for r in records if r["box"] is None]
+
+    def changed(name: str) -> float | None:
+        return statistics.fmean(r[name] != r["answer"] for r in checked) if checked else None
+
+    return {
+        "questions": len(records),
+        "regions": len(boxed),
+        "problems": len(problems),
+        "first_problems": problems[:NAMED],
+        "box_share": _percentiles(shares),
+        "whole_picture": statistics.fmean(share >= WHOLE for share in shares) if shares else None,
+        "checked": len(checked),
+        "changed_masked": changed("answer_masked"),
+        "changed_masked_elsewhere": changed("answer_masked_elsewhere"),
+    }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    found = {f"p{p}": ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (10, 50, 90)}
+    return {**found, "mean": statistics.fmean(values)}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise FoveateError(
+            f"{path} is broken: delete it and what stands beside it, or choose another file"
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file under another name, then gives it its own: it is there as a whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def annotate_data(
+    data: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    images: str | Path | None = None,
+    split: str = "train",
+    rule: RegionRule | None = None,
+    batch: int = 8,
+    check: int = 200,
+    detector: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any] | None:
+    """`foveate annotate`: data and model by name. Every process of a run calls this.
+
+    Args:
+        data: `.json` or `.jsonl` of conversations, or a dataset of the `datasets` library.
+        out: `.jsonl` file for the boxes.
+        model: as for `VLM.load`.
+        images: folder that picture paths start from; by default the file's own.
+        split: of a dataset.
+        rule: how relevance becomes a region.
+        batch: questions at once.
+        check: so many questions, evenly spread, are also answered with their region masked.
+        detector: a name for `foveate.detectors.load_detector`.
+        device: by default the best there is; of several GPUs, each process takes its own.
+        dtype: by default what suits the device.
+        console: for the progress bar.
+
+    Returns:
+        The report, in the first process; None in the others.
+
+    Raises:
+        FoveateError: whatever is wrong with data, model or file, before anything is written.
+    """
+    paths = Paths.of(out)
+    source = open_source(data, images, split)
+    detect = None if detector is None else load_detector(detector, device or choose_device())
+    workers = processes()
+    if device is None and "LOCAL_RANK" in os.environ and choose_device() == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    vlm = VLM.load(model, device, dtype)
+    settings = Settings(
+        data=str(data),
+        fingerprint=source.fingerprint,
+        model=str(model or "embedded"),
+        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        rule=rule or RegionRule(),
+        batch=batch,
+        check=check,
+        detector=detector,
+    )
+    report = run(settings, Annotator(vlm, source, settings.rule, detect), paths.out, workers, console)
+    return report if workers.process_index == 0 else None

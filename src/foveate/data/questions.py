@@ -1,0 +1,155 @@
+"""Questions about one picture each, from files of conversations and from Hugging Face datasets."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from foveate.data.formats import read_conversations, to_messages
+from foveate.errors import FoveateError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture of the data.
+
+    Attributes:
+        record: its place in the data, from 0.
+        id: of the record; empty where it has none.
+        number: which question of the record, from 0.
+        text: as the user asks it.
+    """
+
+    record: int
+    id: str
+    number: int
+    text: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the authors' files."""
+        return f"{self.record:06d}_{self.id.replace('/', '_')}_q{self.number}"
+
+
+class Source(Protocol):
+    """Data that can be annotated. `fingerprint` changes with them."""
+
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def messages(self, index: int) -> tuple[str, list[dict[str, Any]]]:
+        """A record's id, and its conversation as lists of parts."""
+
+    def picture(self, index: int) -> Any:
+        """The only picture of a record, as `read_picture` takes it."""
+
+
+class FileSource:
+    """Conversations in a JSON or JSONL file."""
+
+    def __init__(self, path: Path, images: Path | None) -> None:
+        self.conversations = read_conversations(path, images)
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def messages(self, index: int) -> tuple[str, list[dict[str, Any]]]:
+        return self.conversations.id(index), self.conversations.messages(index)
+
+    def picture(self, index: int) -> Any:
+        messages = self.conversations.messages(index)
+        return next(part["image"] for m in messages for part in m["content"] if part["type"] == "image")
+
+
+class DatasetSource:
+    """A dataset of the `datasets` library: on the hub, or a folder that `save_to_disk` wrote.
+
+    Its rows have a picture in `image` or `images`, and `conversations` (LLaVA), `messages`, or `question`.
+    """
+
+    def __init__(self, name: str, split: str, images: Path | None) -> None:
+        if find_spec("datasets") is None:
+            raise FoveateError("Hugging Face datasets need a package: pip install 'foveate[annotate]'")
+        import datasets
+
+        try:
+            saved = Path(name).is_dir()
+            found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
+        except (OSError, ValueError) as error:
+            raise FoveateError(f"{name} cannot be read as a dataset: {str(error).splitlines()[0]}") from error
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise FoveateError(f"{name} has no split {split!r}: choose one of {', '.join(found)}")
+            found = found[split]
+        columns = found.column_names
+        self.pictures = next((column for column in ("image", "images") if column in columns), None)
+        asked = next((c for c in ("conversations", "messages", "question") if c in columns), None)
+        if self.pictures is None or asked is None:
+            raise FoveateError(
+                f"{name} has the columns {', '.join(columns)}: it needs image or images, and conversations, "
+                "messages or question"
+            )
+        self.asked, self.images = asked, images or Path()
+        self.rows, self.texts = found, found.remove_columns(self.pictures)
+        self.fingerprint = str(found._fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def messages(self, index: int) -> tuple[str, list[dict[str, Any]]]:
+        row = self.texts[index]
+        name = str(row.get("id", ""))
+        if self.asked == "question":
+            if not isinstance(row["question"], str):
+                raise FoveateError("its question is no text")
+            parts = [{"type": "image", "image": ""}, {"type": "text", "text": row["question"]}]
+            return name, [{"role": "user", "content": parts}]
+        names = ["picture"] * str(row[self.asked]).count("<image>")  # a path for each is wanted
+        return name, to_messages({self.asked: row[self.asked], "image": names, "images": names}, Path())
+
+    def picture(self, index: int) -> Any:
+        value = self.rows[index][self.pictures]
+        value = value[0] if isinstance(value, list) else value
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        return self.images / value if isinstance(value, str) else value
+
+
+def open_source(data: str | Path, images: str | Path | None = None, split: str = "train") -> Source:
+    """A `.json` or `.jsonl` file of conversations; anything else is taken as a dataset of `datasets`.
+
+    Raises:
+        FoveateError: no such data, broken records, columns that are missing.
+    """
+    folder = None if images is None else Path(images)
+    if folder is not None and not folder.is_dir():
+        raise FoveateError(f"there is no folder {folder} for the pictures")
+    if Path(data).suffix in (".json", ".jsonl"):
+        return FileSource(Path(data), folder)
+    return DatasetSource(str(data), split, folder)
+
+
+def questions(source: Source) -> tuple[list[Question], int]:
+    """The questions of all records with one picture, and how many records have none or several."""
+    found, left_out = [], 0
+    for index in range(len(source)):
+        try:
+            name, messages = source.messages(index)
+        except FoveateError as error:
+            raise FoveateError(f"record {index}: {error}") from None
+        if sum(part["type"] == "image" for m in messages for part in m["content"]) != 1:
+            left_out += 1
+            continue
+        asked = [m for m in messages if m["role"] == "user"]
+        for number, turn in enumerate(asked):
+            text = " ".join(part["text"].strip() for part in turn["content"] if part["type"] == "text")
+            found.append(Question(index, name, number, text))
+    if not found:
+        raise FoveateError("no record of the data has a question about exactly one picture")
+    return found, left_out

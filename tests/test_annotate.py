@@ -1,0 +1,475 @@
+"""Region labels: what is written, that nothing is lost or doubled whatever happens, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveate.annotate import (
+    Annotator,
+    Paths,
+    Settings,
+    annotate_data,
+    elsewhere,
+    masked,
+    quality,
+    run,
+    square,
+)
+from foveate.data.questions import Question, open_source, questions
+from foveate.data.regions import Regions
+from foveate.data.toy import write_toy_data
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size
+from foveate.relevance import RegionRule
+from foveate.tiny import tiny_model
+from foveate.vlm import VLM
+from tests.command import foveate
+from tests.support import picture
+
+N = 26  # records, of which every sixth has no picture
+QUESTIONS = N - N // 6
+BATCH = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model("llava").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_data(tmp_path_factory.mktemp("data"), n=N)
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    made = tiny_model("llava")
+    return VLM(made.model, made.processor)
+
+
+def command(data: Path, out: Path, model: Path, *more: object) -> list[str]:
+    words = ["annotate", data, "--model", model, "--out", out, "--batch", BATCH, "--check", 4, *more]
+    return [str(word) for word in words] + ["--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Path) -> Path:
+    """The file of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken") / "regions.jsonl"
+    result = foveate(*command(data, out, model))
+    assert result.code == 0, result.stderr
+    return out
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_both_formats(unbroken: Path, data: Path) -> None:
+    """A line for each question, boxes inside the picture; the authors' file has a square around each."""
+    records = lines(unbroken)
+    authors = json.loads(unbroken.with_suffix(".json").read_text())
+    source = json.loads(data.read_text())
+    shown = [i for i, record in enumerate(source) if "image" in record]
+    assert [r["index"] for r in records] == shown
+    assert list(authors) == [f"{i:06d}_{source[i]['id']}_q0" for i in shown]
+    for record in records:
+        with Image.open(data.parent / source[record["index"]]["image"]) as image:
+            assert (record["width"], record["height"]) == image.size
+        left, top, right, bottom = record["box"]
+        assert 0 <= left < right <= record["width"]
+        assert 0 <= top < bottom <= record["height"]
+        y, x, size = authors[record["key"]]["params"]
+        assert x <= left and right <= x + size and y <= top and bottom <= y + size
+        assert size == max(right - left, bottom - top)
+    assert not unbroken.with_name("regions.jsonl.parts").exists()
+
+
+def test_training_reads_both_formats(unbroken: Path) -> None:
+    for path in (unbroken, unbroken.with_suffix(".json")):
+        regions = Regions(path)
+        assert (len(regions), regions.malformed) == (QUESTIONS, 0)
+    first = lines(unbroken)[0]
+    assert Regions(unbroken).of(first["index"], first["id"]) == {0: Box(*first["box"])}
+
+
+def test_report(unbroken: Path) -> None:
+    report = json.loads(unbroken.with_suffix(".report.json").read_text())
+    assert report["questions"] == report["regions"] == QUESTIONS
+    assert report["records_without_one_picture"] == N // 6
+    assert 4 <= report["checked"] <= 5
+    records = lines(unbroken)
+    checked = [r for r in records if "answer" in r]
+    assert len(checked) == report["checked"]
+    changed = [r["answer_masked"] != r["answer"] for r in checked]
+    assert report["changed_masked"] == sum(changed) / len(changed)
+    assert report["settings"]["batch"] == BATCH
+
+
+def test_kill_in_the_middle(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:
+    """kill -9 of the real command, then the same command again: the files of an unbroken run, to the byte."""
+    out = tmp_path / "regions.jsonl"
+    parts = tmp_path / "regions.jsonl.parts"
+    arguments = command(data, out, model)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "foveate", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    part = parts / "00000.jsonl"
+    deadline = time.monotonic() + 240
+    while not (part.is_file() and part.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline, "the command wrote nothing"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = part.read_bytes().count(b"\n")
+    assert 2 <= done < -(-QUESTIONS // BATCH)
+    assert not out.exists()
+    with part.open("ab") as file:  # as if the kill had come in the middle of a write
+        file.write(b'{"batch": 3, "records": [{"key": "0000')
+    result = foveate(*arguments)
+    assert result.code == 0, result.stderr
+    for suffix in (".jsonl", ".json"):
+        assert out.with_suffix(suffix).read_bytes() == unbroken.with_suffix(suffix).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "regions.json",
+        "regions.jsonl",
+        "regions.report.json",
+    ]
+    again = foveate(*arguments)  # complete: nothing to do
+    assert again.code == 0 and json.loads(again.stdout)["questions"] == QUESTIONS
+
+
+def settings(source: Any, **changes: Any) -> Settings:
+    values = {
+        "model": "tiny",
+        "dtype": "float32",
+        "rule": RegionRule(),
+        "batch": BATCH,
+        "check": 4,
+        **changes,
+    }
+    return Settings(data="toy", fingerprint=source.fingerprint, **values)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAfter(Annotator):
+    """Breaks off behind so many batches, and counts what it did."""
+
+    def __init__(self, vlm: VLM, source: Any, batches: int) -> None:
+        super().__init__(vlm, source, RegionRule())
+        self.left, self.did = batches, list[str]()
+
+    def annotate(self, batch: Sequence[Question], *rest: Any) -> list[dict[str, Any]]:
+        if not self.left:
+            raise Stopped
+        self.left -= 1
+        self.did += [question.key for question in batch]
+        return super().annotate(batch, *rest)
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, data: Path, vlm: VLM, unbroken: Path) -> None:
+    source, out, did = open_source(data), tmp_path / "regions.jsonl", list[str]()
+    for batches in (1, 2, 0, 3):
+        annotator = StopsAfter(vlm, source, batches)
+        with pytest.raises(Stopped):
+            run(settings(source), annotator, out)
+        did += annotator.did
+    rest = StopsAfter(vlm, source, 100)
+    run(settings(source), rest, out)
+    did += rest.did
+    assert len(did) == len(set(did)) == QUESTIONS
+    assert out.read_bytes() == unbroken.read_bytes()
+
+
+class Worker:
+    """One of several processes, whose turns come one after the other."""
+
+    def __init__(self, index: int, count: int) -> None:
+        self.process_index, self.num_processes = index, count
+
+    def wait_for_everyone(self) -> None:
+        """They never run at once."""
+
+
+def test_parts_of_several_processes_make_one_file(
+    tmp_path: Path, data: Path, vlm: VLM, unbroken: Path
+) -> None:
+    """Three processes begin, one is cut off; two go on, and one alone ends it: the same file."""
+    source, out = open_source(data), tmp_path / "regions.jsonl"
+    did = []
+    for index, batches in ((1, 9), (2, 1)):
+        worker = StopsAfter(vlm, source, batches)
+        (tmp_path / "regions.jsonl.parts").mkdir(exist_ok=True)
+        with suppress(Stopped, FileNotFoundError):  # the report is not there yet
+            run(settings(source), worker, out, Worker(index, 3))
+        did += worker.did
+    parts = sorted(p.name for p in (tmp_path / "regions.jsonl.parts").iterdir())
+    assert parts == ["00001.jsonl", "00002.jsonl"]
+    worker = StopsAfter(vlm, source, 100)
+    run(settings(source), worker, out, Worker(0, 1))
+    did += worker.did
+    assert len(did) == len(set(did)) == QUESTIONS
+    assert out.read_bytes() == unbroken.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_real_processes(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:
+    """torchrun with two processes writes the file that one writes."""
+    out = tmp_path / "regions.jsonl"
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29517",
+        "-m",
+        "foveate",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "foveate", *command(data, out, model)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert out.read_bytes() == unbroken.read_bytes()
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path: Path, data: Path, vlm: VLM) -> None:
+    source, out = open_source(data), tmp_path / "regions.jsonl"
+    with pytest.raises(Stopped):
+        run(settings(source), StopsAfter(vlm, source, 1), out)
+    with pytest.raises(FoveateError, match="is of a run with batch 3, not 5"):
+        run(settings(source, batch=5), StopsAfter(vlm, source, 9), out)
+    run(settings(source), StopsAfter(vlm, source, 99), out)
+    with pytest.raises(FoveateError, match=r"is of a run with rule .*0.5.*, not .*0.7"):
+        run(settings(source, rule=RegionRule(threshold=0.7)), StopsAfter(vlm, source, 99), out)
+
+
+def test_broken_parts_are_told_from_torn_ones(tmp_path: Path, data: Path, vlm: VLM) -> None:
+    source, out = open_source(data), tmp_path / "regions.jsonl"
+    with pytest.raises(Stopped):
+        run(settings(source), StopsAfter(vlm, source, 3), out)
+    part = tmp_path / "regions.jsonl.parts" / "00000.jsonl"
+    kept = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(kept[0] + b"{broken\n" + kept[2])
+    with pytest.raises(FoveateError, match=r"00000.jsonl line 2 is broken"):
+        run(settings(source), StopsAfter(vlm, source, 99), out)
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, data: Path, vlm: VLM) -> None:
+    source, out = open_source(data), tmp_path / "regions.jsonl"
+    out.write_text("mine")
+    with pytest.raises(FoveateError, match="has no report beside it"):
+        run(settings(source), StopsAfter(vlm, source, 99), out)
+    assert out.read_text() == "mine"
+    with pytest.raises(FoveateError, match=r"must end in .jsonl"):
+        Paths.of(tmp_path / "regions.json")
+    with pytest.raises(FoveateError, match="is not a folder"):
+        Paths.of(tmp_path / "nowhere" / "regions.jsonl")
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, vlm: VLM) -> None:
+    """A missing and a broken picture cost their questions, not the run; they are no region."""
+    picture(40, 60).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "This."}]
+    records = [
+        {"id": "a/1", "image": "good.png", "conversations": turns + more},
+        {"id": "b", "image": "bad.png", "conversations": turns},
+        {"id": "c", "image": "gone.png", "conversations": turns},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    source, out = open_source(tmp_path / "data.json"), tmp_path / "regions.jsonl"
+    report = run(settings(source), Annotator(vlm, source, RegionRule()), out)
+    assert list(json.loads(out.with_suffix(".json").read_text())) == ["000000_a_1_q0", "000000_a_1_q1"]
+    assert [r["question"] for r in lines(out)][:2] == ["What?", "And?"]
+    assert (report["regions"], report["problems"]) == (2, 2)
+    assert "000002_c_q0: no picture at" in report["first_problems"][1]
+    assert Regions(out).malformed == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"pictures": "a.png", "turns": []}, "there is neither 'conversations' (LLaVA) nor 'messages' in it"),
+        (
+            {"image": "a.png", "conversations": [{"role": "human", "value": "<image>"}]},
+            "'from' of a turn is None",
+        ),
+        ({"image": 3, "conversations": [{"from": "human", "value": "<image>"}]}, "must be given as a path"),
+    ],
+)
+def test_wrong_keys_are_one_clear_sentence(tmp_path: Path, model: Path, record: Any, sentence: str) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    result = foveate(*command(tmp_path / "data.json", tmp_path / "regions.jsonl", model))
+    assert result.code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "data.json sample 0" in result.stderr and sentence in result.stderr
+    assert not (tmp_path / "regions.jsonl.parts").exists()
+
+
+def test_wrong_options_are_refused(tmp_path: Path, data: Path, model: Path) -> None:
+    for more, sentence in (
+        (("--threshold", 2), "threshold"),
+        (("--reading", "chafer"), "chafer"),
+        (("--images", tmp_path / "none"), "there is no folder"),
+        (("--detector", "yolo"), "unknown detector 'yolo'"),
+        (("--detector", "faster_rcnn"), "pip install 'foveate[detector]'"),
+    ):
+        result = foveate(*command(data, tmp_path / "regions.jsonl", model, *more))
+        assert result.code == 2 and sentence in result.stderr, result.stderr
+
+
+# Hugging Face datasets.
+
+
+def rows(n: int = 3) -> dict[str, list[Any]]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    return {
+        "id": [f"x/{i}" for i in range(n)],
+        "image": [picture(40, 60, i) for i in range(n)],
+        "conversations": [turns] * n,
+    }
+
+
+@pytest.mark.parametrize("columns", ["conversations", "messages", "question"])
+def test_datasets(tmp_path: Path, vlm: VLM, columns: str) -> None:
+    """Pictures inside a dataset of `datasets`, with conversations, messages or questions: the same boxes."""
+    datasets = pytest.importorskip("datasets")
+    table = rows()
+    if columns == "messages":
+        said = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "That."}]
+        table["messages"] = [said] * 3
+    if columns == "question":
+        table["question"] = ["What?"] * 3
+    for other in {"conversations", "messages", "question"} - {columns}:
+        table.pop(other, None)
+    datasets.DatasetDict({"val": datasets.Dataset.from_dict(table)}).save_to_disk(tmp_path / "set")
+    source = open_source(tmp_path / "set", split="val")
+    run(settings(source), Annotator(vlm, source, RegionRule()), tmp_path / "regions.jsonl")
+
+    for i in range(3):
+        picture(40, 60, i).save(tmp_path / f"{i}.png")
+    turns = rows()["conversations"][0]
+    records = [{"id": f"x/{i}", "image": f"{i}.png", "conversations": turns} for i in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    same = open_source(tmp_path / "data.json")
+    run(settings(same), Annotator(vlm, same, RegionRule()), tmp_path / "same.jsonl")
+    assert (tmp_path / "regions.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+
+
+def test_datasets_without_the_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"photo": ["a"], "text": ["b"]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(FoveateError, match="has the columns photo, text: it needs image or images"):
+        open_source(tmp_path / "set")
+    datasets.DatasetDict({"val": datasets.Dataset.from_dict(rows(1))}).save_to_disk(tmp_path / "other")
+    with pytest.raises(FoveateError, match="has no split 'train': choose one of val"):
+        open_source(tmp_path / "other")
+    with pytest.raises(FoveateError, match="cannot be read as a dataset"):
+        open_source(tmp_path)
+
+
+# Parts.
+
+
+def test_a_detector_of_ones_own(tmp_path: Path, data: Path, vlm: VLM) -> None:
+    """With a detector, regions are unions of what it found."""
+    source = open_source(data)
+
+    def halves(shown: Image.Image) -> list[Box]:
+        return [Box(0, 0, shown.width / 2, shown.height), Box(shown.width / 2, 0, shown.width, shown.height)]
+
+    annotator = Annotator(vlm, source, RegionRule(extension=0), halves)
+    run(settings(source, detector="halves"), annotator, tmp_path / "regions.jsonl")
+    for record in lines(tmp_path / "regions.jsonl"):
+        left, top, right, bottom = record["box"]
+        middle = record["width"] / 2
+        assert (top, bottom) == (0, record["height"])
+        assert (left, right) in ((0, int(np.ceil(middle))), (int(middle), record["width"]))
+
+
+def test_squares() -> None:
+    assert square(Box(10, 20, 30, 30), Size(100, 100)) == (15, 10, 20)
+    assert square(Box(0, 90, 30, 100), Size(100, 100)) == (70, 0, 30)  # moved inside
+    assert square(Box(5, 0, 95, 40), Size(40, 100)) == (0, 5, 90)  # sticks out below
+    assert square(Box(95, 0, 100, 100), Size(100, 100)) == (0, 0, 100)
+
+
+def test_masking() -> None:
+    shown = picture(40, 60)
+    hidden = np.asarray(masked(shown, Box(10, 5, 30, 25)))
+    kept = np.ones((40, 60), dtype=bool)
+    kept[5:25, 10:30] = False
+    assert np.array_equal(hidden[kept], np.asarray(shown)[kept])
+    assert len(np.unique(hidden[~kept].reshape(-1, 3), axis=0)) == 1
+    assert elsewhere(Box(0, 0, 10, 10), Size(40, 60)) == Box(50, 30, 60, 40)
+    assert elsewhere(Box(40, 25, 60, 40), Size(40, 60)) == Box(0, 0, 20, 15)
+
+
+def test_quality_by_hand() -> None:
+    made = [
+        {"key": "a", "box": [0, 0, 10, 10], "width": 10, "height": 10},
+        {
+            "key": "b",
+            "box": [0, 0, 5, 10],
+            "width": 10,
+            "height": 10,
+            "answer": "x",
+            "answer_masked": "y",
+            "answer_masked_elsewhere": "x",
+        },
+        {"key": "c", "box": None, "problem": "gone"},
+    ]
+    report = quality(made)
+    assert (report["questions"], report["regions"], report["problems"]) == (3, 2, 1)
+    assert report["first_problems"] == ["c: gone"]
+    assert report["box_share"] == {"p10": 0.5, "p50": 1.0, "p90": 1.0, "mean": 0.75}
+    assert report["whole_picture"] == 0.5
+    assert (report["checked"], report["changed_masked"], report["changed_masked_elsewhere"]) == (1, 1.0, 0.0)
+    assert quality([made[2]])["box_share"] is None
+
+
+def test_keys_are_the_authors() -> None:
+    assert Question(7, "coco/train/9", 2, "?").key == "000007_coco_train_9_q2"
+
+
+def test_data_without_questions(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}])
+    )
+    with pytest.raises(FoveateError, match="no record of the data has a question about exactly one picture"):
+        questions(open_source(tmp_path / "data.json"))
+
+
+def test_from_python(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:
+    out = tmp_path / "regions.jsonl"
+    report = annotate_data(data, out, model=model, batch=BATCH, check=4, device="cpu", dtype="float32")
+    assert report is not None and report["questions"] == QUESTIONS
+    assert out.read_bytes() == unbroken.read_bytes()
