@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
+from foveate.methods.base import Method
 from foveate.places import token_places
 from foveate.relevance import (
     READINGS,
@@ -310,3 +311,12 @@ def test_rules_with_wrong_numbers_are_refused() -> None:
         RegionRule(extension=-0.1)
     with pytest.raises(FoveateError, match="reading"):
         RegionRule(reading="chafer")
+
+
+def test_tokens_of_several_views_are_not_guessed() -> None:
+    """As many tokens as one view has, but from four: a method has to say where they look."""
+    made = foveate_model("inf_llava").processor.image_processor
+    plan = made.plan(80, 80)
+    assert len(plan.views) > 1 and plan.tokens == made.planner().tower.tokens
+    with pytest.raises(FoveateError, match="does not say where"):
+        Method.token_boxes(made.planner(), plan)

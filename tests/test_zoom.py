@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 import foveate
 from foveate.errors import FoveateError
 from foveate.geometry import Box
+from foveate.pictures import read_picture
 from foveate.vlm import VLM, Said, message
 from foveate.zoom import QUESTION, REGION, Answered, Budget, Given, Proposal, Relevant, Zoom
 from tests.support import picture
@@ -308,3 +309,21 @@ def test_sampling_reaches_generate() -> None:
 
 def test_public_name() -> None:
     assert foveate.Zoom is Zoom
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "thing"),
+    [
+        ("what letter is on the square?", Box(4400, 300, 4910, 810)),
+        ("what digit is on the red shape?", Box(2630, 2250, 3240, 2850)),
+    ],
+)
+def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
+    """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
+    model = foveate.load(device="cpu", dtype="float32")
+    signs = read_picture(Path(__file__).parents[1] / "examples" / "signs.jpg")
+    found = Relevant()(VLM(model.model, model.processor), signs, question).box
+    assert found is not None
+    assert thing.left <= found.left < found.right <= thing.right
+    assert thing.top <= found.top < found.bottom <= thing.bottom

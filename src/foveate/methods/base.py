@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, View, ViewPlan, whole
+from foveate.geometry import Box, Size, ViewPlan
 from foveate.options import build_options
 
 if TYPE_CHECKING:
@@ -351,17 +351,13 @@ class Method(ABC):
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         """Per visual token the part of the picture it stands for, original pixels; None where it is no part.
 
-        By default one view's grid, the grids of all views after each other, or that of their only canvas.
-        Raises `FoveateError` where the tokens are none of these.
+        By default one view's grid, or the grids of all views after each other. Raises `FoveateError` where
+        the tokens are neither.
         """
         per_view = plan.tokens if len(plan.views) == 1 else self.tower.tokens
         if plan.tokens == per_view * len(plan.views) and math.isqrt(per_view) ** 2 == per_view:
             grids = [(i, view.size) for i, view in enumerate(plan.views)]
             return [plan.to_picture(i, box) for i, size in grids for box in square_grid(size, per_view)]
-        if len(plan.canvases) == 1 and math.isqrt(plan.tokens) ** 2 == plan.tokens:
-            size = plan.canvases[0].size
-            over = ViewPlan(plan.picture, plan.canvases, (View(0, whole(size), "canvas"),), plan.tokens)
-            return [over.to_picture(0, box) for box in square_grid(size, plan.tokens)]
         raise FoveateError(
             f"{self.title} does not say where its visual tokens look: give the region otherwise"
         )
@@ -381,7 +377,7 @@ class Method(ABC):
 
 
 def square_grid(size: Size, cells: int) -> list[Box]:
-    """A view or canvas of this size cut into `cells` equal boxes, as many rows as columns, row by row."""
+    """A view of this size cut into `cells` equal boxes, as many rows as columns, row by row."""
     side = math.isqrt(cells)
     return [
         Box(

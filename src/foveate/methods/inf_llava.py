@@ -74,6 +74,7 @@ from foveate.methods.base import (
     TowerGeometry,
     VisualTokens,
     Widths,
+    square_grid,
 )
 
 Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th
@@ -623,6 +624,11 @@ class InfLlava(Method):
             return Size(*self.options.tiles)
         side = max(self.tower.image_size, -(-max(picture) // self.options.limit))
         return Size(*(max(1, n // side) for n in picture))
+
+    def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
+        canvas = plan.canvases[0].size  # the pooled grid lies over all of it
+        over = ViewPlan(plan.picture, plan.canvases[:1], (View(0, whole(canvas), "canvas"),), plan.tokens)
+        return [over.to_picture(0, box) for box in square_grid(canvas, plan.tokens)]
 
     def build_connector(self, widths: Widths) -> InfConnector:
         return InfConnector(widths, self.scheme, self.tower.grid, self.options)
