@@ -1,0 +1,183 @@
+"""CoRoI's chain: all scales and pictures in step, against one window at a time.
+
+    python -m benchmarks.coroi [--rounds 1] [--threads 1] [--layers 24] [--pictures 1] [--pixels 3000 4000]
+
+Random weights in the shape of CLIP ViT-L/14-336, a question of 16 tokens, lambda 2, 3, 4 and n = 4, from a
+picture's bytes to the features of its 12 windows, none of which comes twice (`distinct`): the most that a
+chain can cost. The other form goes about it as the text reads: scale after scale and step after step, each
+with a pass of the tower for one window, the picture resized as a whole for every scale, the scorer run from
+its beginning at every step, windows averaged one by one. Both have the same weights, run alternately and
+choose the same windows.
+
+Prints a Markdown table: calls of the tower, seconds on the clock and of processor time (which other work on
+the machine does not lengthen), and how much of the latter is spent outside of the tower. With fewer layers
+than 24, the last column says what that share would be if the tower took as much longer as it has layers
+more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from foveate.encoders import VisionTower
+from foveate.geometry import Size, ViewPlan
+from foveate.methods.base import Query, TowerGeometry, Widths
+from foveate.methods.coroi import Chosen, Coroi, CoroiConnector, LowView, Scorer
+from foveate.source import Source
+
+SIDE, WIDTH, TEXT = 336, 1024, 4096
+Clocks = tuple[float, float]  # seconds on the clock, seconds of processor time
+
+
+def clocks() -> Clocks:
+    return time.perf_counter(), time.process_time()
+
+
+class Timed:
+    """A tower that notes its calls, views and time."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        self.tower = tower
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls, self.views, self.spent = 0, 0, (0.0, 0.0)
+
+    def __call__(self, views: Tensor) -> Tensor:
+        before = clocks()
+        features = self.tower(views)
+        after = clocks()
+        self.calls, self.views = self.calls + 1, self.views + len(views)
+        self.spent = (self.spent[0] + after[0] - before[0], self.spent[1] + after[1] - before[1])
+        return features
+
+
+class OneByOne:
+    """The chain as the text reads."""
+
+    def __init__(self, connector: CoroiConnector, tower: Timed) -> None:
+        self.connector, self.tower = connector, tower
+
+    def __call__(
+        self, low: Tensor, pictures: list[Tensor], query: Query
+    ) -> tuple[list[tuple[int, int]], Tensor]:
+        """Windows, picture after picture, scale after scale, step after step, and their features."""
+        windows, features = [], []
+        scorer = self.connector.scorers[0]
+        assert isinstance(scorer, Scorer)
+        for p, picture in enumerate(pictures):
+            words = self.connector.question(query.embeds[p : p + 1])
+            for scale, side in zip(self.connector.options.scales, self.connector.sides, strict=True):
+                whole = F.interpolate(
+                    picture.permute(2, 0, 1)[None].float(),
+                    (scale * SIDE,) * 2,
+                    mode="bilinear",
+                    antialias=True,
+                )
+                seen, taken = words[:, :0], list[tuple[int, int]]()
+                for _ in range(self.connector.options.rois):
+                    guides = torch.cat([words, seen], 1)
+                    view: LowView = scorer.read(low[p : p + 1])
+                    scores = scorer(view, guides, torch.ones(guides.shape[:2], dtype=torch.bool))
+                    row, column = self.best(scores.view(24, 24), side, taken)
+                    taken.append((row, column))
+                    top, left = 14 * scale * row, 14 * scale * column
+                    crop = whole[:, :, top : top + SIDE, left : left + SIDE] / 255
+                    seen = self.tower((crop - 0.5) / 0.5)
+                    windows.append((row, column))
+                    features.append(seen[0])
+        return windows, torch.stack(features)
+
+    def best(self, scores: Tensor, side: int, taken: list[tuple[int, int]]) -> tuple[int, int]:
+        places = [(r, c) for r in range(25 - side) for c in range(25 - side) if (r, c) not in taken]
+        averages = [scores[r : r + side, c : c + side].double().mean() for r, c in places]
+        return places[int(torch.stack(averages).argmax())]
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--pixels", type=int, nargs=2, default=(3000, 4000), help="height and width")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": arguments.layers}
+    config = CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14)
+    tower = Timed(VisionTower(config, -2).eval())
+    method = Coroi(TowerGeometry.of(config), {"distinct": True})
+    connector = method.build_connector(Widths(WIDTH, TEXT, 1)).eval()
+    size = Size(*arguments.pixels)
+    pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for _ in range(arguments.pictures)]
+    plans: list[ViewPlan] = [method.plan(*size)] * arguments.pictures
+    query = Query(torch.randn(arguments.pictures, 16, TEXT), torch.ones(arguments.pictures, 16))
+    norms = torch.full((arguments.pictures, 2, 3), 0.5)
+    low = tower(torch.randn(arguments.pictures, 3, SIDE, SIDE))
+    slow = OneByOne(connector, tower)
+
+    def in_step() -> tuple[list[tuple[int, int]], Tensor]:
+        chosen: Chosen = connector.chain(low, plans, query, Source(pictures, norms, tower))
+        return [(w.row, w.column) for w in chosen.windows], chosen.features
+
+    sides: dict[str, Callable[[], tuple[list[tuple[int, int]], Tensor]]] = {
+        "Foveate": in_step,
+        "one window at a time": lambda: slow(low, pictures, query),
+    }
+    console = Console(width=220, highlight=False, markup=False)
+    records: dict[str, list[tuple[Clocks, Clocks]]] = {name: [] for name in sides}
+    passes: dict[str, tuple[int, int]] = {}
+    results = {}
+    for _ in range(arguments.rounds):
+        for name, run in sides.items():
+            tower.clear()
+            before = clocks()
+            results[name] = run()
+            after = clocks()
+            records[name].append(((after[0] - before[0], after[1] - before[1]), tower.spent))
+            passes[name] = (tower.calls, tower.views)
+    (windows, features), (others, expected) = results.values()
+    same = windows == others
+    gap = float((features - expected).abs().max())
+    console.print(
+        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, tower of "
+        f"{arguments.layers} layers, of which {arguments.layers - 1} run, {arguments.pictures} picture(s) of "
+        f"{size.width} x {size.height}, {arguments.rounds} rounds; same windows: {same}, largest difference "
+        f"of features {gap:.1e}, {len(set(windows))} different windows of {len(windows)}\n"
+    )
+    console.print(
+        "| form | calls | views | s (range) | CPU s (range) | CPU s outside (range) | share | of 24 layers |"
+    )
+    console.print("|---|---:|---:|---|---|---|---:|---:|")
+    for name, record in records.items():
+        outside = [every[1] - inside[1] for every, inside in record]
+        deep = [
+            o + inside[1] * 23 / (arguments.layers - 1)
+            for o, (_, inside) in zip(outside, record, strict=True)
+        ]
+        share = statistics.median(o / every[1] for o, (every, _) in zip(outside, record, strict=True))
+        scaled = statistics.median(o / d for o, d in zip(outside, deep, strict=True))
+        wall, processor = ([every[kind] for every, _ in record] for kind in (0, 1))
+        calls, views = passes[name]
+        cells = [str(calls), str(views), spread(wall), spread(processor), spread(outside)]
+        console.print(f"| {name} | {' | '.join(cells)} | {share:.1%} | {scaled:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,665 @@
+"""CoRoI: what the tests of all methods and its golden vectors do not ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor, nn
+
+from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
+from foveate.cost import Pricer
+from foveate.data.dataset import Collator, encode
+from foveate.data.toy import write_toy_data
+from foveate.geometry import Box, Size, padded_square, squashed
+from foveate.methods.base import Query, TowerGeometry, Widths
+from foveate.methods.coroi import Coroi, CoroiConnector, decoder_layers, hit, integral, pooled
+from foveate.source import Look, Source
+from foveate.tiny import tiny_model
+from foveate.train.recipe import load_recipe
+from foveate.train.run import train
+from tests.conftest import ROOT
+from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
+from tests.support import chat, gap, greedy, picture, rows
+from tests.train.support import stage, write_recipe
+
+PAPER = TowerGeometry(336, 14)
+TINY = TowerGeometry(56, 14)
+OF_PICTURES = ("pixel_values", "image_sizes", "query_ids", "query_mask", "source_pixels", "source_norms")
+
+
+def made(**options: Any) -> Foveate:
+    """A tiny model whose windows change what it says."""
+    return tiny_model("coroi", {"zero_init": False, **options})
+
+
+def encoded(model: Any, batch: dict[str, Tensor]) -> Any:
+    return model.get_image_features(**{name: batch[name] for name in OF_PICTURES if name in batch})
+
+
+@contextmanager
+def tower_calls(model: Any) -> Iterator[list[int]]:
+    """Views of every call of the tower."""
+    seen: list[int] = []
+    hook = model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    yield seen
+    hook.remove()
+
+
+# The original picture.
+
+
+def source_of(*images: Image.Image) -> Source:
+    pixels = [torch.from_numpy(np.array(image)) for image in images]
+    norms = torch.tensor([[0.5] * 3, [0.25] * 3]).expand(len(images), -1, -1)
+    return Source(pixels, norms, lambda views: views.flatten(2).transpose(1, 2))
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float, by Pillow's filter of that name in floating point: another implementation."""
+    size = (width, height)
+    channels = [Image.fromarray(image[..., c].astype(np.float32), "F") for c in range(3)]
+    return np.stack([np.asarray(c.resize(size, Image.Resampling.BILINEAR)) for c in channels], -1)
+
+
+@pytest.mark.parametrize("size", [(700, 500), (33, 31), (1000, 40), (1, 1)])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_window_is_cut_from_the_picture_resized_as_a_whole(size: tuple[int, int], scale: int) -> None:
+    image = picture(*size)
+    look = Look(squashed(Size(*size), PAPER.side), Box(70, 42, 70 + 336 // scale, 42 + 336 // scale))
+    got = source_of(image).pixels(0, look, PAPER.side).permute(1, 2, 0)
+    whole = resized(np.array(image), 336 * scale, 336 * scale)
+    left, top = 70 * scale, 42 * scale
+    assert np.abs(got.numpy() - whole[top : top + 336, left : left + 336]).max() < 1e-3
+
+
+def test_padding_and_the_enlarged_low_resolution_picture() -> None:
+    image = picture(60, 200)
+    source = source_of(image)
+    page = np.full((200, 200, 3), 127.0)  # 255 x the mean, rounded down
+    page[70:130] = np.array(image)
+    canvas = padded_square(Size(60, 200), 336)
+    for box in (Box(0, 0, 168, 168), Box(14, 84, 182, 252), Box(168, 168, 336, 336)):
+        left, top = 2 * box.left, 2 * box.top
+        got = source.pixels(0, Look(canvas, box), PAPER.side).permute(1, 2, 0).numpy()
+        assert np.abs(got - resized(page, 672, 672)[top : top + 336, left : left + 336]).max() < 1e-3
+        got = source.pixels(0, Look(canvas, box, upsampled=True), PAPER.side).permute(1, 2, 0).numpy()
+        whole = resized(resized(page, 336, 336), 672, 672)
+        assert np.abs(got - whole[top : top + 336, left : left + 336]).max() < 1e-3
+
+
+def test_a_source_remembers_and_calls_once() -> None:
+    called: list[int] = []
+    image = torch.from_numpy(np.array(picture(80, 80)))
+    norms = torch.ones(1, 2, 3)
+
+    def encode_views(views: Tensor) -> Tensor:
+        called.append(len(views))
+        return views.flatten(2)
+
+    memory: dict[Look, Tensor] = {}
+    source = Source([image, image], norms.expand(2, -1, -1), encode_views, [memory, memory])
+    canvas = squashed(Size(80, 80), TINY.side)
+    one, other = Look(canvas, Box(0, 0, 28, 28)), Look(canvas, Box(14, 0, 42, 28))
+    first = source.look([(0, one), (1, one), (1, other)], TINY.side)
+    again = source.look([(0, other), (1, one)], TINY.side)
+    assert called == [2]
+    assert source.encoded == [1, 1]
+    assert [len(looks) for looks in source.looked] == [2, 2]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(again, first[[2, 0]])
+
+
+def test_pictures_and_what_belongs_to_them_must_agree() -> None:
+    pixels, norms = torch.zeros(27, dtype=torch.uint8), torch.ones(1, 2, 3)
+    with pytest.raises(FoveateError, match="image_sizes call for 12 source_pixels, not 27"):
+        Source.unpacked(pixels, torch.tensor([[2, 2]]), norms, lambda views: views)
+    with pytest.raises(FoveateError, match="2 original pictures with 1 norms"):
+        Source([pixels, pixels], norms, lambda views: views)
+    m = made()
+    batch = prepare(m.processor, [chat("What?", picture(60, 80))])
+    del batch["source_pixels"]
+    with pytest.raises(FoveateError, match="CoRoI looks at the original pictures: give source_pixels"):
+        m.model(**batch)
+
+
+def test_other_methods_get_no_original_pictures() -> None:
+    inputs = tiny_model("llava").processor(images=picture(60, 80), text="<image>", return_tensors="pt")
+    assert not {"source_pixels", "source_norms"} & inputs.keys()
+    inputs = made(rois=0).processor(images=picture(60, 80), text="<image>", return_tensors="pt")
+    assert not {"source_pixels", "source_norms"} & inputs.keys()
+
+
+# Selection.
+
+
+def test_equal_windows_stay_equal_in_the_integral_image() -> None:
+    """In single precision the sums of a constant map differ, and a later window would win."""
+    for value in (0.1, -3.3, 1e-4, 77.7):
+        values = pooled(integral(torch.full((1, 24, 24), value)), 6).flatten()
+        assert int(values.argmax()) == 0
+        assert torch.allclose(values.float(), torch.tensor(value))
+    maps = torch.randn(3, 24, 24)
+    for side in (12, 8, 6, 1, 24):
+        expected = nn.functional.avg_pool2d(maps[:, None], side, 1)[:, 0]
+        assert gap(pooled(integral(maps), side), expected) < 1e-5
+
+
+def full_chain(
+    connector: CoroiConnector, low: Tensor, words: Tensor, source: Source, picture_: int, scale: int
+) -> list[tuple[int, int]]:
+    """One picture, one scale, one window at a time, by plain means."""
+    method_side, grid = connector.sides[scale], connector.tower.grid.height
+    scorer, seen, windows = connector.scorers[0], [], list[tuple[int, int]]()
+    canvas = squashed(Size(*source.pictures[picture_].shape[:2]), connector.tower.side)
+    for _ in range(connector.options.rois):
+        guides = torch.cat([connector.question(words[None]), *seen[-1:]], 1)
+        scores = scorer(scorer.read(low[None]), guides, torch.ones(guides.shape[:2], dtype=torch.bool))
+        averages = {
+            (r, c): scores.view(grid, grid)[r : r + method_side, c : c + method_side].mean()
+            for r in range(grid - method_side + 1)
+            for c in range(grid - method_side + 1)
+        }
+        row, column = max(averages, key=lambda place: float(averages[place]))
+        windows.append((row, column))
+        box = Box(14 * column, 14 * row, 14 * (column + method_side), 14 * (row + method_side))
+        seen.append(source.encode(source.view(picture_, Look(canvas, box), connector.tower.side)[None]))
+    return windows
+
+
+@torch.no_grad()
+def test_all_scales_and_pictures_in_step_equal_one_at_a_time() -> None:
+    m = made()
+    connector = m.model.connector
+    for parameter in connector.scorers.parameters():  # so that windows move
+        parameter.add_(0.5 * torch.randn_like(parameter))
+    images = [picture(90, 120, seed=1), picture(200, 70, seed=2), picture(90, 120, seed=3)]
+    low = torch.randn(3, 16, 32)
+    texts, mask = torch.randn(3, 7, 48), torch.ones(3, 7)
+    mask[1, :4] = 0
+    source = source_of(*images)
+    source.encode = m.model.encode_views
+    plans = [m.model.method.plan(image.height, image.width) for image in images]
+    with tower_calls(m.model) as seen:
+        chosen = connector.chain(low, plans, Query(texts, mask), source)
+    assert len(seen) <= 4
+    for p in range(3):
+        for s in range(3):
+            expected = full_chain(connector, low[p], texts[p][mask[p] > 0], source, p, s)
+            found = [(w.row, w.column) for w in chosen.windows if (w.picture, w.scale) == (p, s)]
+            assert found == expected
+    assert len({(w.row, w.column) for w in chosen.windows}) > 4
+
+
+@torch.no_grad()
+def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
+    for scales in ([2], [2, 3], [2, 3, 4]):
+        for count in (1, 3):
+            m = made(scales=scales, rois=3, distinct=True)
+            batch = prepare(m.processor, [chat("What?", picture(60 + 9 * i, 80)) for i in range(count)])
+            with tower_calls(m.model) as seen:
+                m.model(**batch)
+            assert len(seen) == 1 + 3
+            assert seen[0] == count
+    m = made(history="none", scales=[2])  # the same window in every step
+    batch = prepare(m.processor, [chat("What?", picture(60, 80))])
+    with tower_calls(m.model) as seen:
+        windows = encoded(m.model, batch).regions[0]
+    assert seen == [1, 1]
+    assert len(windows) == 4
+    assert len(set(windows)) == 1
+
+
+@torch.no_grad()
+def test_distinct_chains_never_come_back() -> None:
+    m = made(distinct=True, rois=9, scales=[2])
+    batch = prepare(m.processor, [chat("What?", picture(60, 80))])
+    assert len(set(encoded(m.model, batch).regions[0])) == 9  # all there are in a grid of 4 x 4
+    with pytest.raises(FoveateError, match="rois 10 with distinct: scale 2 has 9 windows"):
+        made(distinct=True, rois=10, scales=[2])
+
+
+@torch.no_grad()
+def test_the_question_decides_and_its_padding_does_not() -> None:
+    m = made(distinct=True)
+    image = picture(300, 400)
+    with torch.no_grad():
+        m.model.connector.question.weight.mul_(20)
+    asked = ("Why?", "What is written on the large sign in the middle?")
+    together = encoded(m.model, prepare(m.processor, [chat(q, image) for q in asked])).regions
+    alone = [encoded(m.model, prepare(m.processor, [chat(q, image)])).regions[0] for q in asked]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+@torch.no_grad()
+def test_a_text_of_no_tokens_and_no_text_at_all() -> None:
+    m = made()
+    batch = prepare(m.processor, [chat("What?", picture(60, 80)), chat("Where?", picture(61, 80))])
+    batch["query_mask"][0] = 0
+    results = [encoded(m.model, batch)]
+    results.append(
+        encoded(
+            m.model,
+            {**batch, "query_ids": batch["query_ids"][:, :0], "query_mask": batch["query_mask"][:, :0]},
+        )
+    )
+    results.append(encoded(m.model, {k: v for k, v in batch.items() if not k.startswith("query")}))
+    for result in results:
+        assert result.regions[0] == results[0].regions[0]
+        assert all(torch.isfinite(part).all() for part in (result.injection.features, *result.pooler_output))
+        assert torch.isfinite(result.injection.turns[0][0].groups[0].gates).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (20, 10), (57, 2000)])
+def test_small_and_narrow_pictures(size: tuple[int, int]) -> None:
+    for fit in ("squash", "pad"):
+        m = made(fit=fit)
+        batch = prepare(m.processor, [chat("What?", picture(*size))])
+        result = encoded(m.model, batch)
+        assert torch.isfinite(m.model(**batch).logits).all()
+        for box in result.regions[0]:
+            assert 0 <= box.left <= box.right <= size[1]
+            assert 0 <= box.top <= box.bottom <= size[0]
+
+
+def test_windows_of_a_grid_that_the_scale_does_not_divide() -> None:
+    method = Coroi(PAPER, {"scales": [2, 3, 5, 7]})
+    assert method.build_connector(Widths(64, 64, 8)).sides == [12, 8, 4, 3]
+    with pytest.raises(FoveateError, match="25 is more than the tower's 24 rows of tokens"):
+        Coroi(PAPER, {"scales": [25]})
+
+
+# Injection.
+
+
+def test_layers() -> None:
+    assert decoder_layers("six", 32) == [7, 11, 15, 19, 23, 27]
+    assert decoder_layers("six", 60) == [14, 21, 29, 36, 44, 51]
+    assert decoder_layers("three", 32) == [7, 15, 23]
+    assert decoder_layers("one", 32) == [15]
+    assert decoder_layers("six", 4) == [0, 1, 2]
+    assert decoder_layers("six", 1) == [0]
+    assert decoder_layers([3, 1], 4) == [1, 3]
+    with pytest.raises(FoveateError, match=r"layers \[4\] of an LLM of 4 layers"):
+        made(layers=[4])
+    assert list(made(layers=[0, 3]).model.connector.injectors()) == [0, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projections", ["linear_norm", "norm_linear"])
+def test_a_fresh_model_is_its_llm(projections: str) -> None:
+    fresh = tiny_model("coroi", {"projections": projections})
+    without = tiny_model("coroi", {"projections": projections, "rois": 0})
+    without.model.load_state_dict(fresh.model.state_dict())
+    batch = prepare(fresh.processor, chats())
+    plain = {k: v for k, v in batch.items() if not k.startswith("source")}
+    assert encoded(fresh.model, batch).injection is not None
+    assert torch.equal(fresh.model(**batch).logits, without.model(**plain).logits)
+    assert greedy(fresh.model, batch) == greedy(without.model, plain)
+
+
+@torch.no_grad()
+def test_what_a_window_changes() -> None:
+    """Behind the injected layer nothing but the tokens inside of a chosen window."""
+    m = made(scales=[2], rois=1, layers=[1])
+    image = picture(112, 112)
+    conversation = [chat("What is it?", image, image), chat("What is it?", image)]
+    batch = prepare(m.processor, conversation)
+    states = []
+    for weight in (1.0, 0.0):
+        injector = m.model.connector.attentions[0]
+        injector.value.norm.weight.data.mul_(weight)
+        injector.value.norm.bias.data.mul_(weight)
+        states.append(m.model(**batch, output_hidden_states=True).hidden_states[2])  # behind layer 1
+    changed = (states[0] - states[1]).abs().sum(-1) > 0  # (B, T)
+    regions = encoded(m.model, batch).regions
+    visual = batch["input_ids"] == m.processor.image_token_id
+    expected = torch.zeros_like(visual)
+    cells = []
+    for boxes in regions:
+        grid = torch.zeros(4, 4, dtype=torch.bool)
+        left, top, right, bottom = (round(n / 28) for n in boxes[0])
+        grid[top:bottom, left:right] = True
+        assert int(grid.sum()) == 4
+        cells.append(grid.flatten())
+    expected[visual] = torch.cat(cells)
+    assert torch.equal(changed, expected)
+
+
+@torch.no_grad()
+def test_prefill_only() -> None:
+    m = made()
+    batch = prepare(m.processor, chats())
+    called: list[int] = []
+    for attention in m.model.connector.attentions:
+        attention.register_forward_hook(lambda *_: called.append(1))
+    greedy(m.model, batch)
+    assert len(called) == 3  # one prefill, in each of the three layers
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"variant": "v2"},
+    {"fit": "pad", "pixels": "upsampled"},
+    {"history": "all", "chain_reads": "projected", "text": "prompt"},
+    {"history": "none", "distinct": True},
+    {"scorers": "scale", "scorer_norm": "after", "scorer_positions": True},
+    {"scorers": "step", "scorer_heads": 2},
+    {"gradient": "weighted", "temperature": 2.0},
+    {"gradient": "gumbel", "distinct": True},
+    {"layers": "three", "layer_weights": "shared", "projections": "norm_linear"},
+    {"heads": 4, "injection_reads": "projected", "queries": "all"},
+    {"assignment": "in_turn", "layers": [0, 1, 2, 3]},
+    {"overlap": "sequence"},
+    {"overlap": "sequence", "assignment": "in_turn", "layers": "one", "rois": 2},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: " ".join(map(str, options.values())))
+def test_every_option_trains_and_batch_equals_single(options: dict[str, Any]) -> None:
+    m = made(**options)
+    with torch.no_grad():
+        batch = prepare(m.processor, chats()[:3])
+        together = rows(m.model(**batch).logits, batch["attention_mask"])
+        alone = prepare(m.processor, chats()[1:2])
+        assert gap(m.model(**alone).logits[0], together[1]) < CLOSE
+    m.model.train()
+    m.model(**training_batch(m.processor)).loss.backward()
+    unused = [
+        name
+        for name, p in m.model.connector.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert unused == []
+
+
+@torch.no_grad()
+def test_windows_that_are_the_same_are_read_once_and_count_as_often_as_chosen() -> None:
+    """Against every window by itself, one after the other; a sequence in which all read the first state."""
+    m = made(history="none", scales=[2, 3])
+    batch = prepare(m.processor, [chat("What?", picture(60, 80)), chat("Where?", picture(61, 90))])
+    result = encoded(m.model, batch)
+    injection = result.injection
+    assert len(injection.features) == 4  # two pictures, two scales
+    (round_,) = injection.turns[0]
+    assert sorted(float(g) for group in round_.groups for g in group.gates) == [4.0] * 4
+    hidden = torch.randn(2, 40, 48)
+    visual = torch.zeros(2, 40, dtype=torch.bool)
+    visual[:, 3:19] = True
+    injector = next(iter(m.model.connector.injectors().values()))
+    got = injector(hidden, injection, visual)
+    attention = m.model.connector.attentions[0]
+    expected = hidden.clone()
+    for p, boxes in enumerate(result.regions):
+        width, height = ((90, 61), (80, 60))[1 - p]
+        for box in boxes:
+            left, top, right, bottom = (
+                round(Fraction(n) * 4 / side)
+                for n, side in zip(box, (width, height, width, height), strict=True)
+            )
+            cells = [3 + 4 * r + c for r in range(top, bottom) for c in range(left, right)]
+            row = next(
+                int(group.rows[i])
+                for group in round_.groups
+                for i in range(len(group.rows))
+                if sorted(round_.tokens[group.places[i]].tolist()) == [16 * p + c - 3 for c in cells]
+            )
+            read = injection.features[row][None]
+            query, key, value = (
+                attention.query(hidden[p, cells]),
+                attention.key(read[0]),
+                attention.value(read[0]),
+            )
+            weights = (query @ key.T / 48**0.5).softmax(-1)
+            expected[p, cells] += weights @ value
+    assert gap(got, expected) < 1e-5
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "weighted", "gumbel", "none"])
+def test_the_scorer_learns_unless_the_text_is_taken_literally(gradient: str) -> None:
+    m = made(gradient=gradient)
+    m.model.train()
+    m.model(**training_batch(m.processor)).loss.backward()
+    moved = sum(
+        float(p.grad.abs().sum()) for p in m.model.connector.scorers.parameters() if p.grad is not None
+    )
+    assert all(p.grad is not None for p in m.model.connector.scorers.parameters())
+    assert (moved > 1e-4) == (gradient != "none")
+    embeds = m.model.get_input_embeddings().weight.grad
+    assert embeds is not None
+
+
+@torch.no_grad()
+def test_the_gate_changes_no_value() -> None:
+    learns, literal = made(), made(gradient="none")
+    batch = prepare(learns.processor, chats())
+    assert torch.equal(learns.model(**batch).logits, literal.model(**batch).logits)
+    weighted = made(gradient="weighted")
+    assert gap(weighted.model(**batch).logits, literal.model(**batch).logits) > CLOSE
+
+
+def test_from_nothing_the_values_learn_first_and_the_scorer_next() -> None:
+    m = tiny_model("coroi")
+    model = m.model.train()
+    batch = training_batch(m.processor)
+    optimiser = torch.optim.SGD(model.connector.parameters(), lr=0.1)
+
+    def moved() -> float:
+        return sum(
+            float(p.grad.abs().sum()) for p in model.connector.scorers.parameters() if p.grad is not None
+        )
+
+    model(**batch).loss.backward()
+    assert moved() == 0
+    assert model.connector.attentions[0].value.norm.weight.grad.abs().sum() > 0
+    optimiser.step()
+    optimiser.zero_grad()
+    model(**batch).loss.backward()
+    assert moved() > 0
+
+
+def test_checkpointing_and_lora() -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        m = made()
+        model = m.model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**training_batch(m.processor)).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    assert max(gap(plain[name], checkpointed[name]) for name in plain) < 1e-5
+    m = made()
+    batch = prepare(m.processor, chats()[:3])
+    with torch.no_grad():
+        expected = m.model(**batch).logits
+    config = LoraConfig(
+        r=2,
+        target_modules=r"language_model\..*\.(q_proj|v_proj)",
+        modules_to_save=["connector"],
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(m.model, config)
+    with torch.no_grad():
+        assert gap(wrapped(**batch).logits, expected) < CLOSE
+    wrapped.train()
+    wrapped(**training_batch(m.processor)).loss.backward()
+    learns = {name for name, p in wrapped.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any("modules_to_save" in name and "scorers" in name for name in learns)
+    assert any("modules_to_save" in name and "attentions" in name for name in learns)
+
+
+def test_text_and_pictures_in_one_training_batch() -> None:
+    m = made()
+    conversations = [
+        [*one, {"role": "assistant", "content": [{"type": "text", "text": "It is."}]}] for one in chats()
+    ]
+    items = [encode(m.processor, conversation) for conversation in conversations]
+    assert "source_pixels" not in items[-1]
+    batch = Collator(m.processor.tokenizer.pad_token_id)(items)
+    assert len(batch["source_pixels"]) == 3 * int(batch["image_sizes"].prod(1).sum())
+    assert batch["source_norms"].shape == (6, 2, 3)
+    assert torch.isfinite(m.model.train()(**batch).loss)
+    text_only = Collator(m.processor.tokenizer.pad_token_id)(items[-1:])
+    assert "source_pixels" not in text_only
+
+
+def test_both_stages_train(tmp_path: Path) -> None:
+    """The first one leaves the chain alone, as in the recipe."""
+    data = write_toy_data(tmp_path / "toy", 4)
+    settings = {"batch": 2, "micro_batch": 2, "steps": 2}
+    stages = {
+        "pretrain": stage(["connector.projector"], data, **settings, options={"rois": 0}),
+        "finetune": stage(["connector", "language_model"], data, **settings),
+    }
+    train(write_recipe(tmp_path, stages, method="coroi"))
+    result = FoveateForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    before = FoveateForConditionalGeneration.from_pretrained(
+        tmp_path / "run" / "stages" / "pretrain" / "model"
+    )
+    changed = {
+        name
+        for (name, p), (_, q) in zip(
+            result.connector.named_parameters(), before.connector.named_parameters(), strict=True
+        )
+        if not torch.equal(p, q)
+    }
+    assert any(name.startswith("attentions.0.value") for name in changed)
+    assert result.config.options.get("rois", 4) == 4
+    assert not before.method.reads_source
+
+
+def test_the_recipe_is_the_papers() -> None:
+    """Sections 3.3 and 4.1."""
+    recipe = load_recipe(ROOT / "recipes" / "coroi.yaml")
+    pretrain, finetune = recipe.stages.values()
+    assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
+    assert (pretrain.options, finetune.options) == ({"rois": 0}, {})
+    assert (pretrain.lr, finetune.lr) == (1e-3, 2e-5)
+    for one in (pretrain, finetune):
+        assert (one.batch, one.epochs, one.schedule, one.warmup_ratio, one.weight_decay) == (
+            128,
+            1,
+            "cosine",
+            0.03,
+            0,
+        )
+    named = " ".join(source.path for source in [*pretrain.data, *finetune.data]).lower()
+    for data in (
+        "558k",
+        "allava-caption",
+        "665k_without_textcaps",
+        "sharegpt4v",
+        "laion_gpt4v",
+        "docvqa",
+        "ai2d",
+    ):
+        assert data in named
+    large = load_recipe(
+        ROOT / "recipes" / "coroi.yaml",
+        ["model.text=NousResearch/Nous-Hermes-2-Yi-34B", "model.template=chatml", "stages.finetune.lr=1e-5"],
+    )
+    assert large.stages["finetune"].lr == 1e-5
+
+
+# Asking.
+
+
+def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> None:
+    m = made(distinct=True)
+    image = picture(120, 160)
+    first = m.ask(image, "What is it?", max_new_tokens=3)
+    again = m.ask(image, "What is it?", max_new_tokens=3)
+    assert [chain.name for chain in first.chains] == ["2x", "3x", "4x"]
+    assert [box for chain in first.chains for box in chain.boxes] == first.regions
+    seen = len({*first.regions})
+    assert (first.ledger.views, first.ledger.encoded_views) == (1 + seen, 1 + seen)
+    assert (again.ledger.views, again.ledger.encoded_views) == (1 + seen, 0)
+    assert again.text == first.text
+    assert again.ledger.tflop < first.ledger.tflop
+    pixels = first.chains[0].pixels()
+    assert pixels.shape == (4, 3, 56, 56)
+    drawing = first.show(tmp_path / "seen.png")
+    assert drawing.height > 3 * drawing.width / 6  # a row for each scale
+    other = m.ask(image, "Where is the smallest of all the things?", max_new_tokens=3)
+    assert other.ledger.encoded_views < other.ledger.views
+
+
+def test_a_price_counts_every_look_and_the_injection() -> None:
+    m = made()
+    price, vision = Pricer(m.model.config).price(Size(60, 80)), Pricer(m.model.config).vision(Size(60, 80))
+    fewer = Pricer(made(scales=[2], rois=1).model.config).price(Size(60, 80))
+    none = Pricer(made(rois=0).model.config).price(Size(60, 80))
+    assert vision.looks == 8  # scales 3 and 4 have the same windows of one token here
+    assert (price.views, fewer.views, none.views) == (9, 2, 1)
+    assert price.encode_flops > fewer.encode_flops > none.encode_flops
+    assert price.prefill_flops - none.prefill_flops == vision.inject > 0
+
+
+def test_options_for_the_lab() -> None:
+    assert [Coroi.options_for(ratio)["scales"] for ratio in (1, 2, 3, 4, 6)] == [
+        [2],
+        [2],
+        [2, 3],
+        [2, 3, 4],
+        [2, 3, 4, 6],
+    ]
+
+
+def test_hits() -> None:
+    windows = [Box(0, 0, 50, 50), Box(Fraction(100, 3), 20, 90, 70)]
+    assert hit(windows, Box(40, 30, 90, 70))
+    assert hit(windows, Box(0, 0, 50, 50))
+    assert not hit(windows, Box(10, 10, 60, 40))
+    assert not hit([], Box(0, 0, 1, 1))
+
+
+def test_v2_tokens_lie_in_rows() -> None:
+    """The four views' tokens as one grid: each stands for the part of the picture that `token_boxes` says."""
+    m = made(variant="v2", rois=0)
+    plan = m.model.method.plan(112, 112)
+    boxes = m.model.method.token_boxes(plan)
+    assert (plan.tokens, len(boxes)) == (80, 80)
+    features = torch.zeros(5, 16, 32)
+    centres = []
+    for view, size in enumerate(view.size for view in plan.views):
+        for token in range(16):
+            row, column = divmod(token, 4)
+            side = size.height // 4
+            box = plan.to_picture(view, Box(column * side, row * side, (column + 1) * side, (row + 1) * side))
+            features[view, token, :2] = torch.tensor([float(box.left), float(box.top)])
+            centres.append(box)
+    connector = m.model.connector
+    connector.projector = nn.Identity()
+    tokens = connector(features, [plan], None).tokens
+    assert [(float(x), float(y)) for x, y in tokens[:, :2]] == [(float(b.left), float(b.top)) for b in boxes]
+    assert {tuple(map(float, b)) for b in boxes} == {tuple(map(float, b)) for b in centres}
+
+
+def test_wrong_options_are_named() -> None:
+    for options, words in (
+        ({"scales": [1]}, "scales must be different whole numbers from 2 on"),
+        ({"scales": [2, 2]}, "scales must be different whole numbers from 2 on"),
+        ({"rois": -1}, "rois must not be negative"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"heads": 0}, "must be at least 1"),
+        ({"heads": 5}, "heads 5 must divide the LLM's width 48"),
+        ({"scorer_heads": 5}, "scorer_heads 5 must divide the vision tower's width 32"),
+        ({"layers": [1, 1]}, "layers must be six, three, one or different numbers"),
+        ({"max_visual_tokens": 15}, "at least 16 visual tokens"),
+    ):
+        with pytest.raises(FoveateError, match=words):
+            made(**options).model.method.plan(60, 80)
