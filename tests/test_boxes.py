@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foveate.boxes import (
@@ -120,8 +120,10 @@ def test_padding_is_no_place_to_look() -> None:
 
 
 sides = st.integers(1, 3000)
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
+@PATIENT
 @given(st.data(), sides, sides, st.sampled_from(sorted(BOX_FORMATS)))
 def test_writing_and_reading_agree(data: st.DataObject, height: int, width: int, name: str) -> None:
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
@@ -136,6 +138,7 @@ def test_writing_and_reading_agree(data: st.DataObject, height: int, width: int,
         assert reading.box == pytest.approx(tuple(box), abs=step)
 
 
+@PATIENT
 @given(
     sides, sides, st.lists(st.floats(-10, 5000), min_size=4, max_size=4), st.floats(0, 3), st.integers(1, 60)
 )

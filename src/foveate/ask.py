@@ -61,6 +61,7 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     vision_tower: str | Path | None = None,
+    method: str | None = None,
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Foveate:
@@ -72,6 +73,7 @@ def load(
         device: by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what is fast and safe on the device.
         vision_tower: folder of the vision tower, for original LLaVA checkpoints that keep it apart.
+        method: another method with the same parameters than the folder's own.
         template: name of a chat template instead of the folder's own.
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
 
@@ -91,11 +93,12 @@ def load(
         dtype = DTYPES[dtype]
     model = EMBEDDED if model is None else model
     processor = FoveateProcessor.from_pretrained(
-        model, vision_tower=vision_tower, template=template, options=options
+        model, vision_tower=vision_tower, method=method, template=template, options=options
     )
     network = FoveateForConditionalGeneration.from_pretrained(
         model,
         vision_tower=vision_tower,
+        method=method,
         options=dict(options or {}),
         dtype=dtype or choose_dtype(device),
     )
@@ -603,7 +606,7 @@ def converse(
     first = True
     while asked:
         for row, turn in asked.items():
-            talks[row].messages.append({"role": "user", "content": _content(turn)})
+            talks[row].messages.append({"role": "user", "content": content(turn)})
             crops[row] += [] if first else turn.pictures
         replies = foveate.say(
             [talks[row] for row in asked], context, **_bounded(generation, list(asked.values()))
@@ -625,7 +628,7 @@ def converse(
     ]
 
 
-def _content(turn: Turn) -> list[dict[str, Any]]:
+def content(turn: Turn) -> list[dict[str, Any]]:
     """A turn as the parts of a user's message."""
     text = turn.text if IMAGE_TOKEN in turn.text else IMAGE_TOKEN * len(turn.pictures) + turn.text
     before, *pieces = text.split(IMAGE_TOKEN)

@@ -146,9 +146,8 @@ def checked_box(values: Sequence[float], picture: Size) -> Reading:
 def write_box(box: Box, form: BoxFormat, frame: Frame) -> str:
     """A box in original pixels as text; parts of the frame have three decimals, all else whole numbers."""
     area, extent = frame.area, frame.extent(form.scale)
-    x, y = extent.width / area.width, extent.height / area.height
-    left, right = (float((n - area.left) * x) for n in (box.left, box.right))
-    top, bottom = (float((n - area.top) * y) for n in (box.top, box.bottom))
+    left, right = (float((n - area.left) * extent.width / area.width) for n in (box.left, box.right))
+    top, bottom = (float((n - area.top) * extent.height / area.height) for n in (box.top, box.bottom))
     values = (left, top, right, bottom) if form.order == "xyxy" else (left, right, top, bottom)
     digits = UNIT_DECIMALS if form.scale == "unit" else None
     return form.template.format(*(round(n, digits) for n in values))

@@ -40,6 +40,9 @@ Dtype = Annotated[
 Tower = Annotated[
     str | None, typer.Option(help="Vision tower folder, for original LLaVA checkpoints without one.")
 ]
+AsMethod = Annotated[
+    str | None, typer.Option("--method", help="Use the model with another method of the same parameters.")
+]
 Template = Annotated[str | None, typer.Option(help="plain, vicuna_v1, llama3, llama3_v1, mistral or chatml.")]
 Option = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
@@ -65,6 +68,7 @@ def ask(
     device: Device = None,
     dtype: Dtype = None,
     vision_tower: Tower = None,
+    method: AsMethod = None,
     template: Template = None,
     option: Option = None,
 ) -> None:
@@ -76,7 +80,7 @@ def ask(
     image = read_picture(picture)
     if out is not None:
         drawing_path(out)  # before the model loads
-    foveate = _load(model, device, dtype, vision_tower, template, option)
+    foveate = _load(model, device, dtype, vision_tower, method, template, option)
     answers = [foveate.ask(image, question, max_new_tokens=max_new_tokens) for question in questions]
     console = Console()
     if as_json:
@@ -101,6 +105,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     vision_tower: Tower = None,
+    method: AsMethod = None,
     template: Template = None,
     option: Option = None,
 ) -> None:
@@ -108,7 +113,7 @@ def chat(
     from foveate.pictures import read_picture
 
     image = read_picture(picture)
-    foveate = _load(model, device, dtype, vision_tower, template, option)
+    foveate = _load(model, device, dtype, vision_tower, method, template, option)
     from transformers import TextStreamer
 
     talk, console = foveate.chat(image), Console()
@@ -190,7 +195,10 @@ def inspect(
             f"{row['decode_flops'] / 1e9:.1f}",
             f"{row['kv_bytes'] / 1e6:.0f}",
         )
-    Console().print(table)
+    console = Console()
+    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, whole)  # numbers that are cut off would be wrong ones
+    console.print(table)
 
 
 @app.command()
@@ -240,13 +248,14 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a released checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The new folder, in Foveate's own layout.")],
     vision_tower: Tower = None,
+    method: AsMethod = None,
     template: Template = None,
     dtype: Dtype = None,
     option: Option = None,
 ) -> None:
     """Rewrite a released checkpoint in Foveate's own layout."""
     _refuse_existing(out)
-    _save(_load(model, "cpu", dtype or "float32", vision_tower, template, option), out)
+    _save(_load(model, "cpu", dtype or "float32", vision_tower, method, template, option), out)
 
 
 @app.command()
@@ -333,6 +342,7 @@ def _load(
     device: str | None,
     dtype: str | None,
     tower: str | None,
+    method: str | None,
     template: str | None,
     option: list[str] | None,
 ) -> Foveate:
@@ -346,6 +356,7 @@ def _load(
         device=device,
         dtype=dtype,
         vision_tower=tower,
+        method=method,
         template=template,
         options=parse_pairs(option),
     )
@@ -407,6 +418,8 @@ def _print_answer(console: Console, answer: Answer) -> None:
     console.print(text or "(no text)", style="bold", **plain)
     regions = "  ".join(str(list(box.rounded())) for box in answer.regions)
     console.print(f"looked at {regions}", style="dim", **plain)
+    for note in answer.notes:
+        console.print(note, style="dim", **plain)
     console.print(_costs(answer), style="dim", **plain)
 
 

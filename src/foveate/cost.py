@@ -6,7 +6,7 @@ every LLM is priced by the code that will run.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from foveate.source import Source
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of one question about one picture.
+    """The price of one question about one picture, or of one turn on the way to its answer.
 
     Attributes:
         views: pictures that the vision tower encodes; where a connector looks again, the most that it may.
@@ -98,20 +98,53 @@ class Pricer:
     def plan(self, height: int, width: int) -> ViewPlan:
         return self.model.method.plan(height, width)
 
-    def price(self, picture: Size, text_tokens: int = 64) -> Cost:
-        """The cost of a question of `text_tokens` tokens (template included) about a picture of this size."""
-        plan, vision = self.plan(*picture), self.vision(picture)
-        prefill, decode, kv = self._language(plan.tokens + text_tokens)
-        return Cost(
-            views=len(plan.views) + vision.looks,
-            visual_tokens=plan.tokens,
-            effective_height=plan.effective.height,
-            effective_width=plan.effective.width,
-            encode_flops=vision.encode + vision.looks * vision.look,
-            prefill_flops=prefill + vision.inject,
-            decode_flops=decode,
-            kv_bytes=kv,
+    def price(self, picture: Size, text_tokens: int = 64, keep_context: bool = True) -> Cost:
+        """The cost of a question about a picture of this size, all turns of its conversation together.
+
+        Args:
+            picture: its size.
+            text_tokens: of each turn, template included.
+            keep_context: as in `turns`.
+        """
+        turns = self.turns(picture, text_tokens, keep_context)
+        return replace(
+            turns[-1],
+            views=sum(turn.views for turn in turns),
+            effective_height=turns[0].effective_height,
+            effective_width=turns[0].effective_width,
+            encode_flops=sum(turn.encode_flops for turn in turns),
+            prefill_flops=sum(turn.prefill_flops for turn in turns),
         )
+
+    def turns(self, picture: Size, text_tokens: int = 64, keep_context: bool = True) -> list[Cost]:
+        """What each turn of a conversation costs; visual tokens and cache are those of all turns so far.
+
+        Without `keep_context`, every turn encodes and reads again what earlier ones did. Replies on the way
+        are not counted.
+        """
+        costs: list[Cost] = []
+        for size in self.model.method.turn_sizes(picture):
+            plan, vision = self.plan(*size), self.vision(size)
+            before = costs[-1] if costs else None
+            kept = len(costs) * text_tokens + (before.visual_tokens if before else 0)
+            tokens = plan.tokens + text_tokens
+            prefill, decode, kv = self._language(*((tokens, kept) if keep_context else (kept + tokens, 0)))
+            again = None if keep_context else before
+            costs.append(
+                Cost(
+                    views=len(plan.views) + vision.looks + (again.views if again else 0),
+                    visual_tokens=plan.tokens + (before.visual_tokens if before else 0),
+                    effective_height=plan.effective.height,
+                    effective_width=plan.effective.width,
+                    encode_flops=vision.encode
+                    + vision.looks * vision.look
+                    + (again.encode_flops if again else 0),
+                    prefill_flops=prefill + vision.inject,
+                    decode_flops=decode,
+                    kv_bytes=kv,
+                )
+            )
+        return costs
 
     def language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them.

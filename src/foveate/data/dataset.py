@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,11 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from foveate.data.formats import Conversations
+from foveate.data.regions import Regions
 from foveate.errors import FoveateError
-from foveate.pictures import read_size
+from foveate.geometry import Size
+from foveate.methods.base import Cut
+from foveate.pictures import read_picture, read_size
 from foveate.processing import FoveateProcessor
 
 IGNORED = -100  # label of tokens without loss
@@ -28,36 +33,59 @@ class Samples(Dataset[dict[str, Tensor]]):
     An item holds `input_ids`, `attention_mask` and `labels` (T,), and where there are pictures `pixel_values`
     (V, 3, h, w) and `image_sizes` (P, 2), `query_ids` and `query_mask` (P, Tq) for methods that read the
     question, `source_pixels` (n,) and `source_norms` (P, 2, 3) for those that look at the original pictures.
-    Only the assistant's tokens have labels.
+    Only the assistant's tokens have labels. Where the method makes several lessons of a record, each epoch
+    sees one of them, drawn at random.
 
     Args:
         sources: the files.
         records: (S, 2) int64, source and record of each item.
         processor: with the stage's options and chat template.
+        regions: per source where its questions want one to look, for methods that learn it.
+        seed: of the lessons that are drawn.
     """
 
     def __init__(
-        self, sources: Sequence[Conversations], records: np.ndarray, processor: FoveateProcessor
+        self,
+        sources: Sequence[Conversations],
+        records: np.ndarray,
+        processor: FoveateProcessor,
+        regions: Sequence[Regions | None] | None = None,
+        seed: int = 0,
     ) -> None:
         self.sources, self.records, self.processor = list(sources), records, processor
+        self.regions = list(regions) if regions is not None else [None] * len(self.sources)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        with self._named(index) as messages:
-            return encode(self.processor, messages)
+        with self._named(index) as lessons:
+            if not lessons:
+                raise FoveateError("nothing can be learnt from it: no region is known")
+            drawn = random.Random(f"{self.seed} {self.epoch} {index}").randrange(len(lessons))
+            return encode(self.processor, _cut_out(lessons[drawn]))
 
     def length(self, index: int) -> int:
-        """Tokens of an item, visual ones included, from its text and the sizes of its pictures alone."""
-        with self._named(index) as messages:
-            pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-            plans = [self.processor.image_processor.plan(*read_size(picture)) for picture in pictures]
-            text = self.processor.apply_chat_template(messages, tokenize=False)
-            bos = self.processor.tokenizer.bos_token
-            special = bos is None or not text.startswith(bos)
-            ids = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-            return len(ids) + sum(plan.tokens - 1 for plan in plans)
+        """Tokens of an item, visual ones included, from its text and the sizes of its pictures alone.
+
+        That of its longest lesson; 0 where the method can make none of it.
+        """
+        with self._named(index) as lessons:
+            return max(map(self._tokens, lessons), default=0)
+
+    def _tokens(self, messages: Sequence[dict[str, Any]]) -> int:
+        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in pictures]
+        plans = [self.processor.image_processor.plan(*size) for size in sizes]
+        text = self.processor.apply_chat_template(messages, tokenize=False)
+        bos = self.processor.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        ids = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return len(ids) + sum(plan.tokens - 1 for plan in plans)
 
     def pictures(self) -> np.ndarray:
         """(S,) number of pictures of each item."""
@@ -68,13 +96,39 @@ class Samples(Dataset[dict[str, Tensor]]):
         return counts
 
     @contextmanager
-    def _named(self, index: int) -> Iterator[list[dict[str, Any]]]:
-        """The messages of an item; errors on the way get the record's name."""
-        source, record = self.sources[int(self.records[index, 0])], int(self.records[index, 1])
+    def _named(self, index: int) -> Iterator[list[list[dict[str, Any]]]]:
+        """The lessons of an item; errors on the way get the record's name."""
+        number, record = (int(n) for n in self.records[index])
+        source, regions = self.sources[number], self.regions[number]
         try:
-            yield source.messages(record)
+            messages = source.messages(record)
+            known = regions.of(record, source.id(record)) if regions is not None else {}
+            method = self.processor.image_processor.planner()
+            yield method.lessons(messages, _size_of_first(messages), known)
         except FoveateError as error:
             raise FoveateError(f"{source.where(record)}: {error}") from None
+
+
+def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
+    """Reads the size of a conversation's first picture."""
+    pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+    return partial(read_size, *pictures[:1])
+
+
+def _cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the parts of pictures cut out; each picture is read once."""
+    read: dict[str, Any] = {}
+
+    def resolved(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        cut = part["image"]
+        path = cut.picture if isinstance(cut, Cut) else cut
+        if path not in read:
+            read[path] = read_picture(path)
+        return {**part, "image": cut.make(read[path]) if isinstance(cut, Cut) else read[path]}
+
+    return [{**m, "content": [resolved(part) for part in m["content"]]} for m in messages]
 
 
 def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

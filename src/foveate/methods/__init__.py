@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "llava_hr": "foveate.methods.llava_hr:LlavaHR",
     "inf_llava": "foveate.methods.inf_llava:InfLlava",
     "coroi": "foveate.methods.coroi:Coroi",
+    "chain_of_spot": "foveate.methods.chain_of_spot:ChainOfSpot",
 }
 
 

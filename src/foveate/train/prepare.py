@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from foveate.chat import TEMPLATES
 from foveate.data.dataset import Samples, errors_of_workers
 from foveate.data.formats import Conversations, read_conversations
+from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
 from foveate.errors import FoveateError
+from foveate.modeling import FoveateForConditionalGeneration
 from foveate.processing import FoveateProcessor
 from foveate.train.models import base_options, skeleton
 from foveate.train.parts import add_adapters, select
@@ -38,6 +40,7 @@ class Prepared:
         samples: what it trains on, those that are too long left out.
         lengths: (S,) tokens of each sample.
         left_out: number of samples that are too long.
+        useless: number of samples of which the method can make no lesson.
         accumulation: micro-batches per optimizer step on each device.
     """
 
@@ -48,6 +51,7 @@ class Prepared:
     samples: Samples
     lengths: np.ndarray
     left_out: int
+    useless: int
     accumulation: int
 
 
@@ -75,10 +79,13 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
             f"{where}: batch {stage.batch} is not a multiple of micro_batch {stage.micro_batch} times "
             f"{devices} devices; change one of them"
         )
-    samples, lengths, left_out = _samples(stage, recipe.seed, processor)
+    _check_regions(stage, where, model)
+    samples, lengths, left_out, useless = _samples(stage, recipe.seed, processor)
     if not len(samples):
         raise FoveateError(
             f"{where}: all {left_out} samples are longer than max_length {stage.max_length}; raise it"
+            if left_out
+            else f"{where}: of no sample a region is known; look at the files of regions"
         )
     return Prepared(
         name=name,
@@ -88,12 +95,23 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         samples=samples,
         lengths=lengths,
         left_out=left_out,
+        useless=useless,
         accumulation=stage.batch // (stage.micro_batch * devices),
     )
 
 
-def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int]:
-    """The stage's samples that are short enough, their lengths, and how many are not."""
+def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGeneration) -> None:
+    """Raises `FoveateError` unless regions are given where the method learns them, and only there."""
+    title = model.method.title
+    for i, source in enumerate(stage.data):
+        if model.method.learns_regions and source.regions is None:
+            raise FoveateError(f"{where}.data.{i}: {title} learns where to look: give the file as regions")
+        if source.regions is not None and not model.method.learns_regions:
+            raise FoveateError(f"{where}.data.{i}: {title} as set here learns no regions: leave them out")
+
+
+def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int, int]:
+    """The stage's samples, their lengths, and how many were left out as too long and as useless."""
     files: list[Conversations] = []
     counts: list[int] = []
     for source in stage.data:
@@ -102,7 +120,8 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
     every = np.concatenate(
         [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]
     )
-    lengths = _measure(Samples(files, every, processor), stage.workers)
+    regions = [None if source.regions is None else Regions(source.regions) for source in stage.data]
+    lengths = _measure(Samples(files, every, processor, regions), stage.workers)
     rng = np.random.default_rng(seed)
     starts = np.cumsum([0, *counts])
     chosen = np.concatenate(
@@ -111,8 +130,10 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
             for start, count, source in zip(starts, counts, stage.data, strict=False)
         ]
     )
-    kept = chosen[lengths[chosen] <= stage.max_length]
-    return Samples(files, every[kept], processor), lengths[kept], len(chosen) - len(kept)
+    useful = chosen[lengths[chosen] > 0]
+    kept = useful[lengths[useful] <= stage.max_length]
+    samples = Samples(files, every[kept], processor, regions, seed)
+    return samples, lengths[kept], len(useful) - len(kept), len(chosen) - len(useful)
 
 
 class _Lengths(Dataset[tuple[int, int]]):

@@ -60,6 +60,7 @@ class Source:
     limit: int | None = None  # use only the first so many samples
     prompts: bool = True  # false: where the user shows a picture, leave out the text, as LLaVA's pretraining
     repeat: float = 1.0  # how often an epoch sees each sample; 0.5: a random half
+    regions: str | None = None  # where its questions want one to look, for methods that learn it
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

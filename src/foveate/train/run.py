@@ -165,7 +165,7 @@ def _train_stage(
         add_adapters(model, stage, where)
     select(model, stage, where)
     console.print(_table(prepared, model))
-    console.print(_amounts(prepared), highlight=False)
+    console.print(_amounts(prepared), highlight=False, markup=False)
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
         console.print(f"going on from {checkpoint}")
@@ -209,7 +209,11 @@ def _amounts(prepared: Prepared) -> str:
     shown = int((prepared.samples.pictures() > 0).sum())
     devices = stage.batch // (stage.micro_batch * prepared.accumulation)
     left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
+    if prepared.useless:
+        left_out += f", {prepared.useless} left out because no region of theirs is known"
+    regions = "".join(f"{r.report()}\n" for r in prepared.samples.regions if r is not None)
     return (
+        f"{regions}"
         f"{len(prepared.samples)} samples of up to {prepared.lengths.max()} tokens, {shown} with pictures"
         f"{left_out}\n{stage.batch} samples a step: micro-batch {stage.micro_batch}, "
         f"accumulation {prepared.accumulation}, devices {devices}"
@@ -268,7 +272,7 @@ def _trainer(
         train_dataset=prepared.samples,
         data_collator=Collator(prepared.processor.tokenizer.pad_token_id),
         callbacks=[
-            Epochs(sampler),
+            Epochs(sampler, prepared.samples),
             SafeCheckpoints(),
             TensorBoardCallback(writer),
             Report(console, prepared.name),

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from foveate.data.dataset import Samples
 from foveate.data.sampling import EpochSampler
 from foveate.train.parts import learning_rate
 from foveate.train.recipe import Stage
@@ -62,13 +63,17 @@ class StageTrainer(Trainer):
 
 
 class Epochs(TrainerCallback):
-    """Tells the sampler the epoch; accelerate does not where several devices go on inside of an epoch."""
+    """Tells sampler and samples the epoch.
 
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
+    accelerate does not where several devices go on inside of an epoch.
+    """
+
+    def __init__(self, sampler: EpochSampler, samples: Samples) -> None:
+        self.told = (sampler, samples)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
+        for one in self.told:
+            one.set_epoch(int(state.epoch or 0))
 
 
 class SafeCheckpoints(TrainerCallback):

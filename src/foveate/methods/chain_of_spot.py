@@ -1,0 +1,380 @@
+"""Chain-of-Spot: the model first says where to look, then answers from the picture and that part of it.
+
+Paper: Liu et al., Chain-of-Spot: Interactive Reasoning Improves Large Vision-Language Models,
+arXiv 2403.12966. Authors' code: dongyh20/Chain-of-Spot (a fork of LLaVA-1.5).
+
+    picture -> one square view -> MLP        plan, ChainOfSpotConnector   section 4.1, as in LLaVA-1.5
+    Inst.1 -> where to look                  converse, Wording.where      equations 2 and 7
+    str([w0, w1, h0, h1])                    region                       equation 8
+    crop, zoomed like the first picture      crop                         section 3.3
+    Inst.2 -> the answer                     converse, Wording.answer     equations 3 and 9
+    one random question of a picture at      lessons                      sections 3.3 and 4.1
+    each visit, both answers are learnt
+    where its region comes from              regions_for                  table 3a
+
+Where we differ from the authors' code and why:
+
+- `wording: released` puts the question in quotes and asks "what is the region" where training said "where
+  is", as the released model is asked; `wording: paper` is equations 7 and 9.
+- `box_format: unit_xxyy` is the order of equation 8, `unit_xyxy` that of the released model.
+- `parser: strict` is the grammar of `foveate.boxes`; what is no box leads to the whole picture, with the
+  reason in the answer's notes. `parser: authors` cuts off the first and the last character and splits at
+  ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
+- `crop: original` cuts out original pixels; `crop: padded` cuts them from the picture padded to a square,
+  black beyond it, as the released model has learnt. Pixel coordinates make no huge picture, and a box
+  without area is the whole picture; the authors' program stops at one.
+- Questions whose region is missing or malformed are left out of training; the authors train them with the
+  full picture.
+- The paper freezes the projector and learns one question of a picture; the authors' code trains it and
+  appends the other questions (`others: append`).
+- The second turn keeps the LLM's cache of the first and encodes the first picture once (`foveate.turns`);
+  the authors generate twice from scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+from foveate.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
+from foveate.chat import IMAGE_TOKEN
+from foveate.errors import FoveateError
+from foveate.geometry import Box, Size, View, ViewPlan, padded_square, whole
+from foveate.layers import mlp_projector
+from foveate.layouts import Layout, connector_options, known_projector
+from foveate.methods.base import (
+    Connector,
+    Cut,
+    Method,
+    MethodOptions,
+    Query,
+    Reply,
+    Turn,
+    VisualTokens,
+    Widths,
+    flat,
+)
+
+PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
+MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB
+CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The two instructions; {q} is the question, `<image>` where a picture stands."""
+
+    where: str
+    answer: str
+    learnt: str  # the first instruction as it is trained with
+
+
+WORDINGS = {
+    "paper": Wording(
+        where="To answer the question: {q}, where is the region of interest in the image?",
+        answer=f"The region of interest in the image is {IMAGE_TOKEN}. Answer the question: {{q}}.",
+        learnt="To answer the question: {q}, where is the region of interest in the image?",
+    ),
+    "released": Wording(
+        where='To answer the question: "{q}", what is the region of interest in the image?',
+        answer=f'The region of interest in the image is {IMAGE_TOKEN}\n. Answer the question: "{{q}}"',
+        learnt='To answer the question: "{q}", where is the region of interest in the image?',
+    ),
+}
+FURTHER = "Now answer the following questions based on the raw image: "  # before the first appended question
+
+
+@dataclass(frozen=True)
+class ChainOfSpotOptions(MethodOptions):
+    projector_depth: int = 2  # linear layers of the projector
+    wording: Literal["paper", "released"] = "paper"  # of the two instructions
+    box_format: str = "unit_xxyy"  # one of foveate.boxes.BOX_FORMATS
+    parser: Literal["strict", "authors"] = "strict"  # what is read as a box
+    crop: Literal["original", "padded"] = "original"  # whether the crop is cut from the padded square
+    extend: float = 0.0  # by which part of themselves a region's sides grow before it is cut out
+    least_side: int = 14  # of a crop, pixels of the original
+    region_tokens: int = 64  # bound on the reply to the first instruction
+    suffix: str = ""  # text behind the second instruction
+    region_from: Literal["question", "questions", "image", "centre"] = "question"  # in training, table 3a
+    others: Literal["drop", "append"] = "drop"  # in training, the picture's other questions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        box_format(self.box_format)
+        if self.extend < 0 or self.least_side < 1 or self.region_tokens < 1:
+            raise FoveateError("extend must be at least 0, least_side and region_tokens at least 1")
+        if self.parser == "authors" and (self.crop, self.box_format) != ("padded", "unit_xyxy"):
+            raise FoveateError("parser: authors belongs to crop: padded and box_format: unit_xyxy")
+
+
+class ChainOfSpotConnector(Connector):
+    def __init__(self, widths: Widths, depth: int) -> None:
+        super().__init__()
+        self.projector = mlp_projector(widths.vision, widths.text, depth)
+
+    def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
+        return VisualTokens(flat(self.projector(features)))  # (V, N, C) -> (V N, D)
+
+
+class ChainOfSpot(Method):
+    title = "Chain-of-Spot"
+    idea = "asks the model where to look, and shows it that part of the picture as a second view"
+    paper = "arXiv 2403.12966"
+    Options = ChainOfSpotOptions
+    options: ChainOfSpotOptions
+
+    @property
+    def learns_regions(self) -> bool:
+        return self.options.region_from != "centre"
+
+    @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
+    def plan(self, height: int, width: int) -> ViewPlan:
+        """One view of the picture, or of the crop, padded to a square."""
+        if not self._within_budget(self.tower.tokens):
+            raise self._refuse_budget(self.tower.tokens)
+        picture = Size(height, width)
+        view = View(0, whole(self.tower.side), "global")
+        return ViewPlan(picture, (padded_square(picture, self.tower.image_size),), (view,), self.tower.tokens)
+
+    def build_connector(self, widths: Widths) -> ChainOfSpotConnector:
+        return ChainOfSpotConnector(widths, self.options.projector_depth)
+
+    # Asking: equations 2 and 3.
+
+    def converse(self, picture: Image.Image, question: str) -> Generator[Turn, str, Reply]:
+        options, wording, notes = self.options, WORDINGS[self.options.wording], []
+        first = wording.where.format(q=question)
+        said = yield Turn(first, [picture], inner=True, max_new_tokens=options.region_tokens)
+        size = Size(picture.height, picture.width)
+        box, problem = self.region(said, size)
+        if box is None:
+            notes.append(
+                f"no region was found, the whole picture is looked at twice: {problem} in {_brief(said)}"
+            )
+            crop, region = picture, whole(size)
+        else:
+            crop, region = self.crop(picture, box), self.shown(box, size)
+        answer = yield Turn(wording.answer.format(q=question) + options.suffix, [crop])
+        return Reply(answer, [region], notes)
+
+    def turn_sizes(self, picture: Size) -> list[Size]:
+        """The second one is that of a region of a quarter of the picture; any other costs the same."""
+        return [picture, Size(max(picture.height // 2, 1), max(picture.width // 2, 1))]
+
+    def region(self, text: str, picture: Size) -> Reading:
+        """The box that the model wrote, in original pixels; beyond the border where the crop may be."""
+        if self.options.parser == "authors":
+            return authors_region(text, picture)
+        if self.options.crop == "original":
+            return read_box(text, box_format(self.options.box_format), Frame.padded(picture))
+        side, offset = max(picture), padded_square(picture, max(picture)).source
+        box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(Size(side, side)))
+        if box is not None and not _overlap(_moved(box, offset.left, offset.top), picture):
+            return Reading(None, "the box lies outside the picture")
+        return Reading(None, problem) if box is None else Reading(_moved(box, offset.left, offset.top))
+
+    def crop(self, picture: Image.Image, box: Box) -> Image.Image:
+        """The region's pixels; `plan` zooms them like the first picture."""
+        size = Size(picture.height, picture.width)
+        if self.options.crop == "padded":
+            return _cut_square(picture, box)
+        return picture.crop(self._fitted(box, size).rounded())
+
+    def shown(self, box: Box, picture: Size) -> Box:
+        """The part of the picture that a crop shows."""
+        return box.clipped(picture) if self.options.crop == "padded" else self._fitted(box, picture)
+
+    def _fitted(self, box: Box, picture: Size) -> Box:
+        return fitted(box, picture, extend=self.options.extend, minimum=self.options.least_side)
+
+    # Training: section 3.3.
+
+    def lessons(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        size: Callable[[], Size],
+        regions: Mapping[int | None, Box],
+    ) -> list[list[dict[str, Any]]]:
+        """Two turns for each question about the picture whose region is known."""
+        shown = [part for m in messages for part in m["content"] if part["type"] == "image"]
+        if len(shown) != 1:
+            return super().lessons(messages, size, regions)
+        opening = [dict(m) for m in messages if m["role"] == "system"]
+        turns = [m for m in messages if m["role"] != "system"]
+        asked = [_words(m) for m in turns[::2]]
+        answers = [_words(m) for m in turns[1::2]]
+        pairs = list(zip(asked, answers, strict=False))
+        picture, made = size(), []
+        for k, box in self.regions_for(len(pairs), picture, regions).items():
+            made.append(opening + self._lesson(shown[0]["image"], picture, box, pairs, k))
+        return made
+
+    def regions_for(self, questions: int, picture: Size, regions: Mapping[int | None, Box]) -> dict[int, Box]:
+        """The region of each question that has one, from where `region_from` says."""
+        every = range(questions)
+        source = self.options.region_from
+        if source == "centre":
+            dx, dy = picture.width * (1 - CENTRE) / 2, picture.height * (1 - CENTRE) / 2
+            middle = Box(dx, dy, picture.width - dx, picture.height - dy)
+            return {k: middle for k in every}
+        found = {k: box for k, raw in regions.items() if (box := self._annotated(raw, picture)) is not None}
+        if source == "image":
+            return {k: found[None] for k in every} if None in found else {}
+        mine = {k: found[k] for k in every if k in found}
+        if source == "questions" and mine:
+            boxes = list(mine.values())
+            around = Box(
+                min(box.left for box in boxes),
+                min(box.top for box in boxes),
+                max(box.right for box in boxes),
+                max(box.bottom for box in boxes),
+            )
+            return {k: around for k in every}
+        return mine
+
+    def _annotated(self, box: Box, picture: Size) -> Box | None:
+        """An annotated box as it is trained with; None where it shows nothing of the picture."""
+        checked = checked_box([float(n) for n in box], picture).box
+        if checked is None or self.options.crop == "original":
+            return checked
+        right, bottom = min(box.right, picture.width), min(box.bottom, picture.height)
+        return Box(box.left, box.top, right, bottom)  # left and top may lie in the padding
+
+    def _lesson(
+        self, path: Any, picture: Size, box: Box, pairs: Sequence[tuple[str, str]], k: int
+    ) -> list[dict[str, Any]]:
+        wording, (question, answer) = WORDINGS[self.options.wording], pairs[k]
+        where = write_box(box, box_format(self.options.box_format), Frame.padded(picture))
+        if self.options.crop == "padded":
+            left, top, right, bottom = _in_square(box, picture)
+            size = Size(max(bottom - top, 1), max(right - left, 1))
+        else:
+            part = self._fitted(box, picture)
+            size = Size(int(part.height), int(part.width))
+        cut = Cut(path, size, lambda image: self.crop(image, box))
+        before, after = wording.answer.format(q=question).split(IMAGE_TOKEN)
+        lesson = [
+            _said("user", {"type": "image", "image": path}, wording.learnt.format(q=question)),
+            _said("assistant", where),
+            _said(
+                "user",
+                before,
+                {"type": "image", "image": cut},
+                after.removeprefix("\n") + self.options.suffix,
+            ),
+            _said("assistant", answer),
+        ]
+        if self.options.others == "append":
+            for i, (asked, replied) in enumerate(pair for j, pair in enumerate(pairs) if j != k):
+                lesson += [_said("user", asked if i else FURTHER + asked), _said("assistant", replied)]
+        return lesson
+
+
+def authors_region(text: str, picture: Size) -> Reading:
+    """The box as the authors' evaluation reads it, in original pixels: it may reach beyond the padded square.
+
+    What stops their program (no width and no height) is no box here.
+    """
+    side, offset = max(picture), padded_square(picture, max(picture)).source
+    try:
+        x0, y0, x1, y1 = (float(part) * side for part in text.strip()[1:-1].split(", ")[:4])
+    except ValueError:
+        return Reading(None, "the authors' parser finds no box")
+    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
+        return Reading(None, "the authors' parser finds no box that can be cut out")
+    if (round(x0), round(y0)) == (round(x1), round(y1)):
+        return Reading(None, "the box has no area")
+    return Reading(_moved(Box(x0, y0, x1, y1), offset.left, offset.top))
+
+
+def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
+    """A part of the picture padded to a square: `PADDING` beside the picture, black beyond the square.
+
+    Corners are rounded in the square's pixels, as PIL's `crop` does. Parts of more than `MOST_PIXELS` pixels
+    are made smaller.
+    """
+    size = Size(picture.height, picture.width)
+    square = padded_square(size, max(size)).source
+    left, top, right, bottom = _in_square(box, size)
+    across, down = max(right - left, 1), max(bottom - top, 1)
+    scale = min(1.0, math.sqrt(MOST_PIXELS / (across * down)))
+    across, down = max(round(across * scale), 1), max(round(down * scale), 1)
+    if right == left or bottom == top:  # no width or no height: padding is all that shows
+        return Image.new("RGB", (across, down), PADDING)
+    page = Image.new("RGB", (across, down))
+
+    def place(low: float, high: float, start: int, length: int) -> tuple[int, int]:
+        ends = (round((n - start) * scale) for n in (low, high))
+        first, last = (min(max(n, 0), length) for n in ends)
+        return first, last
+
+    x, y = place(0, max(size), left, across), place(0, max(size), top, down)
+    page.paste(PADDING, (x[0], y[0], x[1], y[1]))
+    inside = _moved(box, 0, 0).clipped(size)
+    if inside.width <= 0 or inside.height <= 0:
+        return page
+    first_x, first_y = int(left + square.left), int(top + square.top)  # the part's corner, original pixels
+    part = Box(max(first_x, 0), max(first_y, 0), min(right + int(square.left), size.width), 0)
+    part = part._replace(bottom=min(bottom + int(square.top), size.height))
+    if part.width <= 0 or part.height <= 0:
+        return page
+    piece = picture.crop(part.rounded())
+    if scale < 1:
+        piece = piece.resize((max(round(piece.width * scale), 1), max(round(piece.height * scale), 1)))
+    page.paste(piece, (round((part.left - first_x) * scale), round((part.top - first_y) * scale)))
+    return page
+
+
+def _in_square(box: Box, picture: Size) -> tuple[int, int, int, int]:
+    """A box of original pixels in whole pixels of the padded square."""
+    square = padded_square(picture, max(picture)).source
+    return _moved(box, -square.left, -square.top).rounded()
+
+
+def _moved(box: Box, dx: Any, dy: Any) -> Box:
+    return Box(box.left + dx, box.top + dy, box.right + dx, box.bottom + dy)
+
+
+def _overlap(box: Box, picture: Size) -> bool:
+    part = box.clipped(picture)
+    return part.width > 0 and part.height > 0
+
+
+def _brief(text: str, most: int = 60) -> str:
+    return repr(text if len(text) <= most else text[:most] + "...")
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _said(role: str, *parts: Any) -> dict[str, Any]:
+    texts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": role, "content": texts}
+
+
+ChainOfSpot.layouts = (
+    Layout(
+        name="Zuyan/llava-CoS-*",
+        family="original",
+        only_named=True,
+        recognises=lambda config: known_projector(config) and config.get("image_aspect_ratio") == "pad",
+        options=lambda config, preprocessor: {
+            "projector_depth": connector_options(config)["projector_depth"],
+            "wording": "released",
+            "box_format": "unit_xyxy",
+            "crop": "padded",
+        },
+        keys={
+            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+        },
+        template="vicuna_v1",
+    ),
+)
