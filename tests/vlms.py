@@ -8,13 +8,21 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
+    GotOcr2ImageProcessorPil,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
@@ -56,8 +64,13 @@ LANGUAGE = {
 
 
 class _OnevisionPictures(LlavaOnevisionProcessor):
-    """Without the part for videos, which needs torchvision; so are the next two."""
+    """Without the part for videos, which needs torchvision; so are the next ones."""
 
+    def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, None, **kwargs)
+
+
+class _InternPictures(InternVLProcessor):
     def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer, None, **kwargs)
 
@@ -138,6 +151,63 @@ def llava_onevision() -> VLM:
     return VLM(LlavaOnevisionForConditionalGeneration(config).eval(), processor)
 
 
+def llava_next() -> VLM:
+    """LLaVA-NeXT: as LLaVA-OneVision, and without its newline behind the whole picture."""
+    set_seed(0)
+    tokens = tiny_tokenizer()
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    config = LlavaNextConfig(
+        vision_config=tiny_vision(),
+        text_config=tiny_text(),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    processor = LlavaNextProcessor(
+        LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints),
+        tokens,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    return VLM(LlavaNextForConditionalGeneration(config).eval(), processor)
+
+
+def internvl() -> VLM:
+    """InternVL: tiles of the picture's own shape and a thumbnail, four patches shuffled into one token."""
+    set_seed(0)
+    tokens = tokenizer(
+        "<IMG_CONTEXT>",
+        "<img>",
+        "</img>",
+        "<video>",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    views = {"image_size": [28, 28], "patch_size": [7, 7]}
+    config = InternVLConfig(
+        vision_config={
+            **vision,
+            "image_size": [28, 28],
+            "patch_size": [7, 7],
+            "model_type": "internvl_vision",
+        },
+        text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
+        image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 28, "width": 28}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    processor = _InternPictures(
+        images, tokens, image_seq_length=4, chat_template=TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>")
+    )
+    return VLM(InternVLForConditionalGeneration(config).eval(), processor)
+
+
 def idefics3() -> VLM:
     """Idefics3, as SmolVLM's first release: tiles between marks of their own, then the whole."""
     set_seed(0)
@@ -205,7 +275,9 @@ def foveate_model(method: str) -> VLM:
 
 VLMS: dict[str, Callable[[], VLM]] = {
     "llava": llava,
+    "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "internvl": internvl,
     "idefics3": idefics3,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,

@@ -143,7 +143,7 @@ def message(*parts: Image.Image | str) -> Messages:
 
 
 def _loads_by_itself(model_type: str | None) -> bool:
-    """Whether transformers' own class serves: of the layouts that Foveate reads, only those it shares."""
+    """Whether transformers' own class is taken. Not for `llava`: other layouts go by it, too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type != "llava"
