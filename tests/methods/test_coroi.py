@@ -288,11 +288,13 @@ def test_layers() -> None:
     assert decoder_layers("three", 32) == [7, 15, 23]
     assert decoder_layers("one", 32) == [15]
     assert decoder_layers("six", 4) == [0, 1, 2]
-    assert decoder_layers("six", 1) == [0]
-    assert decoder_layers([3, 1], 4) == [1, 3]
-    with pytest.raises(FoveateError, match=r"layers \[4\] of an LLM of 4 layers"):
-        made(layers=[4])
-    assert list(made(layers=[0, 3]).model.connector.injectors()) == [0, 3]
+    assert decoder_layers("six", 2) == decoder_layers("one", 3) == [0]
+    assert decoder_layers([2, 1], 4) == [1, 2]
+    with pytest.raises(FoveateError, match="an LLM of at least 2 layers, not 1"):
+        decoder_layers("six", 1)
+    with pytest.raises(FoveateError, match=r"layers \[3\] of an LLM of 4 layers: choose from 0 to 2"):
+        made(layers=[3])  # behind the last layer, no token reads those of the picture
+    assert list(made(layers=[0, 2]).model.connector.injectors()) == [0, 2]
 
 
 @torch.no_grad()
@@ -358,7 +360,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"gradient": "gumbel", "distinct": True},
     {"layers": "three", "layer_weights": "shared", "projections": "norm_linear"},
     {"heads": 4, "injection_reads": "projected", "queries": "all"},
-    {"assignment": "in_turn", "layers": [0, 1, 2, 3]},
+    {"assignment": "in_turn", "layers": [0, 1, 2]},
     {"overlap": "sequence"},
     {"overlap": "sequence", "assignment": "in_turn", "layers": "one", "rois": 2},
 ]

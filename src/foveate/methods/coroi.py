@@ -124,17 +124,18 @@ def decoder_layers(choice: str | Sequence[int], depth: int) -> list[int]:
     """Layers of an LLM of `depth` layers whose output is changed, 0-based, in rising order.
 
     Quarters of the LLM end at layers jL/8 - 1 for even j, the doubled ones lie halfway between.
-    Raises `FoveateError` for layers that the LLM does not have.
+    Raises `FoveateError` for layers that the LLM does not have, and for its last one: what is said there to
+    the picture's tokens, no other token reads.
     """
+    if depth < 2:
+        raise FoveateError(f"CoRoI needs an LLM of at least 2 layers, not {depth}")
     if not isinstance(choice, str):
-        if depth < 1 or not all(0 <= layer < depth for layer in choice):
+        if not all(0 <= layer < depth - 1 for layer in choice):
             raise FoveateError(
-                f"layers {list(choice)} of an LLM of {depth} layers: choose from 0 to {depth - 1}"
+                f"layers {list(choice)} of an LLM of {depth} layers: choose from 0 to {depth - 2}"
             )
         return sorted(choice)
     eighths = {"six": (2, 3, 4, 5, 6, 7), "three": (2, 4, 6), "one": (4,)}[choice]
-    if depth < 1:
-        raise FoveateError("the LLM's number of layers is unknown: give Widths its layers")
     return sorted({max(j * depth // 8 - 1, 0) for j in eighths})  # fewer where the LLM is small
 
 
@@ -183,9 +184,9 @@ class Scorer(nn.Module):
         self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
         norm = [nn.LayerNorm(width)] if self.before else []
-        self.feed_forward = nn.Sequential(
-            *norm, nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 1)
-        )
+        # The same number added to all scores changes no choice: a last bias would have nothing to learn from.
+        last = nn.Linear(4 * width, 1, bias=options.gradient == "weighted")
+        self.feed_forward = nn.Sequential(*norm, nn.Linear(width, 4 * width), nn.GELU(), last)
         if options.scorer_positions:
             self.positions = nn.Parameter(torch.zeros(tokens, width))
         self.placed = options.scorer_positions

@@ -168,7 +168,8 @@ def inject(compare: Comparison) -> None:
 def scorer(compare: Comparison) -> None:
     case = compare.case
     config = case.json["config"]
-    module = Scorer(config["d"], config["grid"] ** 2, CoroiOptions(scorer_heads=config["heads"]))
+    options = CoroiOptions(scorer_heads=config["heads"], gradient="weighted")  # which has the last bias
+    module = Scorer(config["d"], config["grid"] ** 2, options)
     load_scorer(module, case.part("state"))
     view = module.read(case.tensors["V_low"][None])
     words, region = case.tensors["U"][None], case.tensors["roi"][None]
@@ -212,7 +213,7 @@ def chain(compare: Comparison) -> None:
     words = case.tensors["U"][None]
     for history in ("last", "all"):
         method, module = connector(
-            config["grid"], config["d"], config["d"], history=history, rois=config["n"]
+            config["grid"], config["d"], config["d"], history=history, rois=config["n"], gradient="weighted"
         )
         load_scorer(module.scorers[0], case.part("state.scorer"))  # type: ignore[arg-type]
         torch.nn.init.eye_(module.question.weight)
