@@ -42,6 +42,7 @@ from tests.support import picture
 N = 26  # records, of which every sixth has no picture
 QUESTIONS = N - N // 6
 BATCH = 3
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +239,8 @@ def test_parts_of_several_processes_make_one_file(
 def test_two_real_processes(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:
     """torchrun with two processes writes the file that one writes."""
     out = tmp_path / "regions.jsonl"
-    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port 29517 -m foveate".split()
     done = subprocess.run(
-        [sys.executable, *launch, *command(data, out, model)],
+        [sys.executable, *TORCHRUN, "-m", "foveate", *command(data, out, model)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -190,12 +190,7 @@ def internvl() -> VLM:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     views = {"image_size": [28, 28], "patch_size": [7, 7]}
     config = InternVLConfig(
-        vision_config={
-            **vision,
-            "image_size": [28, 28],
-            "patch_size": [7, 7],
-            "model_type": "internvl_vision",
-        },
+        vision_config={**vision, **views, "model_type": "internvl_vision"},
         text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
         image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"),
     )
