@@ -10,7 +10,7 @@ from typing import Any
 from foveate.errors import FoveateError
 
 IMAGE_TOKEN = "<image>"
-TEMPLATES = ("plain", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
+TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
 
 
 def chat_template(name: str) -> str:

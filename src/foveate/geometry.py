@@ -61,6 +61,15 @@ class Box(NamedTuple):
             and self.bottom >= other.bottom
         )
 
+    def overlap(self, other: Box) -> float:
+        """What both cover, divided by what either covers: 0 to 1, also called IoU."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.bottom, other.bottom) - max(self.top, other.top)
+        if width <= 0 or height <= 0:
+            return 0.0
+        both = width * height
+        return float(both / (self.width * self.height + other.width * other.height - both))
+
     def rounded(self) -> tuple[int, int, int, int]:
         """Nearest whole pixels, for drawing and for JSON."""
         return round(self.left), round(self.top), round(self.right), round(self.bottom)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
-from foveate.lab import cell as cells
 from foveate.lab import data as stores
-from foveate.lab.cell import Bench, Cell, Student, make_bench, train_cell
+from foveate.lab import training
+from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.cli import app
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
 from foveate.lab.data import view_key
@@ -27,6 +27,8 @@ from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import markdown
 from foveate.lab.run import run
 from foveate.lab.scales import SCALES
+from foveate.lab.student import Student
+from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
 from tests.support import gap
@@ -87,7 +89,7 @@ def test_only_what_a_stage_trains_moves(method: str, bench: Bench) -> None:
 def test_an_interrupted_cell_ends_where_an_uninterrupted_one_does(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cells, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
     wanted = cell("llava", steps=8)
     whole = train_cell(wanted, replace(bench, folder=tmp_path / "whole"))
     other = replace(bench, folder=tmp_path / "cut")
@@ -297,8 +299,16 @@ def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
     variants = (Variant("llava"), Variant("coroi", options=everything))
     path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
     blind, chain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert blind["found"] is None and 0 < chain["found"] < 1
-    assert "region found" in path.read_text(encoding="utf-8")
+    assert blind["looked"] is None and 0 < chain["looked"]["overlap"] < chain["looked"]["found"] < 1
+    assert "region: found | region: overlap" in path.read_text(encoding="utf-8")
+
+
+def test_a_method_that_asks_twice_is_measured_in_conversations(bench: Bench, tmp_path: Path) -> None:
+    result = train_cell(cell("chain_of_spot"), bench)
+    assert {*(q.kind for q in bench.test.asked)} <= set(result["accuracy"])
+    assert 0 <= result["looked"]["overlap"] <= result["looked"]["found"] <= 1
+    assert result["cost"]["visual_tokens"] == 72
+    assert bench.parts.reader.config.vocab_size == len(bench.parts.tokenizer)  # others start from it, too
 
 
 def test_an_experiment_is_a_file(prepared: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from foveate.lab.cell import Bench, Cell, Student, make_bench
+from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.controls import controls
+from foveate.lab.conversing import make_student
 from foveate.lab.experiment import Variant, read_experiment
 from foveate.lab.parts import Parts
 
@@ -25,15 +26,14 @@ def bench(parts: Parts, tmp_path: Path) -> Bench:
 def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Bench) -> None:
     cell = Cell(variant.method, 0, "words", "nano", 16, variant.options, variant.stages, variant.label)
     with controls():
-        student = Student(cell, bench)
+        student = make_student(cell, bench)
         student.ready()
         assert student.stages()
         for stage in student.stages():
             learner = student.under(stage)
             learner.model.train()
             learner.optimiser(stage)
-            loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], stage.captions))
-            loss.backward()
+            learner.loss(bench.train, [0, 1], stage.captions).backward()
             for name in stage.trains:
                 grads = [p.grad for p in learner.model.get_submodule(name).parameters()]
                 assert any(grad is not None and grad.abs().max() > 0 for grad in grads), name

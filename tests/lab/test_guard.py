@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from foveate.lab.cell import Cell, make_bench, train_cell
+from foveate.lab.cell import Cell, make_bench
 from foveate.lab.controls import controls
 from foveate.lab.parts import load_parts
 from foveate.lab.scales import SCALES
+from foveate.lab.training import train_cell
 
 STEPS = 450
 

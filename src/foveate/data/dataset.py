@@ -67,7 +67,7 @@ class Samples(Dataset[dict[str, Tensor]]):
             if not lessons:
                 raise FoveateError("nothing can be learnt from it: no region is known")
             drawn = random.Random(f"{self.seed} {self.epoch} {index}").randrange(len(lessons))
-            return encode(self.processor, _cut_out(lessons[drawn]))
+            return encode(self.processor, cut_out(lessons[drawn]))
 
     def length(self, index: int) -> int:
         """Tokens of an item, visual ones included, from its text and the sizes of its pictures alone.
@@ -115,18 +115,19 @@ def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
     return partial(read_size, *pictures[:1])
 
 
-def _cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages with the parts of pictures cut out; each picture is read once."""
-    read: dict[str, Any] = {}
+    read: dict[int, Any] = {}
 
     def resolved(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":
             return part
         cut = part["image"]
-        path = cut.picture if isinstance(cut, Cut) else cut
-        if path not in read:
-            read[path] = read_picture(path)
-        return {**part, "image": cut.make(read[path]) if isinstance(cut, Cut) else read[path]}
+        picture = cut.picture if isinstance(cut, Cut) else cut
+        key = id(picture)  # a lesson's cuts hold what the message they come from holds
+        if key not in read:
+            read[key] = read_picture(picture)
+        return {**part, "image": cut.make(read[key]) if isinstance(cut, Cut) else read[key]}
 
     return [{**m, "content": [resolved(part) for part in m["content"]]} for m in messages]
 

@@ -10,8 +10,9 @@ import torch
 
 from foveate.ask import Foveate, load
 from foveate.errors import FoveateError
-from foveate.lab.cell import Cell, Student, make_bench
+from foveate.lab.cell import Cell, make_bench
 from foveate.lab.controls import CONTROLS
+from foveate.lab.conversing import make_student
 from foveate.lab.parts import load_parts
 
 
@@ -33,7 +34,7 @@ def export(cell: Cell, folder: Path, out: Path, options: Mapping[str, Any] | Non
     weights = bench.cells(cell.scale) / cell.key / "weights.pt"
     if not weights.is_file():
         raise FoveateError(f"{weights} is not there: run `{cell.command}` first")
-    student = Student(cell, bench)
+    student = make_student(cell, bench)
     student.model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     Foveate(student.model.half(), student.processor).save(out)
     if options:

@@ -12,6 +12,11 @@ from foveate.lab.levels import FINE, KINDS, level_named
 Result = Mapping[str, Any]
 LINES = ("chance", "in-scene guess")
 GROUPS = ("fine", "coarse", "where")
+LOOKED = (
+    "*region*: of the questions about an object, how often a region that the method chose contains all of it "
+    "(found), and what the best of them and the object both cover, divided by what either covers (overlap).",
+    "",
+)
 COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters", "training, CPU s")
 
 
@@ -46,9 +51,9 @@ def markdown(results: Sequence[Result]) -> str:
     kinds = [kind for kind in KINDS if kind in counts]
     fine = [kind for kind in kinds if kind in FINE]
     groups = by_method(results)
-    chosen = any(result["found"] is not None for result in results)
+    looked = ["found", "overlap"] if any(result["looked"] for result in results) else []
     head, kind_head = [*COLUMNS], ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
-    kind_head += ["region found"] if chosen else []
+    kind_head += [f"region: {what}" for what in looked]
     lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]
     summary = [_summary(name, cells) for name, cells in groups.items()]
     summary += [_line(name, lines[name], GROUPS, before=2, after=5) for name in LINES]
@@ -56,11 +61,11 @@ def markdown(results: Sequence[Result]) -> str:
         [
             name,
             *(_spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds),
-            *([_spread([cell["found"] for cell in cells if cell["found"] is not None])] if chosen else []),
+            *(_spread([cell["looked"][what] for cell in cells if cell["looked"]]) for what in looked),
         ]
         for name, cells in groups.items()
     ]
-    details += [_line(name, lines[name], kinds, before=1, after=int(chosen)) for name in LINES]
+    details += [_line(name, lines[name], kinds, before=1, after=len(looked)) for name in LINES]
     text = [
         f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps",
         "",
@@ -81,10 +86,7 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         "![accuracy against visual tokens](report.png)",
         "",
-        *(
-            ["*region found*: of the questions about an object, how often a chosen region contains it.", ""]
-            * chosen
-        ),
+        *(LOOKED if looked else []),
         "Every cell again:",
         "",
         "```",

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from foveate.errors import FoveateError
-from foveate.lab.cell import Cell, check_methods, make_bench, train_cell
+from foveate.lab.cell import Cell, check_methods, make_bench
 from foveate.lab.controls import controls
 from foveate.lab.experiment import Experiment
 from foveate.lab.parts import load_parts
 from foveate.lab.report import write_report
+from foveate.lab.training import train_cell
 
 Report = Callable[[Cell, int, int, float], None]  # cell, step, steps, loss
 

@@ -129,6 +129,11 @@ class ChainOfSpot(Method):
     Options = ChainOfSpotOptions
     options: ChainOfSpotOptions
 
+    @classmethod
+    def options_for(cls, ratio: int) -> dict[str, Any]:
+        """Boxes of whole numbers, which are easier to learn."""
+        return {"box_format": "internvl"}
+
     @property
     def learns_regions(self) -> bool:
         return self.options.region_from != "centre"

@@ -1,0 +1,94 @@
+"""Methods that ask more than once before they answer: every question is a conversation of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import set_seed
+
+from foveate.ask import Foveate
+from foveate.data.dataset import Collator, cut_out, encode
+from foveate.geometry import Box, Size, whole
+from foveate.lab.cell import Bench, Cell
+from foveate.lab.data import Examples
+from foveate.lab.student import Graded, Student
+from foveate.lab.words import talking_tokenizer
+from foveate.methods import method_class
+from foveate.methods.base import Method
+
+LONGEST_ANSWER = 8  # tokens; words have five letters
+
+
+class ConversingStudent(Student):
+    """Trains on the method's lessons, and is measured in conversations that it leads itself.
+
+    Where to look is taught as the box of the object that a question is about; of questions about the whole
+    picture, as all of it.
+    """
+
+    template = "bare"
+
+    def __init__(self, cell: Cell, bench: Bench) -> None:
+        tokenizer, reader = talking_tokenizer(), copy.deepcopy(bench.parts.reader)
+        set_seed(cell.seed)
+        reader.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        parts = replace(bench.parts, tokenizer=tokenizer, reader=reader)
+        super().__init__(cell, replace(bench, parts=parts))
+        self.collate = Collator(tokenizer.pad_token_id)
+
+    def ready(self) -> str | None:
+        """Nothing is cached: crops differ from question to question."""
+        return None
+
+    def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
+        lessons = []
+        for i in indices:
+            picture = Image.fromarray(data.pictures[i])
+            lessons += self._lessons(picture, data.questions[i])
+            lessons += [_dialogue(picture, [(q.text, q.answer)]) for q in data.captions[i] if captions]
+        batch = self.collate([encode(self.processor, cut_out(lesson)) for lesson in lessons])
+        return self.model(**batch, use_cache=False).loss
+
+    def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
+        size = Size(picture.height, picture.width)
+        regions: dict[int | None, Box] = {
+            k: whole(size) if question.region is None else question.region
+            for k, question in enumerate(questions)
+        }
+        asked = [(question.text, question.answer) for question in questions]
+        return self.method.lessons(_dialogue(picture, asked), lambda: size, regions)
+
+    def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
+        """Answers all questions about these pictures, side by side."""
+        asked = [(Image.fromarray(data.pictures[i]), q) for i in indices for q in data.questions[i]]
+        reader = Foveate(self.model, self.processor)
+        answers = reader.ask_all(
+            [(picture, question.text) for picture, question in asked], max_new_tokens=LONGEST_ANSWER
+        )
+        return [
+            Graded(question, answer.text == question.answer, answer.regions)
+            for (_, question), answer in zip(asked, answers, strict=True)
+        ]
+
+
+def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Questions and answers about one picture as messages."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in asked:
+        shown = [] if messages else [{"type": "image", "image": picture}]
+        messages += [
+            {"role": "user", "content": [*shown, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+    return messages
+
+
+def make_student(cell: Cell, bench: Bench) -> Student:
+    """The student for the cell's method."""
+    converses = method_class(cell.method).converse is not Method.converse
+    return (ConversingStudent if converses else Student)(cell, bench)

@@ -1,0 +1,277 @@
+"""A method's model in the lab, and what feeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import set_seed
+
+from foveate.composing import compose
+from foveate.errors import FoveateError
+from foveate.geometry import Box, ViewPlan
+from foveate.lab.cell import Bench, Cell
+from foveate.lab.controls import ConvNetOnly, GivenRegion
+from foveate.lab.data import Examples, Features
+from foveate.lab.experiment import StageSpec
+from foveate.lab.levels import level_named
+from foveate.lab.optimise import optimiser
+from foveate.lab.packing import PADDING, Packed, Sample, all_right, pack
+from foveate.lab.questions import Question
+from foveate.methods import method_class
+from foveate.methods.base import Method
+from foveate.modeling import EncodedPictures
+from foveate.source import Look, Source
+
+OWN_TOWER_LR = 0.25  # of the connector's: towers that a method builds itself are trained with it
+WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen
+
+
+class Stage(NamedTuple):
+    """Steps on questions, with captions or without, in which some modules train.
+
+    `lr` is that of new modules; a tower that a method builds and the LLM have their own. `options` change the
+    method's.
+    """
+
+    steps: int
+    trains: tuple[str, ...]
+    captions: bool
+    lr: float
+    options: Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """Questions about one picture that share their visual tokens, and the region that they are all about."""
+
+    picture: int
+    region: Box | None
+    asked: list[Question]
+
+
+class Pass(NamedTuple):
+    """Loss; logits (B, T, vocabulary); what was packed; per row where a method chose to look, if it did."""
+
+    loss: Tensor
+    logits: Tensor
+    packed: Packed
+    regions: list[list[Box]] | None
+
+
+class Graded(NamedTuple):
+    """A question, whether it was answered exactly, and where the method chose to look, if it did."""
+
+    question: Question
+    right: bool
+    regions: list[Box] | None
+
+
+class Student:
+    """A method's model and what feeds it."""
+
+    template = "plain"
+
+    def __init__(self, cell: Cell, bench: Bench) -> None:
+        self.cell, self.bench = cell, bench
+        kind = method_class(cell.method)
+        options = kind.options_for(level_named(cell.level).ratio)
+        if bench.parts.convnet is not None:
+            options |= kind.options_with(bench.parts.convnet)
+        options |= cell.options
+        # A tower that a method builds is trained with it; of the ConvNet alone, it is prepared and frozen.
+        self.builds_tower = kind.build_tower is not Method.build_tower and kind is not ConvNetOnly
+        set_seed(cell.seed)
+        made = compose(
+            bench.parts.tower,
+            bench.parts.reader,
+            cell.method,
+            options,
+            tokenizer=bench.parts.tokenizer,
+            template=self.template,
+            vision_feature_layer=-1,
+        )
+        self.model, self.processor = made.model, made.processor
+        self.method = self.model.method
+        self.model.requires_grad_(True)
+        self.model.vision_tower.requires_grad_(self.builds_tower)
+        self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
+        self.memories: dict[str, dict[int, dict[Look, Tensor]]] = {data: {} for data in self.features}
+        size = bench.train.size
+        self.plan = self.method.plan(*size)
+
+    def _features(self, data: Examples) -> Features:
+        parts = self.bench.parts
+        tower = parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
+        return Features(self.bench.folder, data, tower, self._encode_frozen, self._views)
+
+    def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
+        return self.processor.image_processor.views(Image.fromarray(picture), plan)
+
+    @torch.no_grad()
+    def _encode_frozen(self, views: np.ndarray) -> Tensor:
+        return self.model.encode_views(torch.from_numpy(views))
+
+    def ready(self) -> str | None:
+        """Caches the views' features where they are frozen; a sentence where there is no room for them."""
+        if self.builds_tower:
+            return None
+        for features in self.features.values():
+            features.ready(self.plan)
+        return next((f.fallback for f in self.features.values() if f.fallback), None)
+
+    def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
+        """Of all questions about these pictures."""
+        return self.forward(data, self.rows(data, indices, captions)).loss
+
+    def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
+        """Answers all questions about these pictures."""
+        rows = self.rows(data, indices)
+        seen = self.forward(data, rows)
+        graded = []
+        for n, (row, hits) in enumerate(zip(rows, all_right(seen.logits, seen.packed), strict=True)):
+            regions = None if seen.regions is None else seen.regions[n]
+            graded += [Graded(q, hit, regions) for q, hit in zip(row.asked, hits, strict=True)]
+        return graded
+
+    def rows(self, data: Examples, indices: Sequence[int], captions: bool = False) -> list[Row]:
+        """Questions about these pictures; those that share their visual tokens share a row."""
+        rows: list[Row] = []
+        for i in indices:
+            asked = [*data.questions[i], *(data.captions[i] if captions else [])]
+            if self.method.uses_query:
+                rows += [Row(i, None, [question]) for question in asked]
+            elif isinstance(self.method, GivenRegion):
+                regions = dict.fromkeys(question.region for question in asked)
+                rows += [Row(i, region, [q for q in asked if q.region == region]) for region in regions]
+            else:
+                rows.append(Row(i, None, asked))
+        return rows
+
+    def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
+        """All questions of these rows at once."""
+        samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
+        encoded = self._connect(data, rows, samples)
+        placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
+        packed = pack(samples, self.plan.tokens, placeholder, padding)
+        inputs = packed.inputs()
+        if encoded.kept is not None:
+            mask = packed.blocks != PADDING
+            mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
+            places = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+            inputs |= {"attention_mask": mask, "position_ids": places.clamp(min=0)}
+        output = self.model(
+            **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
+        )
+        return Pass(output.loss, output.logits, packed, encoded.regions)
+
+    def _connect(
+        self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]
+    ) -> EncodedPictures:
+        """Visual tokens of every row's picture."""
+        sizes = torch.tensor([data.size] * len(rows))
+        if isinstance(self.method, GivenRegion):
+            return self.model.connect(self._seen_in_regions(data, rows, self.method), sizes)
+        features = self._seen(data, [row.picture for row in rows])
+        if not self.method.uses_query:
+            return self.model.connect(features, sizes)
+        asked = [torch.tensor(row[0].ids[: row[0].answer]) for row in samples]  # one question a row
+        ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
+        lengths = torch.tensor([[len(text)] for text in asked])
+        mask = (torch.arange(ids.shape[1]) < lengths).long()
+        source = self._source(data, rows) if self.method.reads_source else None
+        return self.model.connect(features, sizes, ids, mask, source)
+
+    def _source(self, data: Examples, rows: Sequence[Row]) -> Source:
+        """The pictures themselves; what a frozen tower has seen of them once is kept."""
+        memory = self.memories[data.key]
+        return Source(
+            [torch.from_numpy(np.array(data.pictures[row.picture])) for row in rows],
+            torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(rows))),
+            torch.no_grad()(self.model.encode_views),
+            [memory.setdefault(row.picture, {}) for row in rows],
+        )
+
+    def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:
+        """Features (B V, N, C): cached ones where there is no region, of the region's own views elsewhere."""
+        told = [n for n, row in enumerate(rows) if row.region is not None]
+        untold = [n for n, row in enumerate(rows) if row.region is None]
+        width = self.model.config.vision_config.hidden_size
+        features = torch.empty(len(rows), len(self.plan.views), method.tower.tokens, width)
+        if untold:
+            features[untold] = self._seen(data, [rows[n].picture for n in untold]).view_as(features[untold])
+        if told:
+            plans = [method.plan_for(*data.size, rows[n].region) for n in told]
+            pixels = [
+                self._views(data.pictures[rows[n].picture], plan) for n, plan in zip(told, plans, strict=True)
+            ]
+            features[told] = self._encode_frozen(np.concatenate(pixels)).view_as(features[told])
+        return features.flatten(0, 1)
+
+    def _seen(self, data: Examples, indices: Sequence[int]) -> Tensor:
+        """Features of the plan's views, (B V, N, C)."""
+        if not self.builds_tower:
+            return self.features[data.key].gather(self.plan, indices)
+        pixels = np.concatenate([self._views(data.pictures[i], self.plan) for i in indices])
+        return self.model.encode_views(torch.from_numpy(pixels))
+
+    def stages(self) -> list[Stage]:
+        """The cell's own; or first the connector alone, with captions, then the LLM with it."""
+        scale, steps = self.bench.scale, self.cell.steps
+        own = ("vision_tower",) if self.builds_tower else ()
+        specs = self.cell.stages or (
+            StageSpec(scale.warm_up, ("connector", *own), captions=True),
+            StageSpec(1 - scale.warm_up, ("connector", *own, "language_model")),
+        )
+        ends = [round(sum(spec.part for spec in specs[: i + 1]) * steps) for i in range(len(specs))]
+        stages = [
+            Stage(
+                end - begin,
+                spec.trains,
+                spec.captions,
+                scale.cell.lr * (1.0 if "language_model" in spec.trains else WARM_UP_LR),
+                spec.options,
+            )
+            for spec, begin, end in zip(specs, [0, *ends], ends, strict=False)
+        ]
+        return [stage for stage in stages if stage.steps]
+
+    def optimiser(self, stage: Stage) -> torch.optim.AdamW:
+        """Makes the stage's modules train, and no others."""
+        self.model.requires_grad_(False)
+        rates = {
+            "vision_tower": OWN_TOWER_LR * stage.lr,
+            "language_model": self.bench.scale.cell_llm_lr,
+        }
+        groups: list[tuple[nn.Module, float]] = []
+        for name in stage.trains:
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError as error:
+                raise FoveateError(f"stages: {self.method.title} has no module {name!r}") from error
+            groups.append((module.requires_grad_(True), rates.get(name.partition(".")[0], stage.lr)))
+        return optimiser(groups)
+
+    def under(self, stage: Stage) -> Student:
+        """A student with this one's weights and the stage's options; itself where there are none."""
+        if not stage.options:
+            return self
+        cell = replace(self.cell, options={**self.cell.options, **stage.options})
+        other = type(self)(cell, self.bench)
+        other.take(self)
+        return other
+
+    def take(self, other: Student) -> None:
+        """The weights of another student that were trained, where both have them."""
+        self.model.load_state_dict(other.trained(), strict=False)
+        self.ready()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that training changes."""
+        frozen = "" if self.builds_tower else "vision_tower."
+        state = self.model.state_dict()
+        return {key: tensor for key, tensor in state.items() if not frozen or not key.startswith(frozen)}

@@ -1,0 +1,193 @@
+"""Trains and measures a cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from foveate.cost import Pricer
+from foveate.geometry import Size
+from foveate.lab.cell import Bench, Cell
+from foveate.lab.conversing import make_student
+from foveate.lab.data import Examples
+from foveate.lab.levels import FINE
+from foveate.lab.optimise import warm_cosine
+from foveate.lab.questions import Question
+from foveate.lab.student import Student
+
+SAVE_EVERY = 100  # steps between checkpoints of a cell
+GROUPS = ("fine", "coarse")
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices: every picture once an epoch, in an order that the seed decides."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size].tolist()
+        epoch += 1
+
+
+Report = Callable[[int, int, float], None]  # step, steps, loss
+
+
+def train_cell(
+    cell: Cell, bench: Bench, report: Report | None = None, command: str | None = None
+) -> dict[str, Any]:
+    """Trains and measures a cell, or reads its result if it is there. An interrupted cell goes on.
+
+    `command` makes the cell again; by default `cell.command`.
+
+    Returns what `result.json` in the cell's folder holds.
+    """
+    place = bench.cells(cell.scale) / cell.key
+    result_file = place / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    place.mkdir(parents=True, exist_ok=True)
+    student = make_student(cell, bench)
+    start = time.process_time()
+    fallback = student.ready()
+    caching = time.process_time() - start
+    training, losses = _train(student, place / "checkpoint.pt", report)
+    start = time.process_time()
+    accuracy, looked = measure(student, bench.test)
+    measuring = time.process_time() - start
+    price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
+    asked = bench.test.asked
+    result = {
+        "cell": asdict(cell) | {"options": dict(cell.options)},
+        "command": command or cell.command,
+        "title": student.method.title,
+        "accuracy": accuracy,
+        "looked": looked,
+        "questions": {kind: sum(q.kind == kind for q in asked) for kind in accuracy if kind not in GROUPS},
+        "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
+        "cost": price.to_dict(),
+        "tflop": (price.encode_flops + price.prefill_flops) / 1e12,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "connector_parameters": sum(p.numel() for p in student.model.connector.parameters()),
+        "seconds": {"caching": caching, "training": training, "measuring": measuring},
+        "losses": losses,
+        "features": fallback,
+    }
+    part = result_file.with_suffix(".part")
+    text = json.dumps(result, indent=2) + "\n"
+    part.write_text(text, encoding="utf-8")
+    torch.save(student.trained(), place / "weights.pt")
+    os.replace(part, result_file)
+    (place / "checkpoint.pt").unlink(missing_ok=True)
+    return json.loads(text)
+
+
+def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
+    """Trains through all stages. Returns CPU seconds and the mean loss of every `SAVE_EVERY` steps."""
+    cell, bench = student.cell, student.bench
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    first = saved["step"] if saved else 0
+    spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
+    if saved:
+        student.model.load_state_dict(saved["weights"], strict=False)
+    order = batches(len(bench.train.pictures), bench.scale.cell.batch, cell.seed)
+    for _ in range(first):
+        next(order)
+    clock, recent, end = time.process_time(), list[float](), 0
+    for stage in student.stages():
+        begin, end = end, end + stage.steps
+        if first >= end:
+            continue
+        learner = student.under(stage)
+        learner.model.train()
+        optimise = learner.optimiser(stage)
+        rates = warm_cosine(optimise, stage.steps)
+        if saved and first > begin:
+            optimise.load_state_dict(saved["optimiser"])
+            rates.load_state_dict(saved["rates"])
+        for step in range(max(first, begin) + 1, end + 1):
+            loss = learner.loss(bench.train, next(order), stage.captions)
+            optimise.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
+            optimise.step()
+            rates.step()
+            recent.append(loss.item())
+            if report:
+                report(step, cell.steps, recent[-1])
+            if step % SAVE_EVERY == 0:
+                losses.append(sum(recent) / len(recent))
+                recent.clear()
+                _save(checkpoint, learner, optimise, rates, step, losses, spent + time.process_time() - clock)
+        if learner is not student:
+            student.take(learner)
+    return spent + time.process_time() - clock, losses
+
+
+def _save(
+    path: Path,
+    student: Student,
+    optimise: torch.optim.Optimizer,
+    rates: torch.optim.lr_scheduler.LambdaLR,
+    step: int,
+    losses: list[float],
+    seconds: float,
+) -> None:
+    part = path.with_suffix(".part")
+    state = {
+        "weights": student.trained(),
+        "optimiser": optimise.state_dict(),
+        "rates": rates.state_dict(),
+        "step": step,
+        "losses": losses,
+        "seconds": seconds,
+    }
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+@torch.inference_mode()
+def measure(
+    student: Student, data: Examples, batch: int = 50
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Exact match of greedy answers, per kind of question, and over all fine and all coarse ones.
+
+    And of the questions that are about an object, how often one of the regions that the method chose contains
+    it, and the mean overlap with the best of them; None where it chooses none.
+    """
+    student.model.eval()
+    hits: dict[str, list[bool]] = {}
+    found: list[bool] = []
+    overlaps: list[float] = []
+    for start in range(0, len(data.pictures), batch):
+        indices = range(start, min(start + batch, len(data.pictures)))
+        for question, right, regions in student.grade(data, indices):
+            hits.setdefault(question.kind, []).append(right)
+            if regions is not None and question.region is not None:
+                found.append(any(region.contains(question.region) for region in regions))
+                overlaps.append(max((region.overlap(question.region) for region in regions), default=0.0))
+    by_kind = {kind: float(np.mean(right)) for kind, right in hits.items()}
+    looked = {"found": float(np.mean(found)), "overlap": float(np.mean(overlaps))} if found else None
+    return by_kind | grouped(by_kind, data.asked), looked
+
+
+def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:
+    """Accuracy over all fine questions, and over all coarse ones but `where`, which is told apart."""
+    counts = {kind: sum(question.kind == kind for question in asked) for kind in by_kind}
+    groups = {
+        "fine": [k for k in by_kind if k in FINE],
+        "coarse": [k for k in by_kind if k in ("attr", "count")],
+    }
+    return {
+        name: sum(by_kind[k] * counts[k] for k in kinds) / sum(counts[k] for k in kinds)
+        for name, kinds in groups.items()
+        if kinds
+    }
