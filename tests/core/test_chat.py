@@ -78,6 +78,11 @@ EXPECTED = {
         "<image>What is it?A dog.\nAnd there?",
         "Be brief.<image>What is it?A dog.\nAnd there?",
     ),
+    "bare": (
+        "<image>What is it?",
+        "<image>What is it?A dog.</s>And there?",
+        "Be brief.<image>What is it?A dog.</s>And there?",
+    ),
 }
 # template -> what of the assistant is learnt, for the second turn
 LEARNT = {
@@ -87,6 +92,7 @@ LEARNT = {
     "mistral": " A dog.</s>",
     "chatml": "A dog.<|im_end|>",
     "plain": "A dog.\n",
+    "bare": "A dog.</s>",
 }
 
 
@@ -145,12 +151,12 @@ def test_what_is_learnt(processor: FoveateProcessor) -> None:
 def test_pictures_stand_where_they_are_said(processor: FoveateProcessor) -> None:
     parts = [{"type": "text", "text": "First "}, IMAGE, {"type": "text", "text": "then "}, IMAGE]
     text = processor.apply_chat_template([{"role": "user", "content": parts}])
-    gap = "" if name_of(processor) == "plain" else "\n"
+    gap = "" if name_of(processor) in ("plain", "bare") else "\n"
     assert f"First <image>{gap}then <image>{gap}" in text
 
 
 def test_unknown_template() -> None:
-    with pytest.raises(FoveateError, match="unknown chat template 'alpaca': choose one of plain, vicuna_v1"):
+    with pytest.raises(FoveateError, match="unknown chat template 'alpaca': choose one of plain, bare"):
         chat_template("alpaca")
 
 

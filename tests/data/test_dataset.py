@@ -22,6 +22,7 @@ from tests.support import picture
 TEXT = {"type": "text", "text": "What is it?"}
 END = {
     "plain": "\n",
+    "bare": "</s>",
     "vicuna_v1": "</s>",
     "llama3": "<|eot_id|>",
     "llama3_v1": "<|eot_id|>",
