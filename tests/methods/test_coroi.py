@@ -519,6 +519,20 @@ def test_text_and_pictures_in_one_training_batch() -> None:
     assert "source_pixels" not in text_only
 
 
+def test_a_rank_that_sees_only_text_keeps_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the others train gets a gradient, of zero, from a blank picture."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    m = made()
+    model = m.model.train()
+    batch = prepare(m.processor, [chat("Why?")])
+    model.vision_tower.requires_grad_(False)
+    with tower_calls(model) as seen:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert len(seen) > 1
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
+
+
 def test_both_stages_train(tmp_path: Path) -> None:
     """The first one leaves the chain alone, as in the recipe."""
     data = write_toy_data(tmp_path / "toy", 4)
