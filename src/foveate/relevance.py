@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -29,10 +30,11 @@ from transformers import PreTrainedModel
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
-from foveate.places import Places, token_places
+from foveate.places import token_places
 from foveate.vlm import VLM, message
 
 Reading = Literal["chefer", "literal", "indicator"]
+SIZES = 64  # of so many picture sizes it is remembered where image tokens look
 READINGS: tuple[Reading, ...] = ("chefer", "literal", "indicator")
 
 
@@ -279,7 +281,7 @@ class Highlighter:
         detect: Callable[[Image.Image], Sequence[Box]] | None = None,
     ) -> None:
         self.vlm, self.rule, self.detect = vlm, rule, detect
-        self._places: dict[Size, Places] = {}
+        self._places = lru_cache(maxsize=SIZES)(partial(token_places, vlm))
 
     def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Highlight]:
         """One upright picture and one question each, in one batch.
@@ -297,9 +299,7 @@ class Highlighter:
 
     def _highlight(self, picture: Image.Image, scores: Tensor) -> Highlight:
         size = Size(picture.height, picture.width)
-        if size not in self._places:
-            self._places[size] = token_places(self.vlm, size)
-        places = self._places[size]
+        places = self._places(size)
         if len(places) != len(scores):
             raise FoveateError(
                 f"{type(self.vlm.model).__name__} shows a picture of {size.width} x {size.height} pixels by "
