@@ -63,6 +63,7 @@ from foveate.methods.base import (
 
 PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
 MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB
+LONGEST = 2**14  # side of such a crop
 CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
 
 
@@ -302,13 +303,13 @@ def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
     """A part of the picture padded to a square: `PADDING` beside the picture, black beyond the square.
 
     Corners are rounded in the square's pixels, as PIL's `crop` does. Parts of more than `MOST_PIXELS` pixels
-    are made smaller.
+    or sides longer than `LONGEST` are made smaller.
     """
     size = Size(picture.height, picture.width)
     square = padded_square(size, max(size)).source
     left, top, right, bottom = _in_square(box, size)
     across, down = max(right - left, 1), max(bottom - top, 1)
-    scale = min(1.0, math.sqrt(MOST_PIXELS / (across * down)))
+    scale = min(1.0, math.sqrt(MOST_PIXELS / (across * down)), LONGEST / max(across, down))
     across, down = max(round(across * scale), 1), max(round(down * scale), 1)
     if right == left or bottom == top:  # no width or no height: padding is all that shows
         return Image.new("RGB", (across, down), PADDING)
