@@ -137,3 +137,12 @@ def test_boxes() -> None:
     assert box.rounded() == (-3, 0, 8, 20)
     assert (box.width, box.height) == (10.6, Fraction(39, 2))
     assert Box(9, 9, 12, 12).clipped(Size(5, 5)) == Box(5, 5, 5, 5)
+
+
+def test_boxes_contain_and_overlap() -> None:
+    box = Box(Fraction(100, 3), 20, 90, 70)
+    assert box.contains(Box(40, 30, 90, 70)) and box.contains(box)
+    assert not box.contains(Box(10, 30, 60, 40)) and not box.contains(Box(40, 30, 91, 70))
+    assert Box(0, 0, 10, 10).overlap(Box(5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert box.overlap(box) == 1
+    assert Box(0, 0, 10, 10).overlap(Box(10, 0, 20, 10)) == 0 == Box(0, 0, 1, 1).overlap(Box(5, 5, 6, 6))

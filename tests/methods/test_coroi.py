@@ -21,7 +21,7 @@ from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
 from foveate.geometry import Box, Size, padded_square, squashed
 from foveate.methods.base import Query, TowerGeometry, Widths
-from foveate.methods.coroi import Coroi, CoroiConnector, decoder_layers, hit, integral, pooled
+from foveate.methods.coroi import Coroi, CoroiConnector, decoder_layers, integral, pooled
 from foveate.source import Look, Source
 from foveate.tiny import tiny_model
 from foveate.train.recipe import load_recipe
@@ -633,14 +633,6 @@ def test_options_for_the_lab() -> None:
         [2, 3, 4],
         [2, 3, 4, 6],
     ]
-
-
-def test_hits() -> None:
-    windows = [Box(0, 0, 50, 50), Box(Fraction(100, 3), 20, 90, 70)]
-    assert hit(windows, Box(40, 30, 90, 70))
-    assert hit(windows, Box(0, 0, 50, 50))
-    assert not hit(windows, Box(10, 10, 60, 40))
-    assert not hit([], Box(0, 0, 1, 1))
 
 
 def test_v2_tokens_lie_in_rows() -> None:

@@ -238,17 +238,6 @@ def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
     return 1 + learns * (probability - probability.detach())
 
 
-def hit(windows: Sequence[Box], target: Box) -> bool:
-    """Whether one of the windows contains all of `target`; boxes in pixels of the same picture."""
-    return any(
-        window.left <= target.left
-        and window.top <= target.top
-        and window.right >= target.right
-        and window.bottom >= target.bottom
-        for window in windows
-    )
-
-
 # What becomes of it in the LLM.
 
 
