@@ -19,7 +19,8 @@ SIZE = (4000, 3000)
 QUESTION = "Which line leaves at 14:25?"
 SIGNS = Path(__file__).parents[2] / "examples" / "signs.jpg"
 SIGNS_QUESTION = "what digit is on the red shape?"  # for the embedded model
-SEEDS = {"llava": 0, "anyres": 2}  # whose noise is made of printable letters
+SEEDS = {"llava": 0, "anyres": 2, "slime": 5, "llava_hr": 16, "inf_llava": 3, "coroi": 4}  # printable noise
+OPTIONS = {"llava_hr": {"groups": 3, "convnext": {"depths": [1, 1, 1, 1], "widths": [8, 16, 32, 64]}}}
 WALLS = ("#c8745a", "#e3c08a", "#8fa7a0", "#d9d3c3", "#b98b6b")
 SHOPS = (
     ("BAKERY", "#5b3a29", "Rye bread  3.20", "Croissant  1.40", "Closed on Mondays"),
@@ -123,7 +124,7 @@ def random_model(method: str, seed: int, folder: Path) -> None:
 
     set_seed(seed)
     vision, text = tiny_vision(image_size=336), tiny_text(max_position_embeddings=4096)
-    compose(vision, text, method, tokenizer=tiny_tokenizer()).save(folder)
+    compose(vision, text, method, OPTIONS.get(method), tokenizer=tiny_tokenizer()).save(folder)
 
 
 def main(folder: Path) -> None:
