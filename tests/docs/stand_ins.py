@@ -101,6 +101,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": hf_llava,
     "llava-hf/llava-v1.6-vicuna-7b-hf": hf_llava_next,
     "liuhaotian/llava-v1.5-7b": original_llava,
+    "Zuyan/llava-CoS-13B": original_llava,
     TOWER: clip_tower,
     "lmsys/vicuna-7b-v1.5": language_model,
     "yifanzhang114/SliME-vicuna-7B": original_slime,
