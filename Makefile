@@ -38,8 +38,7 @@ embedded: export OMP_NUM_THREADS ?= 1
 embedded: install
 	$(BIN)/foveate lab prepare --scale small --parts tower,reader
 	$(BIN)/foveate lab run --methods anyres --level signs --scale small
-	$(BIN)/foveate lab export build/embedded --method anyres --level signs --scale small \
-		--option grids='[[3, 3], [2, 4], [4, 2]]'
+	$(BIN)/foveate lab export build/embedded --method anyres --level signs --scale small
 
 clean:
 	rm -rf .venv site build
