@@ -12,6 +12,7 @@ from foveate.lab.levels import FINE, KINDS, level_named
 Result = Mapping[str, Any]
 LINES = ("chance", "in-scene guess")
 GROUPS = ("fine", "coarse", "where")
+APART = 1.06  # factor between methods with equally many tokens, on the plot's axis
 LOOKED = (
     "*region*: of the questions about an object, how often a region that the method chose contains all of it "
     "(found), and what the best of them and the object both cover, divided by what either covers (overlap).",
@@ -136,9 +137,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    beside: dict[int, int] = {}  # methods with as many tokens stand side by side
     for name, cells in by_method(results).items():
-        tokens = [cell["cost"]["visual_tokens"] for cell in cells]
-        axes.plot(tokens, [100 * cell["accuracy"]["fine"] for cell in cells], "o", label=name)
+        tokens = cells[0]["cost"]["visual_tokens"]
+        place = tokens * APART ** beside.setdefault(tokens, 0)
+        beside[tokens] += 1
+        axes.plot([place] * len(cells), [100 * cell["accuracy"]["fine"] for cell in cells], "o", label=name)
     for name, style in zip(LINES, (":", "--"), strict=True):
         level = 100 * results[0]["lines"][name]["fine"]
         axes.axhline(level, color="grey", linestyle=style, linewidth=1)
@@ -146,5 +150,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
     axes.set(xlabel="visual tokens", ylabel="fine questions, % right", xscale="log", ylim=(0, 100))
+    axes.set_xticks(list(beside), [str(tokens) for tokens in beside])
+    axes.set_xticks([], minor=True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
