@@ -16,15 +16,22 @@ from foveate.ask import Talk
 from foveate.cost import Pricer
 from foveate.methods import METHODS
 from foveate.turns import Context
-from tests.methods.conftest import fresh, toy  # noqa: F401  registers the method with two turns
+from tests.methods.conftest import fresh
 from tests.support import chat, gap, picture
 
-pytestmark = pytest.mark.usefixtures("toy")
 WORDS = {"max_new_tokens": 9, "repetition_penalty": 1.3}  # random models repeat themselves otherwise
 
 
+@pytest.fixture(scope="module", autouse=True)
+def toy() -> Iterator[None]:
+    """The method with two turns, known to this file alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "toy", "tests.methods.toy:Toy")
+        yield
+
+
 @pytest.fixture(scope="module")
-def both() -> Callable[[str], tuple[Foveate, Foveate]]:
+def both(toy: None) -> Callable[[str], tuple[Foveate, Foveate]]:
     """Method -> its tiny model, asked with and without what earlier turns left."""
     made: dict[str, Foveate] = {}
 
