@@ -17,7 +17,7 @@ NANO = replace(
     vision_layers=2,
     vision_heads=2,
     text_width=32,
-    text_layers=2,
+    text_layers=3,
     text_heads=2,
     tower=Schedule(steps=3, batch=4, lr=1e-3),
     convnet=Schedule(steps=3, batch=4, lr=1e-3),

@@ -294,9 +294,9 @@ variants:
 
 
 def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
-    """A window of half the side holds some objects, and others not."""
-    everything = {"scales": [2], "rois": 1, "layers": [0]}
-    variants = (Variant("llava"), Variant("coroi", options=everything))
+    """Six windows of half the side hold some objects, and others not."""
+    windows = {"scales": [2], "rois": 6, "distinct": True, "layers": [0]}
+    variants = (Variant("llava"), Variant("coroi", options=windows))
     path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
     blind, chain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert blind["looked"] is None and 0 < chain["looked"]["overlap"] < chain["looked"]["found"] < 1
