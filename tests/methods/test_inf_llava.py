@@ -554,8 +554,8 @@ def test_the_price_leaves_dead_views_out() -> None:
     assert (len(plan.views), plan.tokens, plan.effective) == (10, 576, Size(756, 1008))
     averaged = Pricer(reference_config("inf_llava", {"pool": "average"}))
     assert len(averaged.plan(*size).views) == 18
-    baseline = Pricer(reference_config("llava")).encode(size)
-    assert 9.5 * baseline < pricer.encode(size) < 0.56 * averaged.encode(size)
+    baseline = Pricer(reference_config("llava")).vision(size).encode
+    assert 9.5 * baseline < pricer.vision(size).encode < 0.56 * averaged.vision(size).encode
 
 
 # Training.
