@@ -23,7 +23,7 @@ from foveate.explain import cut_view, draw
 from foveate.geometry import Box, ViewPlan
 from foveate.methods.base import Chain, Insight, Reply, Turn
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
-from foveate.pictures import Picture, drawing_path, read_picture
+from foveate.pictures import Picture, read_picture, write_drawing
 from foveate.processing import FoveateProcessor
 from foveate.source import Look, Source
 from foveate.turns import Context, Prompt, can_go_on
@@ -172,11 +172,7 @@ class Answer:
         """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
         drawing = self._draw(self)
         if out is not None:
-            path = drawing_path(out)
-            try:
-                drawing.save(path)
-            except OSError as error:
-                raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+            write_drawing(drawing, out)
         return drawing
 
     def to_dict(self) -> dict[str, Any]:

@@ -85,6 +85,15 @@ def drawing_path(out: str | os.PathLike[str]) -> Path:
     return path
 
 
+def write_drawing(drawing: Image.Image, out: str | os.PathLike[str]) -> None:
+    """Raises `FoveateError` where `out` cannot be written."""
+    path = drawing_path(out)
+    try:
+        drawing.save(path)
+    except OSError as error:
+        raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def _open(source: Any, name: str) -> Image.Image:
     try:
         image = Image.open(source)

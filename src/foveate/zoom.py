@@ -20,7 +20,7 @@ from foveate.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box
 from foveate.errors import FoveateError
 from foveate.explain import PICTURE_SIDE, VIEWS_WIDTH, contact_sheet, lay_out, mark_regions
 from foveate.geometry import Box, Size
-from foveate.pictures import Picture, drawing_path, read_picture
+from foveate.pictures import Picture, read_picture, write_drawing
 from foveate.relevance import Highlighter, RegionRule
 from foveate.vlm import VLM, Said, message
 
@@ -194,7 +194,6 @@ class ZoomAnswer:
 
     def show(self, out: str | Path | None = None) -> Image.Image:
         """The picture with its regions and the crops beside it; also written to the file `out` if given."""
-        path = None if out is None else drawing_path(out)
         heat = self.proposals[0].heat if self.proposals else []
         left = mark_regions(self.picture, self.regions, PICTURE_SIDE, heat)
         shown = self.crops or [self.picture]
@@ -207,11 +206,8 @@ class ZoomAnswer:
         problems = [proposal.problem for proposal in self.proposals if proposal.problem]
         caption += [(f"no closer look: {problem}", False) for problem in problems]
         drawing = lay_out(left, contact_sheet(shown, roles, VIEWS_WIDTH), caption)
-        if path is not None:
-            try:
-                drawing.save(path)
-            except OSError as error:
-                raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+        if out is not None:
+            write_drawing(drawing, out)
         return drawing
 
     def to_dict(self) -> dict[str, Any]:

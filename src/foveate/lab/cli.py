@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 ScaleName = Annotated[str, typer.Option(help="Sizes of the networks.")]
-LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words or dense.")]
+LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words, dense or signs.")]
 Folder = Annotated[Path, typer.Option(help="Where data, features, weights and reports are kept.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; networks this small want one.")]
 
