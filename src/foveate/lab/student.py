@@ -28,15 +28,15 @@ from foveate.methods.base import Method
 from foveate.modeling import EncodedPictures
 from foveate.source import Look, Source
 
-OWN_TOWER_LR = 0.25  # of the connector's: towers that a method builds itself are trained with it
+OWN_TOWER_LR = 0.25  # of the connector's, for towers that a method builds itself
 WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen
 
 
 class Stage(NamedTuple):
     """Steps on questions, with captions or without, in which some modules train.
 
-    `lr` is that of new modules; a tower that a method builds and the LLM have their own. `options` change the
-    method's.
+    `lr` is that of new modules, and of those parts of a tower that are named alone; a whole tower that a method
+    builds and the LLM have their own. `options` change the method's.
     """
 
     steps: int
@@ -243,17 +243,17 @@ class Student:
     def optimiser(self, stage: Stage) -> torch.optim.AdamW:
         """Makes the stage's modules train, and no others."""
         self.model.requires_grad_(False)
-        rates = {
-            "vision_tower": OWN_TOWER_LR * stage.lr,
-            "language_model": self.bench.scale.cell_llm_lr,
-        }
         groups: list[tuple[nn.Module, float]] = []
         for name in stage.trains:
             try:
                 module = self.model.get_submodule(name)
             except AttributeError as error:
                 raise FoveateError(f"stages: {self.method.title} has no module {name!r}") from error
-            groups.append((module.requires_grad_(True), rates.get(name.partition(".")[0], stage.lr)))
+            if name.partition(".")[0] == "language_model":
+                lr = self.bench.scale.cell_llm_lr
+            else:
+                lr = stage.lr * (OWN_TOWER_LR if name == "vision_tower" else 1.0)
+            groups.append((module.requires_grad_(True), lr))
         return optimiser(groups)
 
     def under(self, stage: Stage) -> Student:
