@@ -38,6 +38,8 @@ class Source:
         encode: views (V, 3, h, w), normalised -> (V, N, C).
         memory: per picture the features (N, C) of what was looked at before; filled, and never emptied.
             Pictures that are the same may share one.
+        told: per picture the region that matters, in its pixels, or None. Who is told has nothing to choose:
+            it shows what there is to win by choosing better.
 
     Attributes:
         looked: per picture, all parts that were asked for.
@@ -50,9 +52,11 @@ class Source:
         norms: Tensor,
         encode: Callable[[Tensor], Tensor],
         memory: Sequence[dict[Look, Tensor]] | None = None,
+        told: Sequence[Box | None] | None = None,
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
+        self.told: list[Box | None] = [None] * len(self.pictures) if told is None else list(told)
         self.looked: list[set[Look]] = [set() for _ in self.pictures]
         self.encoded = [0] * len(self.pictures)
         if not len(self.pictures) == len(self.norms) == len(self.memory):

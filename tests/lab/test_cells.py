@@ -303,6 +303,16 @@ def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
     assert "region: found | region: overlap" in path.read_text(encoding="utf-8")
 
 
+def test_a_method_may_be_told_where_to_look(prepared: Path) -> None:
+    windows = {"scales": [2], "rois": 1, "layers": [0]}
+    variants = (Variant("coroi", options=windows), Variant("coroi", "told", windows, told=True))
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    free, told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert told["looked"]["found"] > 0.9 > free["looked"]["found"]
+    with pytest.raises(FoveateError, match=r"told: LLaVA-1\.5 does not look again at the original picture"):
+        run(Experiment((Variant("llava", told=True),), "easy", "nano", steps=2), prepared)
+
+
 def test_a_method_that_asks_twice_is_measured_in_conversations(bench: Bench, tmp_path: Path) -> None:
     result = train_cell(cell("chain_of_spot"), bench)
     assert {*(q.kind for q in bench.test.asked)} <= set(result["accuracy"])

@@ -219,6 +219,28 @@ def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
 
 
 @torch.no_grad()
+def test_who_is_told_a_region_looks_there() -> None:
+    m = made(scales=[2, 4], rois=1)
+    connector = m.model.connector
+    images = [picture(112, 112, seed=s) for s in range(2)]
+    plans = [m.model.method.plan(112, 112)] * 2
+    low, query = torch.randn(2, 16, 32), Query(torch.randn(2, 3, 48), torch.ones(2, 3))
+    told = Box(44, 40, 66, 66)  # in the middle of the 4 x 4 tokens, more of it in the second row and column
+    source = source_of(*images)
+    source.encode = m.model.encode_views
+    free = connector.chain(low, plans, query, source).windows
+    source.told = [None, told]
+    aimed = connector.chain(low, plans, query, source).windows
+    assert aimed[:2] == free[:2]  # the first picture's question says nothing
+    half, quarter = ((w.row, w.column) for w in aimed[2:])
+    assert half == (1, 1)  # of windows that show all of it, the one with the nearest middle
+    assert quarter == (1, 1)
+    for row, column in ((0, 0), (3, 3), (0, 3)):
+        source.told[1] = Box(28 * column + 3, 28 * row + 3, 28 * column + 20, 28 * row + 20)
+        assert connector.chain(low, plans, query, source).windows[3][3:] == (row, column)
+
+
+@torch.no_grad()
 def test_distinct_chains_never_come_back() -> None:
     m = made(distinct=True, rois=9, scales=[2])
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])

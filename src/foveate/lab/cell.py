@@ -33,6 +33,7 @@ class Cell:
         steps: of training; None: those of the scale.
         options: the method's options beyond its `options_for` the level's ratio.
         stages: of training, instead of the lab's.
+        told: whether the method is told the region that a question is about; an upper bound.
         label: how a report calls it; by default by the method's title and its options.
     """
 
@@ -44,12 +45,15 @@ class Cell:
     options: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[StageSpec, ...] = ()
     label: str | None = None
+    told: bool = False
 
     @property
     def key(self) -> str:
         """Name of the cell's folder."""
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
         stages = [asdict(stage) for stage in self.stages]
+        if self.told:
+            name += "-told"
         if not self.options and not stages:
             return name
         described = json.dumps([self.options, stages] if stages else self.options, sort_keys=True)
@@ -57,7 +61,7 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """The command that makes this cell again, where it has no stages of its own."""
+        """The command that makes this cell again, where it is told nothing and has no stages of its own."""
         words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
         for key, value in self.options.items():

@@ -45,6 +45,8 @@ class Variant:
         method: a method or a control.
         label: name of the row; by default the method's title and its options.
         options: beyond the method's own for the level.
+        told: whether it is told the region that a question is about: an upper bound, for methods that look
+            again at the original picture.
         stages: instead of the lab's: the connector with captions, then connector and LLM.
     """
 
@@ -52,6 +54,7 @@ class Variant:
     label: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     stages: tuple[StageSpec, ...] = ()
+    told: bool = False
 
     def __post_init__(self) -> None:
         if self.stages and abs(sum(stage.part for stage in self.stages) - 1) > 1e-6:

@@ -43,7 +43,7 @@ def run(
         check_methods([variant.method for variant in experiment.variants])
         cells = [
             [
-                Cell(v.method, seed, level, scale, experiment.training, v.options, v.stages, v.label)
+                Cell(v.method, seed, level, scale, experiment.training, v.options, v.stages, v.label, v.told)
                 for seed in experiment.seeds
             ]
             for v in experiment.variants

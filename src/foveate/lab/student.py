@@ -35,8 +35,8 @@ WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen
 class Stage(NamedTuple):
     """Steps on questions, with captions or without, in which some modules train.
 
-    `lr` is that of new modules, and of those parts of a tower that are named alone; a whole tower that a method
-    builds and the LLM have their own. `options` change the method's.
+    `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
+    their own. `options` change the method's.
     """
 
     steps: int
@@ -97,6 +97,8 @@ class Student:
         )
         self.model, self.processor = made.model, made.processor
         self.method = self.model.method
+        if cell.told and not self.method.reads_source:
+            raise FoveateError(f"told: {self.method.title} does not look again at the original picture")
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)
         self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}
@@ -144,7 +146,7 @@ class Student:
         for i in indices:
             asked = [*data.questions[i], *(data.captions[i] if captions else [])]
             if self.method.uses_query:
-                rows += [Row(i, None, [question]) for question in asked]
+                rows += [Row(i, question.region, [question]) for question in asked]
             elif isinstance(self.method, GivenRegion):
                 regions = dict.fromkeys(question.region for question in asked)
                 rows += [Row(i, region, [q for q in asked if q.region == region]) for region in regions]
@@ -194,6 +196,7 @@ class Student:
             torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(rows))),
             torch.no_grad()(self.model.encode_views),
             [memory.setdefault(row.picture, {}) for row in rows],
+            [row.region for row in rows] if self.cell.told else None,
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:

@@ -432,6 +432,7 @@ class CoroiConnector(Connector):
         features: list[Tensor] = []  # (P, m, N, C) each
         past: list[Tensor] = []  # as the scorers read them
         taken: list[Tensor | None] = [None] * scales
+        aims = [self._aims(s, plans, source.told).to(low) for s in range(scales)] if any(source.told) else []
         sums = None
         for step in range(options.rois):
             if sums is None or past or options.scorers == "step":
@@ -441,10 +442,10 @@ class CoroiConnector(Connector):
                     guides = torch.cat([words.expand(-1, scales, -1, -1), read], 2)
                     there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[2]), value=True)
                 sums = integral(self._scores(step, views, guides, there))  # (P, 1 or m, h + 1, w + 1)
-            picked = [
-                self.select(pooled(sums[:, s % sums.shape[1]], self.sides[s]), taken[s])
-                for s in range(scales)
-            ]
+            means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
+            if aims:
+                means = [torch.where(a.isnan(), mean, a) for a, mean in zip(aims, means, strict=True)]
+            picked = [self.select(mean, taken[s]) for s, mean in enumerate(means)]
             chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
             gates.append(torch.stack([value for _, value in picked], 1))
             numbers.append(_listed(chosen, step))
@@ -494,6 +495,21 @@ class CoroiConnector(Connector):
             values = values.masked_fill(taken, -torch.inf)
         chosen = values.argmax(1)
         return chosen, gate(values, chosen, self.options)
+
+    def _aims(self, scale: int, plans: Sequence[ViewPlan], told: Sequence[Box | None]) -> Tensor:
+        """What stands in for the scores where a region is told, (P, rows, columns); NaN elsewhere.
+
+        The most of the region that a window shows, and of windows that show as much, the nearest middle.
+        """
+        side, grid = self.sides[scale], self.tower.grid
+        rows, columns = grid.height - side + 1, grid.width - side + 1
+        aims = np.full((len(plans), rows, columns), np.nan)
+        for p, (plan, region) in enumerate(zip(plans, told, strict=True)):
+            if region is None:
+                continue
+            left, top, right, bottom = (float(n) / self.tower.patch_size for n in plan.to_view(0, region))
+            aims[p] = _shown(rows, side, top, bottom)[:, None] + _shown(columns, side, left, right)
+        return torch.from_numpy(aims)
 
     def _taken(self, scale: int, chosen: Tensor, before: Tensor | None) -> Tensor:
         """(P, windows) which ones of a scale were chosen."""
@@ -599,6 +615,13 @@ class CoroiConnector(Connector):
 
             chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], pixels))
         return chains
+
+
+def _shown(windows: int, side: int, first: float, last: float) -> np.ndarray:
+    """How much of first..last each window of an axis shows, less a little for its distance, (windows,)."""
+    starts = np.arange(windows)
+    both = np.minimum(starts + side, last) - np.maximum(starts, first)
+    return both.clip(min=0) - 1e-3 * np.abs(starts + side / 2 - (first + last) / 2)
 
 
 def _listed(chosen: Tensor, step: int) -> list[list[int]]:
