@@ -63,7 +63,7 @@ def test_every_method_trains_and_is_measured(method: str, bench: Bench) -> None:
         result = train_cell(cell(method), bench)
     assert set(result["accuracy"]) == {*(q.kind for q in bench.test.asked), "fine", "coarse"}
     assert all(0 <= value <= 1 for value in result["accuracy"].values())
-    assert result["tflop"] > 0 and result["cost"]["visual_tokens"] > 0
+    assert result["tflop"] > 0 and 0 < result["tokens"] <= result["cost"]["visual_tokens"]
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -311,6 +311,15 @@ def test_a_method_may_be_told_where_to_look(prepared: Path) -> None:
     assert told["looked"]["found"] > 0.9 > free["looked"]["found"]
     with pytest.raises(FoveateError, match=r"told: LLaVA-1\.5 does not look again at the original picture"):
         run(Experiment((Variant("llava", told=True),), "easy", "nano", steps=2), prepared)
+
+
+def test_tokens_that_a_router_dropped_are_not_counted(prepared: Path) -> None:
+    variants = tuple(Variant("slime", f"gamma {gamma}", {"gamma": gamma}) for gamma in (0.5, 1.0))
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    half, all_ = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    full = all_["cost"]["visual_tokens"]
+    assert all_["tokens"] == full and 0.3 * full < half["tokens"] < 0.8 * full
+    assert f"| 10 | {round(half['tokens'])} |" in path.read_text(encoding="utf-8")
 
 
 def test_a_method_that_asks_twice_is_measured_in_conversations(bench: Bench, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class ConversingStudent(Student):
             [(picture, question.text) for picture, question in asked], max_new_tokens=LONGEST_ANSWER
         )
         return [
-            Graded(question, answer.text == question.answer, answer.regions)
+            Graded(question, answer.text == question.answer, answer.ledger.visual_tokens, answer.regions)
             for (_, question), answer in zip(asked, answers, strict=True)
         ]
 

@@ -82,8 +82,9 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         *_table(kind_head, details),
         "",
-        "GFLOP: tower, connector and LLM prefill of one question, counted on the lab's own small networks. "
-        "Training time is of one thread and leaves out the frozen tower's features, which are encoded once.",
+        "Visual tokens: those that the LLM reads for a question, the mean. GFLOP: tower, connector and LLM "
+        "prefill of one question, counted on the lab's own small networks. Training time is of one thread "
+        "and leaves out the frozen tower's features, which are encoded once.",
         "",
         "![accuracy against visual tokens](report.png)",
         "",
@@ -106,11 +107,15 @@ def _summary(name: str, cells: Sequence[Result]) -> list[str]:
         str(len(cells)),
         *(_spread([c["accuracy"][kind] for c in cells]) for kind in GROUPS),
         str(first["cost"]["views"]),
-        str(first["cost"]["visual_tokens"]),
+        str(_tokens(cells)),
         f"{first['tflop'] * 1e3:.3g}",
         f"{first['parameters'] / 1e6:.2f} M",
         f"{sum(c['seconds']['training'] for c in cells) / len(cells):.0f}",
     ]
+
+
+def _tokens(cells: Sequence[Result]) -> int:
+    return round(sum(cell["tokens"] for cell in cells) / len(cells))
 
 
 def _line(name: str, line: Mapping[str, float], kinds: Sequence[str], before: int, after: int) -> list[str]:
@@ -139,7 +144,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes = figure.add_subplot()
     beside: dict[int, int] = {}  # methods with as many tokens stand side by side
     for name, cells in by_method(results).items():
-        tokens = cells[0]["cost"]["visual_tokens"]
+        tokens = _tokens(cells)
         place = tokens * APART ** beside.setdefault(tokens, 0)
         beside[tokens] += 1
         axes.plot([place] * len(cells), [100 * cell["accuracy"]["fine"] for cell in cells], "o", label=name)

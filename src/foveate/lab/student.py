@@ -55,19 +55,23 @@ class Row(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Loss; logits (B, T, vocabulary); what was packed; per row where a method chose to look, if it did."""
+    """Loss; logits (B, T, vocabulary); what was packed; per row the visual tokens that the LLM
+    reads and where the method looked, if it chooses."""
 
     loss: Tensor
     logits: Tensor
     packed: Packed
+    tokens: list[int]
     regions: list[list[Box]] | None
 
 
 class Graded(NamedTuple):
-    """A question, whether it was answered exactly, and where the method chose to look, if it did."""
+    """A question, whether it was answered exactly, the visual tokens that the LLM read, and where the
+    method looked, if it chooses."""
 
     question: Question
     right: bool
+    tokens: int
     regions: list[Box] | None
 
 
@@ -137,7 +141,9 @@ class Student:
         graded = []
         for n, (row, hits) in enumerate(zip(rows, all_right(seen.logits, seen.packed), strict=True)):
             regions = None if seen.regions is None else seen.regions[n]
-            graded += [Graded(q, hit, regions) for q, hit in zip(row.asked, hits, strict=True)]
+            graded += [
+                Graded(q, hit, seen.tokens[n], regions) for q, hit in zip(row.asked, hits, strict=True)
+            ]
         return graded
 
     def rows(self, data: Examples, indices: Sequence[int], captions: bool = False) -> list[Row]:
@@ -160,16 +166,17 @@ class Student:
         encoded = self._connect(data, rows, samples)
         placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
         packed = pack(samples, self.plan.tokens, placeholder, padding)
-        inputs = packed.inputs()
+        inputs, tokens = packed.inputs(), [self.plan.tokens] * len(rows)
         if encoded.kept is not None:
             mask = packed.blocks != PADDING
             mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
             places = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+            tokens = [int(kept.sum()) for kept in encoded.kept]
             inputs |= {"attention_mask": mask, "position_ids": places.clamp(min=0)}
         output = self.model(
             **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
         )
-        return Pass(output.loss, output.logits, packed, encoded.regions)
+        return Pass(output.loss, output.logits, packed, tokens, encoded.regions)
 
     def _connect(
         self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]

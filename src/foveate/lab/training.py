@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def train_cell(
     caching = time.process_time() - start
     training, losses = _train(student, place / "checkpoint.pt", report)
     start = time.process_time()
-    accuracy, looked = measure(student, bench.test)
+    measured = measure(student, bench.test)
     measuring = time.process_time() - start
     price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
     asked = bench.test.asked
@@ -69,9 +69,8 @@ def train_cell(
         "cell": asdict(cell) | {"options": dict(cell.options)},
         "command": command or cell.command,
         "title": student.method.title,
-        "accuracy": accuracy,
-        "looked": looked,
-        "questions": {kind: sum(q.kind == kind for q in asked) for kind in accuracy if kind not in GROUPS},
+        **measured._asdict(),
+        "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
         "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
         "cost": price.to_dict(),
         "tflop": (price.encode_flops + price.prefill_flops) / 1e12,
@@ -154,29 +153,40 @@ def _save(
     os.replace(part, path)
 
 
-@torch.inference_mode()
-def measure(
-    student: Student, data: Examples, batch: int = 50
-) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Exact match of greedy answers, per kind of question, and over all fine and all coarse ones.
+class Measured(NamedTuple):
+    """What a trained cell is worth.
 
-    And of the questions that are about an object, how often one of the regions that the method chose contains
-    it, and the mean overlap with the best of them; None where it chooses none.
+    Attributes:
+        accuracy: exact match of greedy answers, per kind of question, and over all fine and all coarse ones.
+        tokens: visual tokens that the LLM read for a question, the mean.
+        looked: of the questions that are about an object, how often one of the regions that the method chose
+            contains it ("found"), and the mean overlap with the best of them; None where it chooses none.
     """
+
+    accuracy: dict[str, float]
+    tokens: float
+    looked: dict[str, float] | None
+
+
+@torch.inference_mode()
+def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
+    """Asks everything about these pictures."""
     student.model.eval()
     hits: dict[str, list[bool]] = {}
     found: list[bool] = []
     overlaps: list[float] = []
+    read: list[int] = []
     for start in range(0, len(data.pictures), batch):
         indices = range(start, min(start + batch, len(data.pictures)))
-        for question, right, regions in student.grade(data, indices):
+        for question, right, tokens, regions in student.grade(data, indices):
+            read.append(tokens)
             hits.setdefault(question.kind, []).append(right)
             if regions is not None and question.region is not None:
                 found.append(any(region.contains(question.region) for region in regions))
                 overlaps.append(max((region.overlap(question.region) for region in regions), default=0.0))
     by_kind = {kind: float(np.mean(right)) for kind, right in hits.items()}
     looked = {"found": float(np.mean(found)), "overlap": float(np.mean(overlaps))} if found else None
-    return by_kind | grouped(by_kind, data.asked), looked
+    return Measured(by_kind | grouped(by_kind, data.asked), float(np.mean(read)), looked)
 
 
 def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:
