@@ -24,7 +24,7 @@ def bench(parts: Parts, tmp_path: Path) -> Bench:
 
 @pytest.mark.parametrize(("file", "variant"), ROWS, ids=lambda value: str(value)[:40])
 def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Bench) -> None:
-    cell = Cell(variant.method, 0, "words", "nano", 16, variant.options, variant.stages, variant.label)
+    cell = Cell.of(variant, 0, "words", "nano", 16)
     with controls():
         student = make_student(cell, bench)
         student.ready()
@@ -43,7 +43,7 @@ def test_rows_of_an_experiment_differ() -> None:
     for file in FILES:
         variants = read_experiment(file).variants
         assert len({variant.label or variant.method for variant in variants}) == len(variants)
-        keys = {Cell(v.method, 0, "easy", "tiny", 1, v.options, v.stages).key for v in variants}
+        keys = {Cell.of(v, 0, "easy", "tiny", 1).key for v in variants}
         assert len(keys) == len(variants)
 
 

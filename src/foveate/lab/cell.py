@@ -13,7 +13,7 @@ from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.lab.data import Examples, examples
-from foveate.lab.experiment import StageSpec
+from foveate.lab.experiment import StageSpec, Variant
 from foveate.lab.levels import level_named
 from foveate.lab.packing import Sample, encode
 from foveate.lab.parts import Parts
@@ -46,6 +46,12 @@ class Cell:
     stages: tuple[StageSpec, ...] = ()
     label: str | None = None
     told: bool = False
+
+    @classmethod
+    def of(cls, variant: Variant, seed: int, level: str, scale: str, steps: int) -> Cell:
+        """The cell of a row of an experiment."""
+        v = variant
+        return cls(v.method, seed, level, scale, steps, v.options, v.stages, v.label, v.told)
 
     @property
     def key(self) -> str:

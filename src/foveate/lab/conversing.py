@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from foveate.ask import Foveate
 from foveate.data.dataset import Collator, cut_out, encode
+from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
@@ -89,6 +90,9 @@ def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[di
 
 
 def make_student(cell: Cell, bench: Bench) -> Student:
-    """The student for the cell's method."""
+    """The student for the cell's method. Raises `FoveateError` if it is told what it cannot use."""
     converses = method_class(cell.method).converse is not Method.converse
-    return (ConversingStudent if converses else Student)(cell, bench)
+    student = (ConversingStudent if converses else Student)(cell, bench)
+    if cell.told and not student.method.reads_source:
+        raise FoveateError(f"told: {student.method.title} does not look again at the original picture")
+    return student

@@ -42,11 +42,8 @@ def run(
     with controls():
         check_methods([variant.method for variant in experiment.variants])
         cells = [
-            [
-                Cell(v.method, seed, level, scale, experiment.training, v.options, v.stages, v.label, v.told)
-                for seed in experiment.seeds
-            ]
-            for v in experiment.variants
+            [Cell.of(variant, seed, level, scale, experiment.training) for seed in experiment.seeds]
+            for variant in experiment.variants
         ]
         keys = [cell.key for row in cells for cell in row]
         if len({*keys}) < len(keys):

@@ -101,8 +101,6 @@ class Student:
         )
         self.model, self.processor = made.model, made.processor
         self.method = self.model.method
-        if cell.told and not self.method.reads_source:
-            raise FoveateError(f"told: {self.method.title} does not look again at the original picture")
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)
         self.features = {data.key: self._features(data) for data in (bench.train, bench.test)}

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -402,9 +402,9 @@ class CoroiConnector(Connector):
         chosen = self.chain(views[:, 0], plans, query, source)
         looks = [self._look(window, plans[window.picture]) for window in chosen.windows]
         regions: list[list[Box]] = [[] for _ in plans]
+        region = cache(lambda plan, box: plan.to_picture(0, box).clipped(plan.picture))
         for window, look in zip(chosen.windows, looks, strict=True):
-            plan = plans[window.picture]
-            regions[window.picture].append(plan.to_picture(0, look.box).clipped(plan.picture))
+            regions[window.picture].append(region(plans[window.picture], look.box))
         return VisualTokens(
             tokens,
             injection=self._injection(chosen, looks, [plan.tokens for plan in plans]),
@@ -637,7 +637,6 @@ class Coroi(Method):
     paper = "arXiv 2505.06840"
     Options = CoroiOptions
     options: CoroiOptions
-    uses_query = True
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
@@ -660,6 +659,10 @@ class Coroi(Method):
     @property
     def query_text(self) -> QueryText:
         return self.options.text
+
+    @property
+    def uses_query(self) -> bool:  # type: ignore[override]
+        return self.options.rois > 0
 
     @property
     def reads_source(self) -> bool:
