@@ -251,7 +251,7 @@ def test_the_class_token_takes_no_part(tiny: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_blocks_in_parts(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block computes a few rows at a time at inference is what it computes at once in training."""
-    monkeypatch.setattr(llava_hr, "WIDE", 1000)
+    monkeypatch.setattr(llava_hr, "WIDE", 2500)
     built = ConvNext(build_options(ConvNextShape, {**SHAPE, "version": version}, "x"))
     block = built.stages[1].layers[0]
     for p in block.parameters():
@@ -264,7 +264,7 @@ def test_blocks_in_parts(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert gap(block(features), expected) < 1e-5 * float(expected.abs().max())
     if version == 1:
-        assert max(calls[1:]) <= 1000
+        assert max(calls[1:]) <= 2500
         assert sum(calls[1:]) == calls[0]
 
 

@@ -75,7 +75,7 @@ CLIP_LIKE: dict[str, str | None] = {
 }
 
 
-WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference
+WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference, or one row
 
 
 @dataclass(frozen=True)
@@ -340,10 +340,11 @@ class ConvNextBlock(nn.Module):
     """transformers' ConvNeXt block, with its names, in little memory at inference.
 
     The four times wider layer between its two linear ones is what needs most memory of all in this tower, on
-    large maps far more than the ViT's attention. Without gradients, a part of the map at a time goes through.
+    large maps far more than the ViT's attention. Without gradients, some rows of the map at a time go through
+    the whole block, so that little but its input and its output is held.
     """
 
-    dwconv: nn.Module
+    dwconv: nn.Conv2d
     layernorm: nn.Module
     pwconv1: nn.Linear
     act: nn.Module
@@ -360,16 +361,31 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(V, C, h, w) -> (V, C, h, w)"""
-        hidden = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))  # (V, h, w, C)
-        scale, normalises = self.layer_scale_parameter, "grn" in self._modules  # over the whole map
+        normalises = "grn" in self._modules  # over the whole map
         if normalises or torch.is_grad_enabled():
-            hidden = self.act(self.pwconv1(hidden))
-            hidden = self.pwconv2(self.grn(hidden) if normalises else hidden)
-            return features + (hidden if scale is None else scale * hidden).permute(0, 3, 1, 2)
-        for part in hidden.view(-1, hidden.shape[-1]).split(max(WIDE // self.pwconv1.out_features, 1)):
-            wide = self.pwconv2(self.act(self.pwconv1(part)))
-            part.copy_(wide if scale is None else wide.mul_(scale))
-        return hidden.permute(0, 3, 1, 2).add_(features)
+            return features + self._update(self.dwconv(features), normalises).permute(0, 3, 1, 2)
+        views, _, height, width = features.shape
+        rows = max(WIDE // (views * width * self.pwconv1.out_features), 1)
+        changed = torch.empty_like(features, memory_format=torch.channels_last)
+        for top in range(0, height, rows):
+            below = min(top + rows, height)
+            update = self._update(self._convolved(features, top, below), normalises)
+            here = slice(top, below)
+            torch.add(features[:, :, here], update.permute(0, 3, 1, 2), out=changed[:, :, here])
+        return changed
+
+    def _update(self, convolved: Tensor, normalises: bool) -> Tensor:
+        """Behind the convolution: (V, C, h, w) -> (V, h, w, C)"""
+        hidden = self.act(self.pwconv1(self.layernorm(convolved.permute(0, 2, 3, 1))))
+        hidden = self.pwconv2(self.grn(hidden) if normalises else hidden)
+        scale = self.layer_scale_parameter
+        return hidden if scale is None else scale * hidden
+
+    def _convolved(self, features: Tensor, top: int, below: int) -> Tensor:
+        """Rows `top` to `below` of what the convolution makes of the map."""
+        first = max(top - int(self.dwconv.padding[0]), 0)
+        read = features[:, :, first : below + int(self.dwconv.padding[0])]  # rows near a cut come out wrong
+        return self.dwconv(read)[:, :, top - first : below - first]
 
 
 class ConvNext(nn.Module):
