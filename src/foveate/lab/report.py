@@ -13,6 +13,8 @@ Result = Mapping[str, Any]
 LINES = ("chance", "in-scene guess")
 GROUPS = ("fine", "coarse", "where")
 APART = 1.06  # factor between methods with equally many tokens, on the plot's axis
+LABELLED = 1.2  # least factor between numbers of tokens that are written below it
+MARKERS = "os^Dv"  # every ten rows, when the colours begin again
 LOOKED = (
     "*region*: of the questions about an object, how often a region that the method chose contains all of it "
     "(found), and what the best of them and the object both cover, divided by what either covers (overlap).",
@@ -140,14 +142,15 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """Fine accuracy of every cell against its visual tokens, with the lines to see it against."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     beside: dict[int, int] = {}  # methods with as many tokens stand side by side
-    for name, cells in by_method(results).items():
+    for row, (name, cells) in enumerate(by_method(results).items()):
         tokens = _tokens(cells)
         place = tokens * APART ** beside.setdefault(tokens, 0)
         beside[tokens] += 1
-        axes.plot([place] * len(cells), [100 * cell["accuracy"]["fine"] for cell in cells], "o", label=name)
+        style = f"C{row % 10}{MARKERS[row // 10 % len(MARKERS)]}"
+        axes.plot([place] * len(cells), [100 * cell["accuracy"]["fine"] for cell in cells], style, label=name)
     for name, style in zip(LINES, (":", "--"), strict=True):
         level = 100 * results[0]["lines"][name]["fine"]
         axes.axhline(level, color="grey", linestyle=style, linewidth=1)
@@ -155,7 +158,11 @@ def plot(results: Sequence[Result], path: Path) -> None:
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
     axes.set(xlabel="visual tokens", ylabel="fine questions, % right", xscale="log", ylim=(0, 100))
-    axes.set_xticks(list(beside), [str(tokens) for tokens in beside])
+    ticks: list[int] = []
+    for tokens in sorted(beside):
+        if not ticks or tokens > LABELLED * ticks[-1]:
+            ticks.append(tokens)
+    axes.set_xticks(ticks, [str(tokens) for tokens in ticks])
     axes.set_xticks([], minor=True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
