@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import foveate.methods
+from foveate.lab.experiment import Experiment
 from foveate.lab.scales import SCALES, Schedule
 from foveate.train.recipe import load_recipe
 from tests.command import foveate as run_foveate
@@ -67,6 +68,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
             test_scenes=8,
         )
         monkeypatch.setitem(SCALES, name, short)
+    monkeypatch.setattr(Experiment, "training", 4)  # where a file says how many steps
 
 
 class Page:
