@@ -33,8 +33,8 @@ class Cell:
         steps: of training; None: those of the scale.
         options: the method's options beyond its `options_for` the level's ratio.
         stages: of training, instead of the lab's.
-        told: whether the method is told the region that a question is about; an upper bound.
         label: how a report calls it; by default by the method's title and its options.
+        told: whether the method is told the region that a question is about; an upper bound.
     """
 
     method: str

@@ -45,9 +45,9 @@ class Variant:
         method: a method or a control.
         label: name of the row; by default the method's title and its options.
         options: beyond the method's own for the level.
+        stages: instead of the lab's: the connector with captions, then connector and LLM.
         told: whether it is told the region that a question is about: an upper bound, for methods that look
             again at the original picture.
-        stages: instead of the lab's: the connector with captions, then connector and LLM.
     """
 
     method: str
