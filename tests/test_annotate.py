@@ -109,6 +109,24 @@ def test_training_reads_both_formats(unbroken: Path) -> None:
     assert Regions(unbroken).of(first["index"], first["id"]) == {0: Box(*first["box"])}
 
 
+def test_about_pictures(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:
+    """One region for each picture, however many questions there are; no file of the authors' kind."""
+    two = json.loads(data.read_text())[:2]
+    again = [{"from": "human", "value": "And its size?"}, {"from": "gpt", "value": "small"}]
+    two[0]["conversations"] += again
+    path = data.with_name("two.json")  # beside its pictures
+    path.write_text(json.dumps(two))
+    out = tmp_path / "pictures.jsonl"
+    result = foveate(*command(path, out, model, "--about", "pictures"))
+    assert result.code == 0, result.stderr
+    records = lines(out)
+    assert [(r["index"], r["number"]) for r in records] == [(0, None), (1, None)]
+    assert not out.with_suffix(".json").exists()
+    assert Regions(out).of(0, two[0]["id"]) == {None: Box(*records[0]["box"])}
+    refused = foveate(*command(path, out, model))
+    assert refused.code == 2 and "about pictures, not questions" in refused.stderr
+
+
 def test_report(unbroken: Path) -> None:
     report = json.loads(unbroken.with_suffix(".report.json").read_text())
     assert report["questions"] == report["regions"] == QUESTIONS

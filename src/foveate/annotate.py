@@ -4,7 +4,8 @@ Section 3.2 of arXiv 2403.12966, with the VLM itself in place of a detector and 
 question about one picture, a region by relevance propagation (`foveate.relevance`), written as
 
     FILE.jsonl         one question a line: box in original pixels (left, top, right, bottom)
-    FILE.json          the authors' format: {"000007_coco_1_q0": {"params": [top, left, size]}}, squares
+    FILE.json          the authors' format: {"000007_coco_1_q0": {"params": [top, left, size]}}, squares;
+                       not for regions of pictures without any question, which it does not know
     FILE.report.json   how large the boxes are, and how often the answer changes when the region is masked
 
 While it runs, FILE.jsonl.parts holds one file per process. A line of it is one batch, written and synced
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image, ImageStat
 from rich.console import Console
@@ -58,6 +59,7 @@ class Settings:
         batch: questions at once.
         check: so many questions, evenly spread, are also answered with their region masked.
         detector: name of what finds regions; None: the image tokens are the regions.
+        about: whether the regions are those of the questions, or of the pictures without any question.
     """
 
     data: str
@@ -68,8 +70,11 @@ class Settings:
     batch: int = 8
     check: int = 200
     detector: str | None = None
+    about: Literal["questions", "pictures"] = "questions"
 
     def __post_init__(self) -> None:
+        if self.about not in ("questions", "pictures"):
+            raise FoveateError(f"about must be questions or pictures, not {self.about!r}")
         if self.batch < 1 or self.check < 0:
             raise FoveateError(
                 f"batch must be at least 1 and check at least 0, not {self.batch}, {self.check}"
@@ -269,7 +274,7 @@ def run(
     report = finished(settings, paths)
     if report is not None:
         return report
-    asked, left_out = questions(annotator.source)
+    asked, left_out = questions(annotator.source, settings.about)
     batches = [asked[i : i + settings.batch] for i in range(0, len(asked), settings.batch)]
     every = max(1, -(-len(asked) // settings.check)) if settings.check else 0
     if first:
@@ -371,7 +376,8 @@ def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> No
         if record["box"] is not None
     }
     report = {"settings": asdict(settings), **quality(records), "records_without_one_picture": left_out}
-    _write(paths.authors, json.dumps(authors, ensure_ascii=False))
+    if settings.about == "questions":
+        _write(paths.authors, json.dumps(authors, ensure_ascii=False))
     _write(paths.report, json.dumps(report, indent=1, ensure_ascii=False))
     _write(paths.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     shutil.rmtree(paths.parts)
@@ -446,6 +452,7 @@ def annotate_data(
     batch: int = 8,
     check: int = 200,
     detector: str | None = None,
+    about: Literal["questions", "pictures"] = "questions",
     device: str | None = None,
     dtype: str | None = None,
     console: Console | None = None,
@@ -462,6 +469,7 @@ def annotate_data(
         batch: questions at once.
         check: so many questions, evenly spread, are also answered with their region masked.
         detector: a name for `foveate.detectors.load_detector`.
+        about: questions, or pictures: one region for each, without any question.
         device: by default the best there is; of several GPUs, each process takes its own.
         dtype: by default what suits the device.
         console: for the progress bar.
@@ -488,6 +496,7 @@ def annotate_data(
         batch=batch,
         check=check,
         detector=detector,
+        about=about,
     )
     report = run(settings, Annotator(vlm, source, settings.rule, detect), paths.out, workers, console)
     return report if workers.process_index == 0 else None

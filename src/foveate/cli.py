@@ -7,7 +7,7 @@ import os
 import sys
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -295,6 +295,10 @@ def annotate(
     detector: Annotated[
         str | None, typer.Option(help="faster_rcnn; by default the image tokens are the regions.")
     ] = None,
+    about: Annotated[
+        Literal["questions", "pictures"],
+        typer.Option(help="Whether pictures get regions without a question."),
+    ] = "questions",
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -318,6 +322,7 @@ def annotate(
         batch=batch,
         check=check,
         detector=detector,
+        about=about,
         device=device,
         dtype=dtype,
         console=Console(),

@@ -6,10 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from foveate.data.formats import read_conversations, to_messages
 from foveate.errors import FoveateError
+
+WHOLE_PICTURE = "Describe the picture."  # asked where a region must not depend on any question
 
 
 @dataclass(frozen=True)
@@ -19,19 +21,20 @@ class Question:
     Attributes:
         record: its place in the data, from 0.
         id: of the record; empty where it has none.
-        number: which question of the record, from 0.
+        number: which question of the record, from 0; None: none of them, but `WHOLE_PICTURE`.
         text: as the user asks it.
     """
 
     record: int
     id: str
-    number: int
+    number: int | None
     text: str
 
     @property
     def key(self) -> str:
         """Its name in the authors' files."""
-        return f"{self.record:06d}_{self.id.replace('/', '_')}_q{self.number}"
+        record = f"{self.record:06d}_{self.id.replace('/', '_')}"
+        return record if self.number is None else f"{record}_q{self.number}"
 
 
 class Source(Protocol):
@@ -135,8 +138,13 @@ def open_source(data: str | Path, images: str | Path | None = None, split: str =
     return DatasetSource(str(data), split, folder)
 
 
-def questions(source: Source) -> tuple[list[Question], int]:
-    """The questions of all records with one picture, and how many records have none or several."""
+def questions(
+    source: Source, about: Literal["questions", "pictures"] = "questions"
+) -> tuple[list[Question], int]:
+    """The questions of all records with one picture, and how many records have none or several.
+
+    `about` pictures: one for each record instead, the same everywhere.
+    """
     found, left_out = [], 0
     for index in range(len(source)):
         try:
@@ -145,6 +153,9 @@ def questions(source: Source) -> tuple[list[Question], int]:
             raise FoveateError(f"record {index}: {error}") from None
         if sum(part["type"] == "image" for m in messages for part in m["content"]) != 1:
             left_out += 1
+            continue
+        if about == "pictures":
+            found.append(Question(index, name, None, WHOLE_PICTURE))
             continue
         asked = [m for m in messages if m["role"] == "user"]
         for number, turn in enumerate(asked):
