@@ -123,9 +123,17 @@ def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released
         for layout in method_class(method).layouts
         if named is not None or not layout.only_named
     ]
-    for method, layout in sorted(layouts, key=lambda pair: pair[1].told_by is None):
-        if _family(config) == layout.family and layout.recognises(config) and _told(folder, layout):
+    alike = [
+        (method, layout)
+        for method, layout in sorted(layouts, key=lambda pair: pair[1].told_by is None)
+        if _family(config) == layout.family and layout.recognises(config)
+    ]
+    for method, layout in alike:
+        if _told(folder, layout):
             return Released(folder, config, layout, method)
+    if alike:
+        names = ", ".join(f"{layout.name} (none matches {layout.told_by})" for _, layout in alike)
+        raise FoveateError(f"{folder}: its config.json is that of {names}, but the weights' keys are not")
     known = [layout.name for _, layout in layouts] or [f"{named} has none"]
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
@@ -360,6 +368,7 @@ class StageFiles:
     released: Released
     options: Json
     tensors: dict[str, Any]  # under the authors' keys
+    complete: bool  # whether all files are there that such stages write
 
     @property
     def separator(self) -> int | None:
@@ -379,13 +388,14 @@ def stage_files(name: str | Path) -> StageFiles:
     if not found:
         raise FoveateError(f"{folder} has none of the files {', '.join(files) or 'of a connector'}")
     options = released.layout.options(config, read_preprocessor(folder))
-    return StageFiles(released, options, _read_files(folder, found))
+    return StageFiles(released, options, _read_files(folder, found), len(found) == len(files))
 
 
 def fill_connector(model: Any, stage: StageFiles) -> None:
     """Puts a stage's weights into a model's connector, and into parts of its tower that the stage has.
 
-    Parts that the stage does not have stay as they are.
+    Parts of the tower that the stage does not have stay as they are, and, where one of several files is not
+    there, parts of the connector.
 
     Raises `FoveateError` that names keys without a place, and keys that a part lacks.
     """
@@ -394,7 +404,8 @@ def fill_connector(model: Any, stage: StageFiles) -> None:
     state = {key: tensor for key, tensor in whole.items() if not key.startswith("language_model.")}
     given = _renamed(stage.tensors, stage.released.layout, state, model.config, folder)
     parts = {_part(key) for key in given}
-    missing = [key for key in state if _part(key) in parts and key not in given]
+    needed = {_part(key) for key in state if key.startswith("connector.") and stage.complete} | parts
+    missing = [key for key in state if _part(key) in needed and key not in given]
     report_keys(folder, missing, (), [key for key in given if given[key].shape != state[key].shape])
     model.load_state_dict(given, strict=False)
 

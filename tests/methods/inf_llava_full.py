@@ -27,11 +27,9 @@ def cut(x: Tensor, tiles: Size, kind: str) -> list[Tensor]:
 
 def joined(parts: Sequence[Tensor], tiles: Size, kind: str) -> Tensor:
     """The inverse of `cut`."""
-    b, height, width, c = parts[0].shape
-    whole = parts[0].new_zeros(b, height * tiles.height, width * tiles.width, c)
-    for place, part in zip(cut(whole, tiles, kind), parts, strict=True):
-        place.copy_(part)
-    return whole
+    grid = torch.stack(tuple(parts), 1).unflatten(1, tuple(tiles))  # (B, R, K, h, w, C)
+    order = (0, 1, 3, 2, 4, 5) if kind == "local" else (0, 3, 1, 4, 2, 5)
+    return grid.permute(order).flatten(3, 4).flatten(1, 2)
 
 
 def attend(module: CrossAttention, x: Tensor, source: Tensor) -> Tensor:
@@ -69,9 +67,15 @@ def dual(connector: InfConnector, local: Tensor, strided: Tensor, tiles: Size) -
         enhanced[name] = joined([attend(module, x, source) for x, source in pairs], tiles, kind)
     if options.enhance != "both":
         return enhanced[options.enhance]
+    fusion: Any = connector.fusion
+    if options.fusion == "conv":
+        order = ("local", "global") if options.fused == "authors" else ("global", "local")
+        planes = torch.cat([enhanced[kind] for kind in order], -1).permute(0, 3, 1, 2)
+        fused = F.conv2d(planes, fusion.conv.weight, fusion.conv.bias, padding=1).permute(0, 2, 3, 1)
+        both = enhanced["global"] + enhanced["local"]
+        return fusion.norm(fused + both) if options.fused == "authors" else fused
     if (options.fusion, options.fused) != ("concat", "authors"):
         return connector.fusion(enhanced)
-    fusion: Any = connector.fusion
     embedded = [fusion.embed[kind](enhanced[kind]) for kind in ("local", "global")]
     return fusion.norm(torch.cat(embedded, -1) + enhanced["global"] + enhanced["local"])
 

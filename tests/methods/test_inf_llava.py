@@ -171,12 +171,13 @@ def test_what_is_left_out_changes_nothing(tiles: tuple[int, int], side: int) -> 
             assert gap(ours, expected) < 1e-5, (pool, budget)
 
 
+@pytest.mark.parametrize("fusion", ["concat", "conv"])
 @torch.no_grad()
 @pytest.mark.parametrize("tiles", [(2, 2), (3, 3), (4, 4), (2, 3), (5, 5)])
-def test_exactly_the_dead_views_are_left_out(tiles: tuple[int, int]) -> None:
+def test_exactly_the_dead_views_are_left_out(tiles: tuple[int, int], fusion: str) -> None:
     """Noise in a view that is not asked for changes no bit of the full form; in any other it does."""
     side, size = 4, Size(*tiles)
-    connector = connector_for(side, tiles, low_view="none")
+    connector = connector_for(side, tiles, low_view="none", fusion=fusion)
     views = all_views(side, size, batch=1)
     scheme = connector.scheme(size)
     expected = full.tokens(connector, *views, size, side)
@@ -187,9 +188,9 @@ def test_exactly_the_dead_views_are_left_out(tiles: tuple[int, int]) -> None:
             same = torch.equal(full.tokens(connector, *changed, size, side), expected)
             assert same == (view not in scheme.views), (kind, i)
     dead = 2 * tiles[0] * tiles[1] - len(scheme.views)
-    assert (
-        dead == {(2, 2): 0, (3, 3): 8, (4, 4): 12, (2, 3): 4, (5, 5): 24 + 9}[tiles]
-    )  # the centres of 5 x 5 leave one tile in 5 out where it has 4 tokens
+    # The centres of 5 x 5 leave one tile in 5 out where it has 4 tokens; a convolution reads beside them.
+    known = {(2, 2): (0, 0), (3, 3): (8, 0), (4, 4): (12, 0), (2, 3): (4, 0), (5, 5): (24 + 9, 16)}
+    assert dead == known[tiles][fusion == "conv"]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -214,6 +215,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sum with the low view": {"low_mix": "sum"},
     "high resolution alone (table 3)": {"low_view": "none"},
 }
+
+
+@pytest.mark.parametrize("name", ["default", "average", *VARIANTS])
+@pytest.mark.parametrize("tiles", [(3, 3), (4, 4), (2, 3)])
+def test_gradients_are_those_of_the_full_form(tiles: tuple[int, int], name: str) -> None:
+    options = {"pool": "average"} if name == "average" else VARIANTS.get(name, {})
+    connector = connector_for(6, tiles, **options)
+    torch.manual_seed(2)
+    weights = torch.randn(2, 36, 24)
+    found = []
+    for tokens in both_forms(connector, 6, Size(*tiles), 6):
+        grads = torch.autograd.grad((tokens * weights).sum(), list(connector.parameters()))
+        found.append(grads)
+    scale = max(float(grad.abs().max()) for grad in found[1])
+    for ours, expected in zip(*found, strict=True):
+        assert gap(ours, expected) < 1e-5 * scale
 
 
 @torch.no_grad()
@@ -294,7 +311,9 @@ def test_bilinear_pooling_picks_and_average_pooling_does_not() -> None:
     assert len(averaged.plan(900, 900).views) == 18  # the low-resolution view is one of them
 
 
-@pytest.mark.parametrize(("budget", "side"), [(None, 24), (576, 24), (575, 23), (144, 12), (100, 10), (3, 1)])
+@pytest.mark.parametrize(
+    ("budget", "side"), [(None, 24), (2304, 24), (576, 24), (575, 23), (144, 12), (100, 10), (3, 1)]
+)
 def test_a_bound_sets_the_pooled_grid(budget: int | None, side: int) -> None:
     method = InfLlava(PAPER, {"max_visual_tokens": budget})
     assert method.plan(700, 900).tokens == side**2
@@ -378,11 +397,15 @@ def test_as_many_views_as_the_picture_carries() -> None:
         (20, 5000): (1, 5),
         (3000, 4000): (3, 5),
         (1680, 1680): (5, 5),
+        (1681, 1681): (5, 5),
+        (3024, 4032): (3, 5),
     }.items():
         plan = method.plan(height, width)
         assert plan.tiles == tiles
         assert plan.tokens == 576
-    assert InfLlava(PAPER, {"tiles": "picture", "limit": 2}).plan(3000, 4000).tiles == (1, 2)
+    two = InfLlava(PAPER, {"tiles": "picture", "limit": 2})
+    assert two.plan(3000, 4000).tiles == (1, 2)
+    assert two.plan(4001, 4001).tiles == (2, 2)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
@@ -456,6 +479,11 @@ def options_error(options: dict[str, Any], message: str) -> None:
         ({"tiles": [3]}, "tiles must be rows and columns"),
         ({"tiles": "all"}, "tiles: expected list of whole number or picture, got 'all'"),
         ({"limit": 0}, "limit must be at least 1"),
+        (
+            {"tiles": [40, 40]},
+            "40 x 40 views of 336 pixels are more than 67108864 pixels: make tiles smaller",
+        ),
+        ({"tiles": "picture", "limit": 25}, "make limit smaller"),
         ({"heads": 0}, "heads must be at least 1"),
         ({"pool": "max"}, "'max' is not one of bilinear, average"),
         ({"fusion": "sum"}, "'sum' is not one of concat, conv, multiply, weighted, max, add"),
@@ -536,6 +564,14 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
         "8 of the 18 views cannot reach the answer and are not read",
     ]
     assert len(insight.heat) == 12 * 12
+    for n, most in ((3, 4), (3, 1), (5, 4)):
+        bound = made(tiles=[n, n], max_visual_tokens=most)
+        notes = bound.model.connector.insight(lambda m=bound: m.features(image), bound.plan(image)).notes
+        read = len(bound.plan(image).views)
+        assert (
+            notes[-1]
+            == f"{2 * n * n - read} of the {2 * n * n} views cannot reach the answer and are not read"
+        )
     assert max(weight for _, weight in insight.heat) == 1
     assert min(weight for _, weight in insight.heat) > 0  # nothing was dropped
     boxes = [box for box, _ in insight.heat]
@@ -704,7 +740,12 @@ def test_a_connector_of_the_first_stage(tmp_path: Path) -> None:
     assert got.model.method.options.fit == "crop"
     ours, theirs = m.model.connector.state_dict(), got.model.connector.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    lost = {key: t for key, t in weights.items() if "ln_fuse" not in key}
-    torch.save(lost, folder / "mm_projector.bin")
-    with pytest.raises(FoveateError, match=r"lacks connector\.fusion\.norm"):
-        composed()
+    for part in ("ln_fuse", "spatial_embed.attention", "mm_projector"):  # some keys, or a part as a whole
+        lost = {key: t for key, t in weights.items() if part not in key}
+        torch.save(lost, folder / "mm_projector.bin")
+        with pytest.raises(FoveateError, match=r"lacks connector\.(fusion\.norm|attention|projector)"):
+            composed()
+    torch.save({k: t for k, t in weights.items() if "mm_projector" in k}, folder / "mm_projector.bin")
+    got = composed()
+    assert got.model.config.method == "llava"
+    assert torch.equal(got.model.connector.projector[0].weight, ours["projector.0.weight"])

@@ -79,6 +79,7 @@ from foveate.methods.base import (
 
 Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th
 CUTS: tuple[Cut, Cut] = ("local", "global")
+MOST_PIXELS = 2**26  # of all views of one kind together: 200 MB as bytes
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,11 @@ class AxisPlan:
     order of `views`; `at` says where a row of the large map lies in its stack.
 
     Attributes:
-        live: rows of the large map that the pooled one depends on.
-        weights: (pooled, live) of the pooling.
+        fused: rows of the large map that the pooled one depends on.
+        weights: (pooled, fused) of the pooling.
+        live: rows that the fused ones depend on: themselves, or their neighbours as well.
+        near: (fused, 3) for a fusion that reads neighbours: above, at and below each row, as places in
+            `live`; -1 beyond the border. Else None.
         views: per cut, the views along this axis that the live rows depend on.
     """
 
@@ -201,9 +205,14 @@ class AxisPlan:
         self.axis = axis
         rows = axis.views * axis.tokens
         weights = pooling(rows, pooled, options.pool)
-        everything = options.fusion == "conv" and options.enhance == "both"  # it reads neighbours
-        self.live: list[int] = [row for row in range(rows) if everything or weights[:, row].any()]
-        self.weights = weights[:, self.live]
+        self.fused: list[int] = np.flatnonzero(weights.any(0)).tolist()
+        self.weights = weights[:, self.fused]
+        self.live, self.near = self.fused, None
+        if options.fusion == "conv" and options.enhance == "both":
+            around = np.array(self.fused)[:, None] + [-1, 0, 1]
+            there = (around >= 0) & (around < rows)
+            self.live = np.unique(around[there]).tolist()
+            self.near = np.where(there, np.searchsorted(self.live, around), -1)
         used: dict[Cut, set[int]] = {"local": set(), "global": set()}
         for direction in directions(options):
             used[direction.queries] |= self._views(direction.queries, self.live)
@@ -362,16 +371,21 @@ class Fusion(nn.Module):
         if self.kind == "concat":
             self.embed = nn.ModuleDict({cut: embedding(width, options.embed) for cut in CUTS})
         elif self.kind == "conv":
-            self.conv = nn.Conv2d(2 * width, width, 3, padding=1)
+            self.conv = nn.Conv2d(
+                2 * width, width, 3, stride=3
+            )  # over rows and columns with their neighbours
         elif self.kind == "weighted":
             self.weights = nn.Parameter(torch.full((2,), 0.5))
         if self.authors:
             self.norm = nn.LayerNorm(width)
 
     def forward(self, maps: Mapping[Cut, Tensor]) -> Tensor:
-        """Twice (P, h, w, C) -> (P, h, w, C)"""
+        """Twice (P, h, w, C) -> (P, h, w, C); conv takes (P, 3 h, 3 w, C), see `neighbours`."""
         fused = self._fuse(maps["local"], maps["global"])
-        return self.norm(fused + maps["local"] + maps["global"]) if self.authors else fused
+        if not self.authors:
+            return fused
+        itself = [x[:, 1::3, 1::3] if self.kind == "conv" else x for x in maps.values()]
+        return self.norm(fused + itself[0] + itself[1])
 
     def _fuse(self, local: Tensor, whole: Tensor) -> Tensor:
         if self.kind in ("concat", "conv"):
@@ -433,7 +447,7 @@ class InfConnector(Connector):
         return VisualTokens(torch.cat([tokens[p] for p in range(len(plans))]))
 
     def dual(self, views: Tensor, scheme: Scheme) -> Tensor:
-        """(P, V, N, C) -> live rows and columns of V_dual before pooling, (P, h, w, C)."""
+        """(P, V, N, C) -> those rows and columns of V_dual that pooling reads, (P, h, w, C)."""
         stacks = self.stacks(views, scheme)
         if not scheme.groups:
             rows, columns = scheme.rows, scheme.columns
@@ -444,7 +458,11 @@ class InfConnector(Connector):
                 ]
             ).sum(0)
         maps = {direction.name: self.enhanced(direction, stacks, scheme) for direction in scheme.groups}
-        return self.fusion(maps) if len(maps) == 2 else next(iter(maps.values()))
+        if len(maps) == 1:
+            return next(iter(maps.values()))
+        if scheme.rows.near is not None and scheme.columns.near is not None:
+            maps = {name: neighbours(x, scheme.rows.near, scheme.columns.near) for name, x in maps.items()}
+        return self.fusion(maps)
 
     def stacks(self, views: Tensor, scheme: Scheme) -> dict[Cut, Tensor]:
         """(P, V, N, C) -> per cut its views' features as one map (P, views h, views w, C), see `AxisPlan`."""
@@ -504,9 +522,10 @@ class InfConnector(Connector):
     def insight(self, features: Callable[[], Tensor], plan: ViewPlan) -> Insight:
         """Where the enhancement looked, and which views cannot reach the answer."""
         scheme = self.scheme(plan.tiles)
-        all_views = plan.tiles.height * plan.tiles.width * (2 if self.options.crops == "both" else 1)
-        dead = all_views - sum(map(len, scheme.numbers.values()))
-        notes = [f"{dead} of the {all_views} views cannot reach the answer and are not read"] if dead else []
+        cuts = CUTS if self.options.crops == "both" else (self.options.crops,)
+        every = [_pixels(view) for cut in cuts for view in scheme.every(cut)]
+        dead = len({*every} - {_pixels(view) for view in scheme.views})
+        notes = [f"{dead} of the {len(every)} views cannot reach the answer and are not read"] if dead else []
         if not scheme.groups:
             return Insight(notes=notes)
         attended = self.attended(features()[None], scheme)
@@ -550,9 +569,15 @@ def index(numbers: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(numbers).to(like.device)
 
 
-def gathered(stack: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+def gathered(stack: Tensor, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> Tensor:
     """(P, R, K, C) -> (P, len(rows), len(columns), C)"""
     return stack[:, index(np.array(rows), stack)[:, None], index(np.array(columns), stack)[None]]
+
+
+def neighbours(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """(P, h, w, C) -> (P, 3 rows, 3 columns, C): each row and column between its neighbours, zero beyond."""
+    edged = F.pad(x, (0, 0, 0, 1, 0, 1))  # number -1 is a row, or column, of zeros
+    return gathered(edged, rows.flatten() % edged.shape[1], columns.flatten() % edged.shape[2])
 
 
 def _parts(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
@@ -562,12 +587,15 @@ def _parts(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
 
 
 def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """(P, h, w, C), weights (g, h) and (g, w) -> (P, g, g, C)"""
-    for axis, weights in ((1, rows), (2, columns)):
-        if not np.array_equal(weights, np.eye(*weights.shape)):
-            given = torch.from_numpy(weights).to(x)
-            x = torch.tensordot(given, x, ([1], [axis])).movedim(0, axis)
-    return x
+    """(P, h, w, C), weights (g, h) and (g, w) -> (P, g, g, C); at least in float32, as weights are thirds."""
+    kind = x.dtype
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        for axis, weights in ((1, rows), (2, columns)):
+            if not np.array_equal(weights, np.eye(*weights.shape)):
+                x = x.to(torch.promote_types(kind, torch.float32))
+                given = torch.from_numpy(weights).to(x)
+                x = torch.tensordot(given, x, ([1], [axis])).movedim(0, axis)
+    return x.to(kind)
 
 
 def _covered(plan: AxisPlan, cut: Cut) -> np.ndarray:
@@ -593,7 +621,13 @@ class InfLlava(Method):
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
-        budget = self.options.max_visual_tokens
+        budget, tiles = self.options.max_visual_tokens, self.options.tiles
+        rows, columns = (self.options.limit,) * 2 if tiles == "picture" else tiles
+        if rows * columns * tower.image_size**2 > MOST_PIXELS:
+            raise FoveateError(
+                f"{rows} x {columns} views of {tower.image_size} pixels are more than {MOST_PIXELS} pixels: "
+                f"make {'limit' if tiles == 'picture' else 'tiles'} smaller"
+            )
         side = tower.grid.height
         self.pooled = side if budget is None else min(side, isqrt(budget))  # side of the pooled grid
         self._schemes: dict[Size, Scheme] = {}
@@ -622,8 +656,10 @@ class InfLlava(Method):
         """Eqs 9-10: as many views as lie side by side in the picture, shrunk to `limit` of them."""
         if self.options.tiles != "picture":
             return Size(*self.options.tiles)
-        side = max(self.tower.image_size, -(-max(picture) // self.options.limit))
-        return Size(*(max(1, n // side) for n in picture))
+        longest, most = max(picture), self.options.limit
+        if longest > most * self.tower.image_size:
+            return Size(*(max(1, n * most // longest) for n in picture))
+        return Size(*(max(1, n // self.tower.image_size) for n in picture))
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         canvas = plan.canvases[0].size  # the pooled grid lies over all of it

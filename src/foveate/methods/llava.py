@@ -89,12 +89,13 @@ Llava.layouts = (
             known_projector(config)
             and config.get("image_aspect_ratio") in (None, "pad", "square")
             and not config.get("mm_resampler_type")
-            and "vision_tower_slow" not in config
+            and not config.get("vision_tower_slow")
         ),
         options=lambda config, preprocessor: connector_options(config),
         keys={
             r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
             r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
         },
+        connector_files=("mm_projector.bin",),
     ),
 )
