@@ -15,7 +15,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
-from foveate.options import build_options, parse_pairs
+from foveate.options import build_options, merged, parse_pairs
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate
@@ -387,7 +387,7 @@ def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
     config = read_config(model)
     if config.method != method:
         config.method, config.options = method, {}
-    config.options.update(options)
+    config.options = merged(config.options, options)
     return Pricer(config)
 
 

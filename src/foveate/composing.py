@@ -17,7 +17,7 @@ from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
 from foveate.methods import method_class
 from foveate.modeling import FoveateForConditionalGeneration
-from foveate.options import build_options
+from foveate.options import build_options, merged
 from foveate.processing import FoveateProcessor, image_processor_for
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compose(
     if stage is not None:
         if method not in (None, stage.released.method):
             raise FoveateError(f"method is {method}, but {connector} was made for {stage.released.method}")
-        method, options = stage.released.method, {**stage.options, **(options or {})}
+        method, options = stage.released.method, merged(stage.options, options)
     method = method or DEFAULT_METHOD
     kind = method_class(method)  # checked before any weights are read
     build_options(kind.Options, options or {}, where=f"options of method {kind.title}")

@@ -19,6 +19,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, ViewPlan
 from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
+from foveate.options import merged
 from foveate.source import Source
 
 
@@ -132,12 +133,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
             config = given or checkpoints.own_config(folder, method)
-            config.options.update(options or {})
+            config.options = merged(config.options, options)
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
             config = given or checkpoints.convert_config(released)
-            config.options.update(options or {})
+            config.options = merged(config.options, options)
             with torch.device("meta"):
                 skeleton = cls(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())

@@ -35,6 +35,16 @@ def parse_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
+def merged(options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options with changes; keys and values within an option are changed one by one, too."""
+    found = dict(options)
+    for key, value in (changes or {}).items():
+        before = found.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        found[key] = {**before, **value} if both else value
+    return found
+
+
 def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Builds the dataclass `cls` from a mapping.
 

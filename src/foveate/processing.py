@@ -19,6 +19,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.methods import method_class
 from foveate.methods.base import Method, TowerGeometry
+from foveate.options import merged
 from foveate.pictures import read_picture
 
 MOST_PIXELS = 2**27  # of a picture while it is padded or resized: 400 MB
@@ -231,7 +232,8 @@ class FoveateProcessor(ProcessorMixin):
             processor = cls._of_released(released)
         if template is not None:
             processor.chat_template = chat_template(template)
-        processor.image_processor.options.update(options or {})
+        images = processor.image_processor
+        images.options = merged(images.options, options)
         return processor
 
     @classmethod

@@ -17,7 +17,7 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
         "resolutions": [[56, 128]],
         "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32], "layer_scale": 0.5},
         "vit_layer": "config",
-        "groups": 2,
+        "blocks": [1],
         "zero_init": False,  # a fresh adapter would hide what the gate and f_h do
     },
     "coroi": {"zero_init": False},  # fresh injectors would hide what was injected

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    CONFIG_MAPPING,
+    CLIPVisionModel,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
     ConvNextV2Config,
     ConvNextV2Model,
     Dinov2Config,
-    SiglipVisionConfig,
 )
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
@@ -135,7 +136,8 @@ def test_where_adapters_are() -> None:
     assert tower(blocks=[1, 4]).places == (1, 4)
     assert len(tower(blocks=[]).adapters) == 0
     assert tower(layers=8).places == (2, 4, 6)
-    assert tower(layers=5, layer=-2, vit_layer="config").places == (1, 2, 3)
+    assert tower(layers=8, layer=-2, vit_layer="config").places == (2, 4, 6)  # as if all were run
+    assert tower(layers=8, layer=5, vit_layer="config").places == (2, 4)
     assert tower(direction="low_to_high").places == (1, 2, 3)
     with pytest.raises(FoveateError, match="a ViT of 6 blocks cannot be cut into 4 equal groups"):
         tower(layers=6)
@@ -200,6 +202,11 @@ def test_low_view() -> None:
     assert sharp.shape == smooth.shape == (1, 3, 448, 448)
     assert sharp.std() > 1.4 * smooth.std()
     assert torch.equal(tower().shrunk(noise, 1024), noise)
+    for kind in (torch.bfloat16, torch.float16):  # computed in float32
+        for name, exact in (("bilinear", sharp), ("antialias", smooth)):
+            low = tower(low_view=name).shrunk(noise.to(kind), 448)
+            assert low.dtype == kind
+            assert gap(low.float(), exact) < 0.03
 
 
 @torch.no_grad()
@@ -221,13 +228,42 @@ def test_another_stride() -> None:
     assert built(views(144)).shape == (2, 36, 32)
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
 @torch.no_grad()
-def test_siglip_is_like_clip_and_dino_is_not() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    siglip = SiglipVisionConfig(**sizes, image_size=56, patch_size=14)
+@pytest.mark.parametrize("kind", llava_hr.CLIP_LIKE)
+def test_towers_like_clips(kind: str) -> None:
+    config = CONFIG_MAPPING[kind](**SIZES, image_size=56, patch_size=14)
     given = {"resolutions": [[56, 128]], "convnext": SHAPE}
-    method = LlavaHR(TowerGeometry.of(siglip), given)
-    assert method.build_tower(siglip, -1).eval()(views()).shape == (2, 16, 32)
+    method = LlavaHR(TowerGeometry.of(config), given)
+    assert method.build_tower(config, -1).eval()(views()).shape == (2, 16, 32)
+    with_class = LlavaHR(TowerGeometry.of(config), {**given, "class_token": True})
+    if kind == "siglip_vision_model":
+        with pytest.raises(FoveateError, match="class_token: a tower of type 'siglip_vision_model' has none"):
+            with_class.build_tower(config, -1)
+    else:
+        assert with_class.build_tower(config, -1).eval()(views()).shape == (2, 16, 32)
+
+
+@torch.no_grad()
+def test_features_of_llava() -> None:
+    """H9: the last layer but one, with the class token, is what transformers' CLIP gives LLaVA-1.5."""
+    config = tiny_vision(num_hidden_layers=4)
+    clip = CLIPVisionModel(config).eval()
+    built = tower(layer=-2, vit_layer="config", class_token=True, paths="low")
+    LlavaHR(TowerGeometry.of(config), {"paths": "low"}).fill_tower(built, clip)
+    pixels = views(56)
+    expected = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert gap(built(pixels), expected) < 1e-5
+    with_adapters = tower(layer=-2, vit_layer="config", class_token=True)
+    assert with_adapters.places == (1, 2, 3)
+    assert with_adapters(views()).shape == (2, 16, 32)
+
+
+@torch.no_grad()
+def test_dino_is_not_like_clip() -> None:
+    method = LlavaHR(CLIP)
     dino = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56)
     with pytest.raises(FoveateError, match="'dinov2' is no ViT like CLIP's"):
         method.build_tower(dino, -1)
@@ -259,13 +295,20 @@ def test_blocks_in_parts(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     block.pwconv1.register_forward_hook(lambda _, given, out: calls.append(out.numel()))
     features = torch.randn(2, 16, 9, 9)
-    expected = block(features)
+    expected = block(features).detach()
     assert calls == [2 * 81 * 64]
     with torch.no_grad():
         assert gap(block(features), expected) < 1e-5 * float(expected.abs().max())
     if version == 1:
         assert max(calls[1:]) <= 2500
         assert sum(calls[1:]) == calls[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(features.bfloat16()).detach()
+        with torch.no_grad():
+            found = block(features.bfloat16())
+    assert found.dtype == expected.dtype
+    assert version == 2 or found.dtype == torch.float32  # the layer scale's
+    assert gap(found, expected) < 0.02 * float(expected.abs().max())
 
 
 # Positions.
@@ -285,13 +328,31 @@ def test_positions_are_resampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         built(views(64))
     assert calls == [2]
     with torch.no_grad():
-        table.mul_(2)  # as an optimizer does
+        table.mul_(2)
         changed = built(views(64))
     assert calls == [2, 2]
     assert gap(changed, first) > 1e-4
     built(views(64)).sum().backward()  # it learns: not from the store
     assert calls == [2, 2, 2]
     assert table.grad[1:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_positions_follow_the_optimizer(fused: bool) -> None:
+    """A fused optimizer changes a weight without counting up its version."""
+    built = tower(resolutions=[[28, 64]])
+    table = built.model.embeddings.position_embedding.weight
+    optimizer = torch.optim.AdamW([table], lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            before = built(views(64))
+        built(views(64)).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = built(views(64))
+            assert gap(after, before) > 1e-3
+            built.model.embeddings.cached = None
+            assert torch.equal(built(views(64)), after)
 
 
 @torch.no_grad()
@@ -388,6 +449,7 @@ def test_pairs_of_the_paper(low: int, high: int, tokens: int) -> None:
         ({"convnext": {"patch": 8}, "resolutions": [[448, 1056]]}, "stride of 64"),
         ({"convnext": {"depth": [1]}}, "did you mean 'depths'"),
         ({"gate": "relu"}, "'relu' is not one of tanh, sigmoid, none"),
+        ({"direction": "low_to_high", "resolutions": [[504, 384]]}, "grid of 36, which stage 3's of 24"),
     ],
 )
 def test_wrong_options(given: dict[str, Any], message: str) -> None:
@@ -586,6 +648,20 @@ def test_released_configurations(tmp_path: Path, clip: Path) -> None:
     assert (first.resolutions, first.fit, first.adapters) == (((336, 384),), "crop", False)
     with pytest.raises(FoveateError, match="vision_tower_slow 'resnet50' is none of"):
         found("other", vision_tower_slow="resnet50")
+    for name, size in (("null", None), ("text", "1024")):
+        with pytest.raises(FoveateError, match="input_image_size a number of pixels, not 'convnext"):
+            found(name, input_image_size=size)
+    one = recognise(released(tmp_path / "one", vision_tower_slow=None, is_multipath_encoder=False), clip)
+    assert one is not None and one.method == "llava"
+
+
+def test_frozen_towers_have_no_adapters(tmp_path: Path, clip: Path) -> None:
+    folder = released(tmp_path / "frozen", freeze_vision=True)
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(1)}, folder / "model.safetensors")
+    given = recognise(folder, clip)
+    assert given is not None
+    found = options(**given.layout.options(given.config, given.preprocessor))
+    assert (found.blocks, found.adapters) == ((), False)
 
 
 def authors_state(built: FoveateForConditionalGeneration) -> dict[str, Tensor]:
@@ -623,6 +699,13 @@ def test_stage_1_projectors(tmp_path: Path) -> None:
         "connector.projector.2",
     }
     assert len(stage_files(folder).tensors) == 8
+    xxl = {"vision_tower_slow": "convnext_xxlarge", "input_image_size": 128}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **xxl}))
+    merged = compose(*parts, None, changes, connector=folder, tokenizer=tiny_tokenizer()).model
+    shape = merged.method.options.convnext
+    assert (shape.norm_eps, shape.depths) == (1e-5, tuple(SHAPE["depths"]))  # the XXL's, and ours
+    (folder / "config.json").write_text(json.dumps(config))
     missing = "model.vision_tower.align_stages.0.slow_proj.bias"
     torch.save({key: t for key, t in state.items() if key != missing}, folder / "mm_projector.bin")
     with pytest.raises(FoveateError, match=r"lacks vision_tower\.fusion\.high\.bias"):

@@ -20,23 +20,25 @@ change them, with the code's choice first:
     low_view: bilinear | antialias          I_l is made from the normalised I_h, without antialiasing
     groups: 4, blocks                       adapters between four groups of blocks, not behind each block
     vit_layer: last | config                the last layer's output, not the last but one
+    class_token: false | true               the class token takes no part in the ViT's attention
     zero_init: true | false                 a fresh adapter changes nothing; the paper does not say
     low_map, high_map: conv, mlp            7 x 7 depthwise or 1 x 1 convolution, GELU, 1 x 1 convolution
     fit: pad | crop                         the first stage cuts out the centre
     adapters: true | false                  the first stage does without
 
-The class token takes no part in the ViT's attention, and no norm follows its last layer. In the numbers we
-differ from the code in nothing: attention never holds its maps in memory, positions are resampled once,
-layers that nobody reads are not built, activations are checkpointed only in training and on request.
+No norm follows the ViT's last layer. In the numbers we differ from the code in nothing: attention never holds
+its maps in memory, positions are resampled once, layers that nobody reads are not built, activations are
+checkpointed only in training and on request.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -70,11 +72,11 @@ if TYPE_CHECKING:
 CLIP_LIKE: dict[str, str | None] = {
     "clip_vision_model": "pre_layrnorm",
     "chinese_clip_vision_model": "pre_layrnorm",
-    "metaclip_2_vision_model": "pre_layrnorm",
     "siglip_vision_model": None,
 }
 
 
+LOGGER = logging.getLogger(__name__)
 WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference, or one row
 
 
@@ -111,6 +113,7 @@ class LlavaHROptions(MethodOptions):
     low_view: Literal["bilinear", "antialias"] = "bilinear"  # how the low-resolution view is made
     convnext: ConvNextShape = field(default_factory=ConvNextShape)
     vit_layer: Literal["last", "config"] = "last"  # config: the model's vision_feature_layer
+    class_token: bool = False  # whether it takes part in the ViT's attention
     groups: int = 4  # of ViT blocks, equally many; an adapter behind each but the last
     blocks: tuple[int, ...] | None = None  # instead of groups: ViT blocks, from 1, with an adapter behind
     adapters: bool = True  # false: they are there, but not run (first stage)
@@ -277,28 +280,37 @@ class FinalFusion(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
-    """CLIP's patch embedding and positions for any grid, without its class token.
+    """CLIP's patch embedding and positions for any grid; its class token in front only if it is given.
 
     The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
     none), once for each grid as long as the table does not change.
     """
 
-    def __init__(self, patch_embedding: nn.Module, position_embedding: nn.Embedding, patches: int) -> None:
+    patch_embedding: nn.Module
+    position_embedding: nn.Embedding
+
+    def __init__(self, own: nn.Module, patches: int, class_embedding: nn.Parameter | None) -> None:
         super().__init__()
-        self.patch_embedding = patch_embedding
-        self.position_embedding = position_embedding
+        self.patch_embedding = own.patch_embedding
+        self.position_embedding = own.position_embedding
         self.class_rows = self.position_embedding.num_embeddings - patches
+        self.class_embedding = class_embedding  # (C,)
         self.cached: tuple[Any, Tensor] | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(V, 3, h, h) -> (V, N, C)"""
+        """(V, 3, h, h) -> (V, N, C), or (V, 1 + N, C)"""
         embedded = self.patch_embedding(pixels)
-        return as_tokens(embedded) + self.positions(embedded.shape[-1])
+        tokens = as_tokens(embedded) + self.positions(embedded.shape[-1])
+        if self.class_embedding is None:
+            return tokens
+        first = self.class_embedding + self.position_embedding.weight[0]
+        return torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
 
     def positions(self, side: int) -> Tensor:
         """(N, C) for a grid of `side` rows."""
         table = self.position_embedding.weight
         if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
+            self.cached = None  # fused optimizers change it without counting up its version
             return self._resampled(side)
         changes = 0 if table.is_inference() else table._version
         state = (side, changes, table.data_ptr(), table.dtype, table.device)
@@ -317,8 +329,8 @@ class PatchEmbeddings(nn.Module):
         return as_tokens(resampled)[0].to(rows.dtype)
 
 
-def build_vit(config: PreTrainedConfig, layers: int) -> PreTrainedModel:
-    """A CLIP-like ViT cut after `layers` layers, without class token and last norm."""
+def build_vit(config: PreTrainedConfig, layers: int, class_token: bool) -> PreTrainedModel:
+    """A CLIP-like ViT cut after `layers` layers, without last norm, with its class token or without."""
     if config.model_type not in CLIP_LIKE:
         raise FoveateError(
             f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
@@ -331,7 +343,10 @@ def build_vit(config: PreTrainedConfig, layers: int) -> PreTrainedModel:
         config.vision_use_head = False
     model = AutoModel.from_config(config)
     own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
-    model.embeddings = PatchEmbeddings(own.patch_embedding, own.position_embedding, patches)
+    first = dict(own.named_parameters(recurse=False)).get("class_embedding")
+    if class_token and first is None:
+        raise FoveateError(f"class_token: a tower of type {config.model_type!r} has none")
+    model.embeddings = PatchEmbeddings(own, patches, first if class_token else None)
     model.post_layernorm = nn.Identity()
     return model
 
@@ -366,12 +381,16 @@ class ConvNextBlock(nn.Module):
             return features + self._update(self.dwconv(features), normalises).permute(0, 3, 1, 2)
         views, _, height, width = features.shape
         rows = max(WIDE // (views * width * self.pwconv1.out_features), 1)
-        changed = torch.empty_like(features, memory_format=torch.channels_last)
+        changed: Tensor | None = None
         for top in range(0, height, rows):
             below = min(top + rows, height)
             update = self._update(self._convolved(features, top, below), normalises)
+            if changed is None:  # wider than the features where autocast says so
+                kind = torch.promote_types(features.dtype, update.dtype)
+                changed = torch.empty_like(features, dtype=kind, memory_format=torch.channels_last)
             here = slice(top, below)
             torch.add(features[:, :, here], update.permute(0, 3, 1, 2), out=changed[:, :, here])
+        assert changed is not None
         return changed
 
     def _update(self, convolved: Tensor, normalises: bool) -> Tensor:
@@ -454,13 +473,13 @@ class DualTower(nn.Module):
             count = depth if options.vit_layer == "last" else depth + 1 + layer if layer < 0 else layer
             if not 0 < count <= depth:
                 raise FoveateError(f"vision_feature_layer {layer} of a tower with {depth} layers")
-            self.model = build_vit(config, count)  # the name that all towers have
+            self.model = build_vit(config, count, options.class_token)  # the name that all towers have
             self.norm = CLIP_LIKE[config.model_type]
         if options.paths != "low":
             self.convnext = ConvNext(options.convnext)
             self.fusion = FinalFusion(width, widths[-1], options)
         if options.paths == "both" and options.direction == "high_to_low":
-            self.places = adapter_places(options, count)
+            self.places = adapter_places(options, config.num_hidden_layers, count)
             self.adapters.extend(MRAdapter(width, widths[-1], options) for _ in self.places)
         elif options.paths == "both":
             self.places = tuple(range(1, len(widths)))
@@ -500,9 +519,12 @@ class DualTower(nn.Module):
         """The low-resolution views, (V, 3, R, R) -> (V, 3, side, side)."""
         if pixels.shape[-1] == side:
             return pixels
+        exact = pixels.float()
         if self.options.low_view == "antialias":
-            return F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False, antialias=True)
-        return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=True)
+            low = F.interpolate(exact, (side, side), mode="bicubic", align_corners=False, antialias=True)
+        else:
+            low = F.interpolate(exact, (side, side), mode="bilinear", align_corners=True)
+        return low.to(pixels.dtype)
 
     def read_high(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(V, 3, R, R) -> (V, C', h, h), the last stage; adapters between stages where tokens are given."""
@@ -517,13 +539,15 @@ class DualTower(nn.Module):
     def read_low(self, pixels: Tensor, high: Tensor | None = None) -> Tensor:
         """(V, 3, r, r) -> (V, N, C); adapters between the blocks where high-resolution features are given."""
         hidden = self.model.embeddings(pixels)
+        first = int(self.options.class_token)  # of the tokens on the grid
         if self.norm is not None:
             hidden = self.model.get_submodule(self.norm)(hidden)
         for number, layer in enumerate(self.model.encoder.layers, 1):
             hidden = layer(hidden, None)
             if high is not None and (adapter := self._adapter_behind(number)):
-                hidden = as_tokens(adapter(as_map(hidden), high))
-        return hidden
+                changed = as_tokens(adapter(as_map(hidden[:, first:]), high))
+                hidden = torch.cat([hidden[:, :first], changed], 1) if first else changed
+        return hidden[:, first:]
 
     def _adapter_behind(self, number: int) -> nn.Module | None:
         """The adapter behind block or stage `number`, if there is one and it is to run."""
@@ -532,20 +556,22 @@ class DualTower(nn.Module):
         return self.adapters[self.places.index(number)]
 
 
-def adapter_places(options: LlavaHROptions, depth: int) -> tuple[int, ...]:
-    """Blocks of a ViT of `depth` blocks, from 1, behind which there is an adapter. Raises `FoveateError`."""
+def adapter_places(options: LlavaHROptions, depth: int, read: int) -> tuple[int, ...]:
+    """Blocks, from 1, with an adapter behind, of a ViT of `depth` blocks of which the first `read` are run.
+
+    Raises `FoveateError`.
+    """
     if options.blocks is not None:
-        if list(options.blocks) != sorted({*options.blocks}) or not {*options.blocks} <= {
-            *range(1, depth + 1)
-        }:
-            raise FoveateError(f"blocks must be rising numbers from 1 to {depth}, not {list(options.blocks)}")
+        blocks, known = list(options.blocks), range(1, read + 1)
+        if blocks != sorted({*blocks}) or not {*blocks} <= {*known}:
+            raise FoveateError(f"blocks must be rising numbers from 1 to {read}, not {blocks}")
         return options.blocks
     if options.groups < 1 or depth % options.groups:
         raise FoveateError(
             f"a ViT of {depth} blocks cannot be cut into {options.groups} equal groups: set groups or blocks"
         )
     size = depth // options.groups
-    return tuple(range(size, depth, size))
+    return tuple(place for place in range(size, depth, size) if place <= read)
 
 
 class LlavaHRConnector(Connector):
@@ -586,6 +612,20 @@ class LlavaHR(Method):
         stride = tower.patch_size if self.options.paths == "low" else self.options.convnext.stride
         pairs = [make_pair(low, high, tower.patch_size, stride) for low, high in sides]
         self.pairs = sorted(pairs, key=lambda pair: (pair.grid, pair.high))
+        if self.options.paths == "both" and self.options.direction == "low_to_high":
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Adapters between the ConvNeXt's stages enlarge the ViT's grid, or average it to a part of it."""
+        shape = self.options.convnext
+        for pair in self.pairs:
+            for stage in range(len(shape.depths) - 1):
+                grid = pair.high // (shape.patch << stage)
+                if grid < pair.grid and pair.grid % grid:
+                    raise FoveateError(
+                        f"resolutions with direction low_to_high: {pair.low} and {pair.high} pixels give a "
+                        f"ViT's grid of {pair.grid}, which stage {stage + 1}'s of {grid} does not divide"
+                    )
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
@@ -609,7 +649,12 @@ class LlavaHR(Method):
         if self.options.paths != "high":
             super().fill_tower(tower, vit)
         shape = self.options.convnext
-        if shape.weights is not None and self.options.paths != "low":
+        if self.options.paths == "low":
+            return
+        if shape.weights is None:
+            if vit is not None:
+                LOGGER.warning("the ViT is pretrained and the ConvNeXt is not: set weights in convnext")
+        else:
             convnext = tower.get_submodule("convnext")
             convnext.load_state_dict(convnext_weights(shape, convnext.state_dict()))
 
@@ -719,7 +764,12 @@ CONVNEXTS: dict[str, dict[str, Any]] = {"convnext_large": {}, "convnext_xxlarge"
 
 
 def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    name, high = config["vision_tower_slow"], config["input_image_size"]
+    name, high = config["vision_tower_slow"], config.get("input_image_size")
+    if not isinstance(name, str) or not isinstance(high, int):
+        raise FoveateError(
+            "config.json: vision_tower_slow must be a name and input_image_size a number of pixels, "
+            f"not {name!r} and {high!r}"
+        )
     shape = next((shape for start, shape in CONVNEXTS.items() if name.startswith(start)), None)
     if shape is None:
         raise FoveateError(f"config.json: vision_tower_slow {name!r} is none of {', '.join(CONVNEXTS)}")
@@ -733,32 +783,41 @@ def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
 
 _TOWER = r"^model\.vision_tower\."
 
-LlavaHR.layouts = (
-    Layout(
-        name="favor123/llava-hr-*",
-        family="original",
-        recognises=lambda config: "vision_tower_slow" in config and known_projector(config),
-        options=_original_options,
-        keys={
-            rf"{_TOWER}fast_vision_tower\.vision_tower\.vision_model\.": "vision_tower.model.",
-            **{
-                rf"{_TOWER}slow_vision_tower\.vision_tower\.{timm}": f"vision_tower.convnext.{ours}"
-                for timm, ours in TIMM_KEYS.items()
-            },
-            rf"{_TOWER}align_stages_latent\.(\d+)\.fast_conv\.": r"vision_tower.adapters.\1.f_l.0.",
-            rf"{_TOWER}align_stages_latent\.(\d+)\.fast_proj\.": r"vision_tower.adapters.\1.f_l.2.",
-            rf"{_TOWER}align_stages_latent\.(\d+)\.slow_conv\.": r"vision_tower.adapters.\1.f_h.0.",
-            rf"{_TOWER}align_stages_latent\.(\d+)\.slow_proj\.": r"vision_tower.adapters.\1.f_h.2.",
-            rf"{_TOWER}align_stages_latent\.(\d+)\.gate\.": r"vision_tower.adapters.\1.gate.",
-            rf"{_TOWER}align_stages\.0\.fast_proj\.": "vision_tower.fusion.low.",
-            rf"{_TOWER}align_stages\.0\.slow_proj\.": "vision_tower.fusion.high.",
-            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
-            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+_RELEASED = Layout(
+    name="favor123/llava-hr-*",
+    family="original",
+    recognises=lambda config: bool(config.get("vision_tower_slow")) and known_projector(config),
+    options=_original_options,
+    keys={
+        rf"{_TOWER}fast_vision_tower\.vision_tower\.vision_model\.": "vision_tower.model.",
+        **{
+            rf"{_TOWER}slow_vision_tower\.vision_tower\.{timm}": f"vision_tower.convnext.{ours}"
+            for timm, ours in TIMM_KEYS.items()
         },
-        drops=(
-            rf"{_TOWER}slow_vision_tower\.vision_tower\.head\.",
-            rf"{_TOWER}fast_vision_tower\..*(?:class_embedding$|post_layernorm\.)",
-        ),
-        connector_files=("mm_projector.bin",),
+        rf"{_TOWER}align_stages_latent\.(\d+)\.fast_conv\.": r"vision_tower.adapters.\1.f_l.0.",
+        rf"{_TOWER}align_stages_latent\.(\d+)\.fast_proj\.": r"vision_tower.adapters.\1.f_l.2.",
+        rf"{_TOWER}align_stages_latent\.(\d+)\.slow_conv\.": r"vision_tower.adapters.\1.f_h.0.",
+        rf"{_TOWER}align_stages_latent\.(\d+)\.slow_proj\.": r"vision_tower.adapters.\1.f_h.2.",
+        rf"{_TOWER}align_stages_latent\.(\d+)\.gate\.": r"vision_tower.adapters.\1.gate.",
+        rf"{_TOWER}align_stages\.0\.fast_proj\.": "vision_tower.fusion.low.",
+        rf"{_TOWER}align_stages\.0\.slow_proj\.": "vision_tower.fusion.high.",
+        r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+        r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+    },
+    drops=(
+        rf"{_TOWER}slow_vision_tower\.vision_tower\.head\.",
+        rf"{_TOWER}fast_vision_tower\..*post_layernorm\.",
     ),
+    optional=(r"^vision_tower\.model\.embeddings\.class_embedding$",),
+    connector_files=("mm_projector.bin",),
 )
+# Where the towers were frozen, the authors' code makes no adapters. A first stage leaves no LLM either, and
+# gets fresh adapters for the second.
+_FROZEN = replace(
+    _RELEASED,
+    name="favor123/llava-hr-* with frozen towers",
+    recognises=lambda config: _RELEASED.recognises(config) and bool(config.get("freeze_vision", True)),
+    options=lambda config, preprocessor: {**_original_options(config, preprocessor), "blocks": []},
+    told_by=r"^model\.layers\.",
+)
+LlavaHR.layouts = (_FROZEN, _RELEASED)

@@ -17,7 +17,7 @@ from foveate.composing import compose
 from foveate.errors import FoveateError
 from foveate.methods import method_class
 from foveate.modeling import FoveateForConditionalGeneration
-from foveate.options import build_options
+from foveate.options import build_options, merged
 from foveate.processing import FoveateProcessor
 from foveate.tiny import tiny_model
 from foveate.train.recipe import ModelSpec, Recipe
@@ -35,7 +35,7 @@ def base_options(spec: ModelSpec) -> dict[str, Any]:
         method, options = spec.method, spec.options
     else:
         config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
-        method, options = config.method, {**config.options, **spec.options}
+        method, options = config.method, merged(config.options, spec.options)
     return asdict(build_options(method_class(method).Options, options, where="model.options"))
 
 

@@ -19,6 +19,7 @@ from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
 from foveate.errors import FoveateError
 from foveate.modeling import FoveateForConditionalGeneration
+from foveate.options import merged
 from foveate.processing import FoveateProcessor
 from foveate.train.models import base_options, skeleton
 from foveate.train.parts import add_adapters, select
@@ -64,7 +65,9 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
     stage, where = recipe.stages[name], f"stages.{name}"
     if stage.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise FoveateError(f"{where}: this GPU cannot compute in bfloat16; set bf16 to false")
-    model, processor = skeleton(recipe.model, {**base_options(recipe.model), **stage.options}, stage.template)
+    model, processor = skeleton(
+        recipe.model, merged(base_options(recipe.model), stage.options), stage.template
+    )
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)
