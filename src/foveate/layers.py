@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
@@ -17,3 +18,8 @@ def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
         layers += [nn.GELU()] if i else []
         layers += [nn.Linear(wide_in, wide_out)]
     return nn.Sequential(*layers)
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """A context in which autocast makes nothing less precise, for what is computed where `x` is."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,8 +97,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
-        layers = self.language_model.get_decoder().layers
-        for index in self.connector.injectors():
+        injectors = self.connector.injectors()
+        layers = _layers_of(self.language_model) if injectors else []
+        for index in injectors:
             layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
     @classmethod
@@ -368,6 +369,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if ids is not None and bool((ids[:, read:] == self.config.image_token_id).any()):
                 raise FoveateError("input_ids have image placeholders, but there are no pixel_values")
             return super().generate(**kwargs)
+        if pictures.injection is not None:
+            self._refuse_chunks(kwargs)
         image = EncodedPictures(**pictures)  # a copy: for beams, transformers repeats tokens in place
         kwargs["mm_encoder_outputs"] = {"image": image}
         if pictures.kept is None:
@@ -392,6 +395,15 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return whole
         output.sequences = whole
         return output
+
+    def _refuse_chunks(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises `FoveateError` where the prefill would be cut: transformers keeps the tokens alone then."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size):
+            raise FoveateError(
+                f"prefill_chunk_size: {self.method.title} changes hidden states during the prefill, which "
+                "has to be in one piece"
+            )
 
     def _inject(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Forward hook of decoder layer `index`. Finds its injector anew: PEFT may have replaced it."""
@@ -428,6 +440,15 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
         trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # injectors too
         return 0.0 * (visual.sum() + sum(trained))
+
+
+def _layers_of(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of an LLM. Raises `FoveateError` where they are not found."""
+    children = dict(language_model.get_decoder().named_children())
+    for name in ("layers", "h", "blocks"):
+        if isinstance(children.get(name), nn.ModuleList):
+            return children[name]
+    raise FoveateError(f"{type(language_model).__name__}: its decoder's layers are not found, to change them")
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Canvas, Size
+from foveate.layers import exact
 
 BAND = 32  # rows of a view that are computed together
 
@@ -103,6 +104,10 @@ class Source:
     def pixels(self, picture: int, look: Look, side: Size) -> Tensor:
         """One part of a picture (3, h, w), float, from 0 to 255."""
         pixels = self.pictures[picture]
+        with exact(pixels):
+            return self._resampled(pixels, picture, look, side)
+
+    def _resampled(self, pixels: Tensor, picture: int, look: Look, side: Size) -> Tensor:
         rows, row_weights = _axis(pixels.shape[0], look, side, 0)
         columns, column_weights = _axis(pixels.shape[1], look, side, 1)
         narrow = _banded(row_weights, pixels[rows, columns])  # (y, x, 3) -> (h, x, 3)

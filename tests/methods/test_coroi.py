@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
-from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
+from foveate import Foveate, FoveateError, FoveateForConditionalGeneration, compose
 from foveate.cost import Pricer
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
@@ -23,7 +24,7 @@ from foveate.geometry import Box, Size, padded_square, squashed
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import Coroi, CoroiConnector, decoder_layers, integral, pooled
 from foveate.source import Look, Source
-from foveate.tiny import tiny_model
+from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from tests.conftest import ROOT
@@ -131,10 +132,18 @@ def test_pictures_and_what_belongs_to_them_must_agree() -> None:
         m.model(**batch)
 
 
+def test_autocast_leaves_pixels_alone() -> None:
+    source = source_of(picture(300, 500))
+    look = Look(squashed(Size(300, 500), Size(168, 168)), Box(14, 28, 84, 98))
+    exact = source.pixels(0, look, Size(56, 56))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(source.pixels(0, look, Size(56, 56)), exact)
+
+
 def test_other_methods_get_no_original_pictures() -> None:
     inputs = tiny_model("llava").processor(images=picture(60, 80), text="<image>", return_tensors="pt")
     assert not {"source_pixels", "source_norms"} & inputs.keys()
-    inputs = made(rois=0).processor(images=picture(60, 80), text="<image>", return_tensors="pt")
+    inputs = made(chain=False).processor(images=picture(60, 80), text="<image>", return_tensors="pt")
     assert not {"source_pixels", "source_norms"} & inputs.keys()
 
 
@@ -155,10 +164,10 @@ def test_equal_windows_stay_equal_in_the_integral_image() -> None:
 
 def full_chain(
     connector: CoroiConnector, low: Tensor, words: Tensor, source: Source, picture_: int, scale: int
-) -> list[tuple[int, int]]:
-    """One picture, one scale, one window at a time, by plain means."""
+) -> list[tuple[tuple[int, int], Tensor]]:
+    """One picture, one scale, one window at a time, by plain means: places and features (N, C)."""
     method_side, grid = connector.sides[scale], connector.tower.grid.height
-    scorer, seen, windows = connector.scorers[0], [], list[tuple[int, int]]()
+    scorer, seen, windows = connector.scorers[0], list[Tensor](), list[tuple[int, int]]()
     canvas = squashed(Size(*source.pictures[picture_].shape[:2]), connector.tower.side)
     for _ in range(connector.options.rois):
         guides = torch.cat([connector.question(words[None]), *seen[-1:]], 1)
@@ -172,7 +181,7 @@ def full_chain(
         windows.append((row, column))
         box = Box(14 * column, 14 * row, 14 * (column + method_side), 14 * (row + method_side))
         seen.append(source.encode(source.view(picture_, Look(canvas, box), connector.tower.side)[None]))
-    return windows
+    return [(place, features[0]) for place, features in zip(windows, seen, strict=True)]
 
 
 @torch.no_grad()
@@ -195,7 +204,10 @@ def test_all_scales_and_pictures_in_step_equal_one_at_a_time() -> None:
         for s in range(3):
             expected = full_chain(connector, low[p], texts[p][mask[p] > 0], source, p, s)
             found = [(w.row, w.column) for w in chosen.windows if (w.picture, w.scale) == (p, s)]
-            assert found == expected
+            assert found == [place for place, _ in expected]
+            features = torch.stack([seen for _, seen in expected])
+            mine = [(w.picture, w.scale) == (p, s) for w in chosen.windows]
+            assert gap(chosen.features[torch.tensor(mine)], features) < 1e-5
     assert len({(w.row, w.column) for w in chosen.windows}) > 4
 
 
@@ -281,6 +293,25 @@ def test_a_text_of_no_tokens_and_no_text_at_all() -> None:
         assert torch.isfinite(result.injection.turns[0][0].groups[0].gates).all()
 
 
+def test_every_rank_has_gradients_for_the_question() -> None:
+    """Also one whose pictures all come without a text."""
+    m = made()
+    batch = prepare(m.processor, [chat("What?", picture(60, 80))])
+    batch |= {name: batch[name][:, :0] for name in ("query_ids", "query_mask")}
+    m.model(**batch).logits.sum().backward()
+    assert [name for name, p in m.model.connector.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("options", [{"scorers": "step"}, {"chain_reads": "projected"}])
+def test_a_stage_without_a_chain_has_all_parts_of_the_next(options: dict[str, Any]) -> None:
+    without, with_chain = (made(**options, chain=chain).model.state_dict() for chain in (False, True))
+    assert without.keys() == with_chain.keys()
+    alone = made(**options, rois=1)
+    batch = prepare(alone.processor, [chat("What?", picture(60, 80))])
+    alone.model(**batch).logits.sum().backward()
+    assert [name for name, p in alone.model.connector.named_parameters() if p.grad is None] == []
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (20, 10), (57, 2000)])
 def test_small_and_narrow_pictures(size: tuple[int, int]) -> None:
@@ -323,7 +354,7 @@ def test_layers() -> None:
 @pytest.mark.parametrize("projections", ["linear_norm", "norm_linear"])
 def test_a_fresh_model_is_its_llm(projections: str) -> None:
     fresh = tiny_model("coroi", {"projections": projections})
-    without = tiny_model("coroi", {"projections": projections, "rois": 0})
+    without = tiny_model("coroi", {"projections": projections, "chain": False})
     without.model.load_state_dict(fresh.model.state_dict())
     batch = prepare(fresh.processor, chats())
     plain = {k: v for k, v in batch.items() if not k.startswith("source")}
@@ -369,6 +400,52 @@ def test_prefill_only() -> None:
         attention.register_forward_hook(lambda *_: called.append(1))
     greedy(m.model, batch)
     assert len(called) == 3  # one prefill, in each of the three layers
+
+
+def test_a_prefill_in_pieces_is_refused() -> None:
+    """transformers would drop the injection without a word."""
+    m = made()
+    with pytest.raises(FoveateError, match="prefill_chunk_size: CoRoI changes hidden states"):
+        m.ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
+    m.model.generation_config.prefill_chunk_size = 8
+    with pytest.raises(FoveateError, match="has to be in one piece"):
+        m.ask(picture(60, 80), "What?", max_new_tokens=2)
+    made(chain=False).ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
+
+
+LLM: dict[str, Any] = {"vocab_size": 266, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+FAMILIES = {
+    "mistral": {**SMALL, "num_key_value_heads": 2},
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 12},
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 12},
+    "phi": SMALL,
+    "gpt_neox": SMALL,
+    "gpt2": {"n_embd": 48, "n_layer": 4, "n_head": 4},
+    "opt": {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 512},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_any_decoder(kind: str) -> None:
+    text = CONFIG_MAPPING[kind](**LLM, **FAMILIES[kind])
+    m = compose(tiny_vision(), text, "coroi", {"zero_init": False}, tokenizer=tiny_tokenizer())
+    batch = prepare(m.processor, chats())
+    with_windows = m.model(**batch).logits
+    greedy(m.model, batch)
+    for attention in m.model.connector.attentions:
+        attention.value.norm.weight.zero_()
+        attention.value.norm.bias.zero_()
+    assert gap(with_windows, m.model(**batch).logits) > 1e-4
+
+
+def test_a_decoder_whose_layers_are_not_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = CONFIG_MAPPING["gpt2"](**LLM, n_embd=48, n_layer=4, n_head=4)
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.get_decoder", lambda self: self.lm_head)
+    assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
+    with pytest.raises(FoveateError, match="GPT2LMHeadModel: its decoder's layers are not found"):
+        compose(tiny_vision(), text, "coroi", tokenizer=tiny_tokenizer())
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -560,7 +637,7 @@ def test_both_stages_train(tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 4)
     settings = {"batch": 2, "micro_batch": 2, "steps": 2}
     stages = {
-        "pretrain": stage(["connector.projector"], data, **settings, options={"rois": 0}),
+        "pretrain": stage(["connector.projector"], data, **settings, options={"chain": False}),
         "finetune": stage(["connector", "language_model"], data, **settings),
     }
     train(write_recipe(tmp_path, stages, method="coroi"))
@@ -585,7 +662,7 @@ def test_the_recipe_is_the_papers() -> None:
     recipe = load_recipe(ROOT / "recipes" / "coroi.yaml")
     pretrain, finetune = recipe.stages.values()
     assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
-    assert (pretrain.options, finetune.options) == ({"rois": 0}, {})
+    assert (pretrain.options, finetune.options) == ({"chain": False}, {})
     assert (pretrain.lr, finetune.lr) == (1e-3, 2e-5)
     for one in (pretrain, finetune):
         assert (one.batch, one.epochs, one.schedule, one.warmup_ratio, one.weight_decay) == (
@@ -640,7 +717,7 @@ def test_a_price_counts_every_look_and_the_injection() -> None:
     m = made()
     price, vision = Pricer(m.model.config).price(Size(60, 80)), Pricer(m.model.config).vision(Size(60, 80))
     fewer = Pricer(made(scales=[2], rois=1).model.config).price(Size(60, 80))
-    none = Pricer(made(rois=0).model.config).price(Size(60, 80))
+    none = Pricer(made(chain=False).model.config).price(Size(60, 80))
     assert vision.looks == 8  # scales 3 and 4 have the same windows of one token here
     assert (price.views, fewer.views, none.views) == (9, 2, 1)
     assert price.encode_flops > fewer.encode_flops > none.encode_flops
@@ -659,7 +736,7 @@ def test_options_for_the_lab() -> None:
 
 def test_v2_tokens_lie_in_rows() -> None:
     """The four views' tokens as one grid: each stands for the part of the picture that `token_boxes` says."""
-    m = made(variant="v2", rois=0)
+    m = made(variant="v2", chain=False)
     plan = m.model.method.plan(112, 112)
     boxes = m.model.method.token_boxes(plan)
     assert (plan.tokens, len(boxes)) == (80, 80)
@@ -683,7 +760,8 @@ def test_wrong_options_are_named() -> None:
     for options, words in (
         ({"scales": [1]}, "scales must be different whole numbers from 2 on"),
         ({"scales": [2, 2]}, "scales must be different whole numbers from 2 on"),
-        ({"rois": -1}, "rois must not be negative"),
+        ({"rois": 0}, "rois must be at least 1, not 0"),
+        ({"assignment": "in_turn", "layers": [0, 1, 2], "scales": [2], "rois": 2}, "2 windows for 3 layers"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"heads": 0}, "must be at least 1"),
         ({"heads": 5}, "heads 5 must divide the LLM's width 48"),

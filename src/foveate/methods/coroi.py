@@ -74,9 +74,8 @@ class CoroiOptions(MethodOptions):
     fit: Literal["squash", "pad"] = "squash"  # how the picture becomes a square
     # Chain
     scales: tuple[int, ...] = (2, 3, 4)  # lambda: how much larger the pictures are that windows are cut from
-    rois: int = (
-        4  # n: windows per scale, one after the other; 0: none, no part of the method but the projector
-    )
+    chain: bool = True  # false: its parts are there, but not run (first stage)
+    rois: int = 4  # n: windows per scale, one after the other
     pixels: Literal["original", "upsampled"] = "original"  # what a window is cut from
     text: Literal["question", "prompt"] = "question"  # U: the user's text, or all text but the answer
     history: Literal["last", "all", "none"] = (
@@ -108,8 +107,8 @@ class CoroiOptions(MethodOptions):
             raise FoveateError(
                 f"scales must be different whole numbers from 2 on, as [2, 3, 4], not {list(self.scales)}"
             )
-        if self.rois < 0:
-            raise FoveateError(f"rois must not be negative, but is {self.rois}")
+        if self.rois < 1:
+            raise FoveateError(f"rois must be at least 1, not {self.rois}")
         if self.temperature <= 0:
             raise FoveateError(f"temperature must be above 0, not {self.temperature}")
         if self.heads < 1 or (self.scorer_heads is not None and self.scorer_heads < 1):
@@ -369,11 +368,16 @@ class CoroiConnector(Connector):
         self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
-        if options.chain_reads == "projected" and options.history != "none":
+        if options.chain_reads == "projected" and options.history != "none" and options.rois > 1:
             self.past = nn.Linear(widths.text, widths.vision)
-        count = {"shared": 1, "scale": len(options.scales), "step": max(options.rois, 1)}[options.scorers]
+        count = {"shared": 1, "scale": len(options.scales), "step": options.rois}[options.scorers]
         self.scorers = nn.ModuleList(Scorer(widths.vision, tower.tokens, options) for _ in range(count))
         self.layers = decoder_layers(options.layers, widths.layers)
+        windows = options.rois * len(options.scales)
+        if options.assignment == "in_turn" and windows < len(self.layers):
+            raise FoveateError(
+                f"assignment in_turn: {windows} windows for {len(self.layers)} layers leave some without any"
+            )
         read = widths.vision if options.injection_reads == "vision" else widths.text
         count = 1 if options.layer_weights == "shared" else len(self.layers)
         self.attentions = nn.ModuleList(CrossAttention(read, widths.text, options) for _ in range(count))
@@ -381,7 +385,7 @@ class CoroiConnector(Connector):
     def injectors(self) -> Mapping[int, Injector]:
         shared = self.options.layer_weights == "shared"
         found: dict[int, Injector] = {}
-        for turn, layer in enumerate(self.layers if self.options.rois else []):
+        for turn, layer in enumerate(self.layers if self.options.chain else []):
             attention = self.attentions[0 if shared else turn]
             assert isinstance(attention, CrossAttention)
             found[layer] = RoiInjector(attention, turn)
@@ -396,7 +400,7 @@ class CoroiConnector(Connector):
     ) -> VisualTokens:
         views = features.unflatten(0, (len(plans), -1))  # (P, V, N, C)
         tokens = self._tokens(self.projector(views))
-        if not self.options.rois:
+        if not self.options.chain:
             return VisualTokens(tokens)
         assert source is not None
         chosen = self.chain(views[:, 0], plans, query, source)
@@ -463,10 +467,9 @@ class CoroiConnector(Connector):
 
     def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
         """U in the tower's width (P, 1, T, C), and where there is a token (P, 1, T)."""
-        if query is None or not query.mask.shape[1]:
-            return low.new_zeros(len(low), 1, 1, low.shape[2]), low.new_zeros(
-                len(low), 1, 1, dtype=torch.bool
-            )
+        if query is None or not query.mask.shape[1]:  # nothing to read; other ranks wait for gradients
+            nothing = self.question(low.new_zeros(len(low), 1, 1, self.question.in_features))
+            return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
         return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
 
     def _scores(self, step: int, views: list[LowView], guides: Tensor, mask: Tensor) -> Tensor:
@@ -662,11 +665,11 @@ class Coroi(Method):
 
     @property
     def uses_query(self) -> bool:  # type: ignore[override]
-        return self.options.rois > 0
+        return self.options.chain
 
     @property
     def reads_source(self) -> bool:
-        return self.options.rois > 0
+        return self.options.chain
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:

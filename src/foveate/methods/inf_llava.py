@@ -63,7 +63,7 @@ from foveate.geometry import (
     tiled,
     whole,
 )
-from foveate.layers import mlp_projector
+from foveate.layers import exact, mlp_projector
 from foveate.layouts import Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
@@ -589,7 +589,7 @@ def _parts(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
 def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
     """(P, h, w, C), weights (g, h) and (g, w) -> (P, g, g, C); at least in float32, as weights are thirds."""
     kind = x.dtype
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+    with exact(x):
         for axis, weights in ((1, rows), (2, columns)):
             if not np.array_equal(weights, np.eye(*weights.shape)):
                 x = x.to(torch.promote_types(kind, torch.float32))

@@ -62,7 +62,7 @@ from foveate.geometry import (
     tiled,
     whole,
 )
-from foveate.layers import mlp_projector
+from foveate.layers import exact, mlp_projector
 from foveate.layouts import Layout
 from foveate.methods.base import (
     Connector,
@@ -273,7 +273,7 @@ class Router(nn.Module):
 
         The sum over text tokens of t . v is (sum of t) . v: one product for all pictures.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
+        with exact(tokens):
             tokens, words = tokens.float(), query.embeds.float()
             mask = query.mask.to(words)[..., None]  # (P, T, 1)
             if self.options.similarity != "dot_mean":
