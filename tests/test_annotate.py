@@ -38,6 +38,7 @@ from foveate.tiny import tiny_model
 from foveate.vlm import VLM
 from tests.command import foveate
 from tests.support import picture
+from tests.vlms import VLMS
 
 N = 26  # records, of which every sixth has no picture
 QUESTIONS = N - N // 6
@@ -403,6 +404,74 @@ def test_datasets_without_the_columns(tmp_path: Path) -> None:
         open_source(tmp_path / "other")
     with pytest.raises(FoveateError, match="cannot be read as a dataset"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{}, {"index": None, "text": None}])
+def test_messages_of_parts(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """Pictures as parts, as many training sets have them; without ids, records are named as in a file."""
+    datasets = pytest.importorskip("datasets")
+    asked = [{**extra, "type": "image"}, {**extra, "type": "text", "text": "What?"}]
+    said = [{**extra, "type": "text", "text": "That."}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    table = {"images": [[picture(40, 60, i)] for i in range(2)], "messages": [turns] * 2}
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "set")
+    asked_of, left_out = questions(open_source(tmp_path / "set"))
+    assert [(q.key, q.text) for q in asked_of] == [("000000_0_q0", "What?"), ("000001_1_q0", "What?")]
+    assert left_out == 0
+
+
+def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> None:
+    """Broken bytes and no picture in a dataset, a picture that the processor refuses, half a character."""
+    datasets = pytest.importorskip("datasets")
+    good = picture(40, 60)
+    good.save(tmp_path / "good.png")
+    shown = [[{"bytes": b"no picture", "path": None}], [], [str(tmp_path / "good.png")]]
+    features = datasets.Features({"images": [datasets.Image()], "question": datasets.Value("string")})
+    table = {"images": shown, "question": ["What?"] * 3}
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
+    qwen, source = VLMS["qwen3_vl"](), open_source(tmp_path / "set")
+    report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "a.jsonl")
+    assert (report["regions"], report["problems"]) == (1, 2)
+    assert "cannot be read" in report["first_problems"][0] and "no picture" in report["first_problems"][1]
+
+    picture(2, 500).save(tmp_path / "thin.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?\ud83d"}, {"from": "gpt", "value": "That."}]
+    records = [{"image": name, "conversations": turns} for name in ("good.png", "thin.png", "good.png")]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    source = open_source(tmp_path / "data.json")
+    report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "b.jsonl")
+    assert (report["regions"], report["problems"]) == (2, 1)
+    assert "does not take the picture" in report["first_problems"][0]
+
+
+def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, data: Path) -> None:
+    made = tiny_model("slime")
+    source = open_source(data)
+    with pytest.raises(FoveateError, match="place"):
+        run(
+            settings(source),
+            Annotator(VLM(made.model, made.processor), source, RegionRule()),
+            tmp_path / "a.jsonl",
+        )
+
+
+def test_malformed_lines_of_a_file_of_regions(tmp_path: Path) -> None:
+    good = {"index": 0, "id": "a\ud83d", "number": 0, "box": [1, 2, 30, 40]}
+    bad = [
+        {**good, "index": 10**30},
+        {**good, "number": -1},
+        {**good, "number": 1, "box": [0, 0, 10**400, 9]},
+        {**good, "box": [5, 5, 6, 6]},
+    ]
+    path = tmp_path / "regions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [good, *bad]))
+    regions = Regions(path)
+    assert (len(regions), regions.malformed) == (1, 4)
+    assert regions.of(0, "a\ud83d") == {0: Box(1, 2, 30, 40)}
+    assert "record 0: a second region of question 0" in regions.report()
+    squares = {f"{'9' * 30}_a_q0": {"params": [0, 0, 9]}, "000000_a_q0": {"params": [0, 0, 9]}}
+    (tmp_path / "regions.json").write_text(json.dumps(squares))
+    assert Regions(tmp_path / "regions.json").malformed == 1
 
 
 # Parts.

@@ -268,6 +268,22 @@ def test_bimodal_rules_by_hand() -> None:
     assert torch.allclose(both.image_text, torch.tensor([[0.9, 0.9]]))
 
 
+def test_parallel_cross_attentions_do_not_see_each_other() -> None:
+    """LXMERT's: the picture reads the text as it was before the text read the picture."""
+    both, text_psi, image_psi = (
+        BimodalRelevance.of(2, 1),
+        torch.tensor([[0.2], [0.4]]),
+        torch.tensor([[0.5, 0.1]]),
+    )
+    both.attend_to_each_other(text_psi, image_psi)
+    assert torch.allclose(both.text_image, text_psi) and torch.allclose(both.image_text, image_psi)
+    assert torch.equal(both.text, torch.eye(2)) and torch.equal(both.image, torch.eye(1))
+    both.attend_to_each_other(text_psi, image_psi)
+    assert torch.allclose(both.image, 1 + image_psi @ text_psi)
+    assert torch.allclose(both.text, torch.eye(2) + text_psi @ image_psi)
+    assert BimodalRelevance.of(2, 1, "meta").text.is_meta
+
+
 def test_scores_all_alike_keep_all() -> None:
     assert scaled(torch.tensor([0.3, 0.3])).tolist() == [1.0, 1.0]
     boxes = [Box(10, 10, 20, 20), Box(30, 30, 40, 40)]

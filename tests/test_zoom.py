@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from transformers import TextIteratorStreamer
 
 import foveate
 from foveate.errors import FoveateError
@@ -104,6 +105,37 @@ def test_confidence_is_the_mean_probability(name: str) -> None:
         chosen = logits.softmax(-1).gather(1, ids[0, length:, None])[:, 0]
         assert abs(answers[i].confidence - float(chosen.mean())) < 1e-4
     assert len(inputs["input_ids"]) == 2
+
+
+def test_confidence_of_the_best_beam() -> None:
+    model = vlm("llava")
+    conversation = message(picture(60, 90), "What is this?")
+    for beams in (1, 3):
+        (said,) = model.answer([conversation], max_new_tokens=5, num_beams=beams)
+        inputs = model.inputs([conversation])
+        output = model.model.generate(**inputs, max_new_tokens=5, num_beams=beams, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            given = {**inputs, "input_ids": output, "attention_mask": torch.ones_like(output)}
+            logits = model.model(**given).logits[0, length - 1 : -1]
+        chosen = logits.softmax(-1).gather(1, output[0, length:, None])[:, 0]
+        assert abs(said.confidence - float(chosen.mean())) < 1e-4
+    with pytest.raises(FoveateError, match="num_return_sequences"):
+        model.answer([conversation], num_beams=2, num_return_sequences=2)
+
+
+def test_only_the_last_answer_is_streamed() -> None:
+    for more in ({"box": (20, 10, 70, 50)}, {"no_zoom": True}):
+        streamer = TextIteratorStreamer(vlm("llava").processor.tokenizer, skip_prompt=True)
+        found = zoom("llava").ask(picture(60, 90), "What?", max_new_tokens=6, streamer=streamer, **more)
+        special = {"skip_special_tokens": True}
+        ids = vlm("llava").processor.tokenizer("".join(streamer), add_special_tokens=False)["input_ids"]
+        assert vlm("llava").processor.tokenizer.decode(ids, **special).strip() == found.text
+
+
+def test_a_picture_that_the_processor_does_not_take() -> None:
+    with pytest.raises(FoveateError, match="does not take the picture or the text"):
+        zoom("qwen3_vl").ask(picture(2, 500), "What?")
 
 
 def test_tokens_behind_the_end_do_not_count() -> None:
@@ -226,6 +258,29 @@ def test_turns_go_deeper() -> None:
     assert found.regions == [Box(40, 40, 80, 80), Box(60, 60, 80, 80), Box(70, 70, 80, 80)]
     assert [shown.size for shown in seen] == [(80, 80), (30, 30), (20, 20)]  # 40 x 40 is more than 900 pixels
     assert np.array_equal(np.asarray(found.crops[-1]), np.asarray(whole)[70:, 70:])
+
+
+def test_a_region_stays_within_the_one_before() -> None:
+    """Also where it grows to the least side."""
+    boxes = iter([Box(0, 0, 40, 40), Box(38, 38, 40, 40)])
+
+    def propose(vlm: VLM, shown: Image.Image, question: str) -> Proposal:
+        return Proposal(next(boxes))
+
+    budget = Budget(turns=2, min_pixels=1, min_side=16)
+    found = zoom("llava", propose, budget).ask(picture(100, 100), "What?", max_new_tokens=1)
+    assert found.regions == [Box(0, 0, 40, 40), Box(24, 24, 40, 40)]
+
+
+@pytest.mark.parametrize(
+    ("box", "why"),
+    [((500, 500, 600, 600), "outside"), ((0, 0, float("nan"), 9), "finite"), ((5, 5), "2 numbers")],
+)
+def test_a_proposers_box_is_checked(box: Any, why: str) -> None:
+    found = zoom("llava", lambda vlm, shown, question: Proposal(box)).ask(
+        picture(100, 100), "What?", max_new_tokens=1
+    )
+    assert found.regions == [] and why in str(found.proposals[0].problem)
 
 
 def test_looking_stops_where_nothing_is_left_out() -> None:

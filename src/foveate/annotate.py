@@ -124,7 +124,22 @@ class Annotator:
     def annotate(
         self, batch: Sequence[Question], pictures: Sequence[Image.Image | str], checked: Sequence[bool]
     ) -> list[dict[str, Any]]:
-        """One record per question: its box, or the problem; if checked, with the answers compared."""
+        """One record per question: its box, or the problem; if checked, with the answers compared.
+
+        Raises `FoveateError` where no question at all can be annotated, whatever the data.
+        """
+        try:
+            return self._annotate(batch, pictures, checked)
+        except FoveateError as error:
+            if len(batch) == 1:
+                self.highlight([Image.new("RGB", (64, 64))], ["What is this?"])
+                return [_record(batch[0], str(error))]
+        alone = [slice(i, i + 1) for i in range(len(batch))]
+        return [self.annotate(batch[one], pictures[one], checked[one])[0] for one in alone]
+
+    def _annotate(
+        self, batch: Sequence[Question], pictures: Sequence[Image.Image | str], checked: Sequence[bool]
+    ) -> list[dict[str, Any]]:
         seen = [(q, p, c) for q, p, c in zip(batch, pictures, checked, strict=True) if not isinstance(p, str)]
         found = self.highlight([p for _, p, _ in seen], [q.text for q, _, _ in seen]) if seen else []
         boxes = {q.key: highlight.box for (q, _, _), highlight in zip(seen, found, strict=True)}
@@ -132,13 +147,11 @@ class Annotator:
         answers = self._answers(compared, [boxes[q.key] for q, _ in compared])
         records = []
         for question, picture in zip(batch, pictures, strict=True):
-            record: dict[str, Any] = {"key": question.key, "index": question.record, "id": question.id}
-            record |= {"number": question.number, "question": question.text}
             if isinstance(picture, str):
-                records.append({**record, "box": None, "problem": picture})
+                records.append(_record(question, picture))
                 continue
-            record |= {"width": picture.width, "height": picture.height, "box": list(boxes[question.key])}
-            records.append({**record, **answers.get(question.key, {})})
+            where = {"width": picture.width, "height": picture.height, "box": list(boxes[question.key])}
+            records.append(_record(question) | where | answers.get(question.key, {}))
         return records
 
     def _answers(
@@ -162,6 +175,13 @@ class Annotator:
             for (question, _), one in zip(asked, said, strict=True):
                 found[question.key][name] = one.text
         return found
+
+
+def _record(question: Question, problem: str | None = None) -> dict[str, Any]:
+    """What is written of a question; with a problem, that it has no box."""
+    record: dict[str, Any] = {"key": question.key, "index": question.record, "id": question.id}
+    record |= {"number": question.number, "question": question.text}
+    return record if problem is None else {**record, "box": None, "problem": problem}
 
 
 def square(box: Box, picture: Size) -> tuple[int, int, int]:
@@ -302,7 +322,8 @@ def run(
             at = n * settings.batch
             checked = [every > 0 and (at + i) % every == 0 for i in range(len(batches[n]))]
             records = annotator.annotate(batches[n], pictures, checked)
-            file.write(json.dumps({"batch": n, "records": records}, ensure_ascii=False).encode() + b"\n")
+            line = json.dumps({"batch": n, "records": records}, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "surrogatepass"))
             file.flush()
             os.fsync(file.fileno())
             bar.advance(task, workers.num_processes)
@@ -310,7 +331,7 @@ def run(
     if first:
         _finish(settings, paths, len(batches), left_out)
     workers.wait_for_everyone()
-    return json.loads(paths.report.read_text(encoding="utf-8"))
+    return json.loads(paths.report.read_bytes())
 
 
 def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
@@ -424,7 +445,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise FoveateError(
             f"{path} is broken: delete it and what stands beside it, or choose another file"
@@ -434,7 +455,7 @@ def _json(path: Path) -> Any:
 def _write(path: Path, text: str) -> None:
     """Writes a file under another name, then gives it its own: it is there as a whole or not at all."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -482,10 +503,10 @@ def annotate_data(
     """
     paths = Paths.of(out)
     source = open_source(data, images, split)
-    detect = None if detector is None else load_detector(detector, device or choose_device())
     workers = processes()
     if device is None and "LOCAL_RANK" in os.environ and choose_device() == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    detect = None if detector is None else load_detector(detector, device or choose_device())
     vlm = VLM.load(model, device, dtype)
     settings = Settings(
         data=str(data),

@@ -52,6 +52,8 @@ def choose_dtype(device: str) -> torch.dtype:
 
 
 EMBEDDED = Path(__file__).parent / "embedded"
+# Arguments of `generate` that are about the answer alone.
+OF_ANSWERS = ("streamer", "min_new_tokens", "min_length", "prefix_allowed_tokens_fn", "logits_processor")
 REMEMBERED_LOOKS = 48  # parts of a picture whose features are kept for further questions
 
 
@@ -637,14 +639,17 @@ def content(turn: Turn) -> list[dict[str, Any]]:
 
 
 def _bounded(generation: Mapping[str, Any], turns: Sequence[Turn]) -> dict[str, Any]:
-    """The arguments of `generate` for turns that are taken side by side."""
+    """The arguments of `generate` for turns that are taken side by side.
+
+    What was asked for the answer's length and form is not asked of a step on the way.
+    """
     arguments = dict(generation)
     bounds = [turn.max_new_tokens for turn in turns if turn.max_new_tokens is not None]
     if len(bounds) == len(turns):
-        arguments["max_new_tokens"] = min(max(bounds), arguments.get("max_new_tokens", max(bounds)))
+        arguments["max_new_tokens"] = max(bounds)
         arguments.pop("max_length", None)
     if all(turn.inner for turn in turns):
-        arguments.pop("streamer", None)
+        arguments = {name: value for name, value in arguments.items() if name not in OF_ANSWERS}
     return arguments
 
 

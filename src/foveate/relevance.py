@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -60,7 +60,8 @@ class BimodalRelevance:
     """Sigma of two kinds of tokens that attend to themselves and to each other (rules 6-11 of Chefer et al.).
 
     For models with cross-attention between text and picture. Start with `of`; call one method per attention,
-    in the order of the forward pass; read `text_image` (T, I), what the picture means to each text token.
+    in the order of the forward pass; where both kinds read each other at once, as in LXMERT, call
+    `attend_to_each_other`; read `text_image` (T, I), what the picture means to each text token.
     """
 
     text: Tensor  # (T, T)
@@ -69,9 +70,10 @@ class BimodalRelevance:
     image_text: Tensor  # (I, T)
 
     @classmethod
-    def of(cls, text: int, image: int) -> BimodalRelevance:
-        """Before the first layer: every token is relevant to itself alone."""
-        return cls(torch.eye(text), torch.eye(image), torch.zeros(text, image), torch.zeros(image, text))
+    def of(cls, text: int, image: int, device: str | torch.device = "cpu") -> BimodalRelevance:
+        """Before the first layer: every token is relevant to itself alone. On the device of the maps."""
+        with torch.device(device):
+            return cls(torch.eye(text), torch.eye(image), torch.zeros(text, image), torch.zeros(image, text))
 
     def text_attends(self, psi: Tensor) -> None:
         """Self-attention of the text, Psi (T, T): rules 6 and 7."""
@@ -94,6 +96,13 @@ class BimodalRelevance:
             self.image + psi @ self.text_image,
             self.image_text + _normalised(self.image).T @ psi @ _normalised(self.text),
         )
+
+    def attend_to_each_other(self, text_psi: Tensor, image_psi: Tensor) -> None:
+        """Both cross-attentions of one layer, Psi (T, I) and (I, T): neither sees what the other adds."""
+        before = replace(self)
+        self.text_attends_to_image(text_psi)
+        before.image_attends_to_text(image_psi)
+        self.image, self.image_text = before.image, before.image_text
 
 
 def _normalised(sigma: Tensor) -> Tensor:

@@ -76,22 +76,34 @@ class VLM:
         return cls(network.to(device).eval(), processor)
 
     def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
-        """The model's inputs for conversations that wait for an answer, padded on the left."""
-        inputs = self.processor.apply_chat_template(
-            list(conversations),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
+        """The model's inputs for conversations that wait for an answer, padded on the left.
+
+        Raises `FoveateError` for pictures and texts that the processor does not take.
+        """
+        try:
+            inputs = self.processor.apply_chat_template(
+                list(conversations),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+        except (ValueError, TypeError) as error:
+            what = f"{type(self.processor).__name__} does not take the picture or the text"
+            raise FoveateError(f"{what}: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     @torch.no_grad()
     def answer(
         self, conversations: Sequence[Messages], *, max_new_tokens: int = 256, **generation: Any
     ) -> list[Said]:
-        """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says else."""
+        """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says else.
+
+        Raises `FoveateError` where several answers to each are asked for.
+        """
+        if generation.get("num_return_sequences", 1) != 1:
+            raise FoveateError("num_return_sequences: one answer to each question is what can be told apart")
         inputs = self.inputs(conversations)
         padding = self.processor.tokenizer.pad_token_id
         output = self.model.generate(
@@ -102,14 +114,17 @@ class VLM:
             output_logits=True,
         )
         new = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
+        beams = output.get("beam_indices")  # (B, T) rows of the logits, -1 behind the end
+        if beams is None:
+            beams = torch.arange(len(new), device=new.device)[:, None].expand_as(new)
         probability = torch.stack(
             [
-                logits.float().softmax(-1).gather(1, tokens[:, None])[:, 0]
-                for logits, tokens in zip(output.logits, new.T, strict=True)
+                logits[rows.clamp(min=0)].float().softmax(-1).gather(1, tokens[:, None])[:, 0]
+                for logits, rows, tokens in zip(output.logits, beams.T, new.T, strict=False)
             ],
             dim=1,
         )
-        said = self._said(new)
+        said = self._said(new)[:, : probability.shape[1]]
         confidence = (probability * said).sum(1) / said.sum(1)
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [Said(text.strip(), c) for text, c in zip(texts, confidence.tolist(), strict=True)]

@@ -124,7 +124,7 @@ class Answered:
 
 
 def _own_form(vlm: VLM) -> str:
-    model_type = vlm.model.config.model_type
+    model_type = vlm.model.config.model_type.removesuffix("_moe")
     return model_type if model_type in BOX_FORMATS else "unit_xyxy"
 
 
@@ -285,40 +285,53 @@ class Zoom:
                 size = f"{whole.width} x {whole.height} pixels"
                 raise FoveateError(f"box {list(box)} in a picture of {size}: {problem}")
         generation = {"max_new_tokens": max_new_tokens, **generation}
-        (first,) = self.vlm.answer([message(whole, question)], **generation)
-        answer = ZoomAnswer(first, None, [], [], [], question, whole)
         turns = 0 if no_zoom else 1 if box is not None else self.budget.turns
-        propose = self.region if box is None else Given(box)
-        for _ in range(turns):
-            if not self._look_closer(answer, propose):
-                break
-        if answer.crops:
-            ask = QUESTION.replace("{question}", question)
-            conversation = message(whole, REGION, answer.crops[-1], ask)
+        looks = self._looks(whole, question, self.region if box is None else Given(box), turns)
+        regions = [region for _, region in looks if region is not None]
+        crops = [self._crop(whole, region) for region in regions]
+        # Who listens to a stream hears the answer that counts.
+        quiet = {name: value for name, value in generation.items() if name != "streamer" or not crops}
+        (first,) = self.vlm.answer([message(whole, question)], **quiet)
+        answer = ZoomAnswer(first, None, regions, [proposal for proposal, _ in looks], crops, question, whole)
+        if crops:
+            conversation = message(whole, REGION, crops[-1], QUESTION.replace("{question}", question))
             (answer.zoomed,) = self.vlm.answer([conversation], **generation)
         return answer
 
-    def _look_closer(self, answer: ZoomAnswer, propose: Proposer) -> bool:
-        """Adds one region and its crop, if the proposer knows one that is smaller than the last."""
-        seen = answer.crops[-1] if answer.crops else answer.picture
-        area = answer.regions[-1] if answer.regions else Box(0, 0, *answer.picture.size)
-        proposal = propose(self.vlm, seen, answer.question)
-        answer.proposals.append(proposal)
-        if proposal.box is None:
-            return False
-        x, y = area.width / seen.width, area.height / seen.height
-        left, top, right, bottom = (float(n) for n in proposal.box)
-        found = Box(area.left + left * x, area.top + top * y, area.left + right * x, area.top + bottom * y)
-        picture = Size(answer.picture.height, answer.picture.width)
+    def _looks(
+        self, picture: Image.Image, question: str, propose: Proposer, turns: int
+    ) -> list[tuple[Proposal, Box | None]]:
+        """Proposals and the regions that they lead to, each within the last; None ends them."""
+        looks: list[tuple[Proposal, Box | None]] = []
+        area, seen = Box(0, 0, *picture.size), picture
+        for _ in range(turns):
+            proposal = propose(self.vlm, seen, question)
+            region = None
+            if proposal.box is not None:
+                shown = Size(seen.height, seen.width)
+                inside, problem = checked_box([float(n) for n in proposal.box], shown)
+                if inside is not None:
+                    region = self._within(inside, shown, area)
+                    problem = (
+                        "the region is not smaller than what was seen before" if region is None else None
+                    )
+                if problem is not None:
+                    proposal = Proposal(None, problem, proposal.said, proposal.heat)
+            looks.append((proposal, region))
+            if region is None:
+                break
+            area, seen = region, self._crop(picture, region)
+        return looks
+
+    def _within(self, box: Box, shown: Size, area: Box) -> Box | None:
+        """A box in pixels of what was shown of an area, in those of the picture; None if it is all of it."""
+        x, y = area.width / shown.width, area.height / shown.height
+        found = Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
         least = max(self.budget.min_side, round(max(found.width, found.height) / LONGEST))
-        region = fitted(found.clipped(picture), picture, minimum=least)
-        if region.width * region.height >= area.width * area.height:
-            problem = "the region is not smaller than what was seen before"
-            answer.proposals[-1] = Proposal(None, problem, proposal.said, proposal.heat)
-            return False
-        answer.regions.append(region)
-        answer.crops.append(self._crop(answer.picture, region))
-        return True
+        part = fitted(found, Size(int(area.height), int(area.width)), minimum=least)
+        if part.width * part.height >= area.width * area.height:
+            return None
+        return Box(part.left + area.left, part.top + area.top, part.right + area.left, part.bottom + area.top)
 
     def _crop(self, picture: Image.Image, region: Box) -> Image.Image:
         crop = picture.crop(region.rounded())

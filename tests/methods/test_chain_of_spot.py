@@ -90,6 +90,13 @@ def test_small_regions_grow_and_boxes_may_be_extended() -> None:
     assert told("[0.2, 0.4, 0.2, 0.4]", image, extend=0.5)[1].regions == [Box(15, 15, 45, 45)]
     assert told("[0, 1, 0, 1]", picture(1, 1))[1].regions == [Box(0, 0, 1, 1)]
     assert told("[0, 0.1, 0.4, 0.6]", picture(1, 300))[1].regions == [Box(0, 0, 30, 1)]
+    padded = picture(200, 300)  # 50 rows of padding above and below
+    assert told("[0.5, 0.4, 0.501, 0.6]", padded, **RELEASED)[1].regions == [Box(143, 70, 157, 130)]
+    assert told("[0.5, 0.5, 0.503, 0.503]", padded, **RELEASED, extend=1.0, least_side=50)[1].regions == [
+        Box(125, 75, 175, 125)
+    ]
+    _, end = told("[0.1, 0.0, 0.9, 0.168]", padded, **RELEASED)  # less than a row of the picture
+    assert end.regions == [Box(0, 0, 300, 200)] and "outside the picture" in end.notes[0]
 
 
 @pytest.mark.parametrize("name", ["qwen_vl", "qwen2_5_vl", "internvl", "unit_xyxy"])
@@ -212,11 +219,31 @@ def test_the_first_picture_is_encoded_and_read_once(boxed: Foveate) -> None:
 
 def test_only_the_answer_is_streamed_and_the_box_is_bounded(boxed: Foveate) -> None:
     streamer = TextIteratorStreamer(boxed.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    never = [boxed.processor.tokenizer.eos_token_id]
     answer = boxed.ask(
-        picture(60, 90), "What is it?", max_new_tokens=90, min_new_tokens=90, streamer=streamer
+        picture(60, 90), "What is it?", max_new_tokens=90, suppress_tokens=never, streamer=streamer
     )
     assert "".join(streamer).strip() == answer.text
     assert answer.ledger.new_tokens == 64 + 90  # a first reply that never ends is cut off
+
+
+def test_what_is_asked_of_the_answer_is_not_asked_of_the_region(
+    made: Foveate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound on the answer must not cut off the box."""
+    said: list[str] = []
+    region = ChainOfSpot.region
+    monkeypatch.setattr(
+        ChainOfSpot, "region", lambda s, text, size: said.append(text) or region(s, text, size)
+    )
+    image = picture(60, 90)
+    made.ask(image, "What is it?", max_new_tokens=100)
+    one = made.ask(image, "What is it?", max_new_tokens=1)
+    first = made.processor.tokenizer.encode("A", add_special_tokens=False)
+    made.ask(image, "What is it?", max_new_tokens=2, prefix_allowed_tokens_fn=lambda row, ids: first)
+    made.ask(image, "What is it?", max_new_tokens=80, min_new_tokens=70)
+    assert len(said[0]) > 10 and said == said[:1] * 4
+    assert len(made.processor.tokenizer.encode(one.text, add_special_tokens=False)) <= 1
 
 
 def test_follow_up_questions(boxed: Foveate) -> None:

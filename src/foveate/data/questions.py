@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from PIL import Image
+
+from foveate.chat import IMAGE_TOKEN
 from foveate.data.formats import read_conversations, to_messages
 from foveate.errors import FoveateError
 
@@ -107,21 +110,48 @@ class DatasetSource:
 
     def messages(self, index: int) -> tuple[str, list[dict[str, Any]]]:
         row = self.texts[index]
-        name = str(row.get("id", ""))
+        name = str(row.get("id", index))
         if self.asked == "question":
             if not isinstance(row["question"], str):
                 raise FoveateError("its question is no text")
             parts = [{"type": "image", "image": ""}, {"type": "text", "text": row["question"]}]
             return name, [{"role": "user", "content": parts}]
-        names = ["picture"] * str(row[self.asked]).count("<image>")  # a path for each is wanted
-        return name, to_messages({self.asked: row[self.asked], "image": names, "images": names}, Path())
+        turns = [_plain(turn) for turn in row[self.asked]] if isinstance(row[self.asked], list) else None
+        names = ["picture"] * sum(_shown(turn) for turn in turns or [])  # a path for each is wanted
+        return name, to_messages({self.asked: turns, "image": names, "images": names}, Path())
 
     def picture(self, index: int) -> Any:
-        value = self.rows[index][self.pictures]
-        value = value[0] if isinstance(value, list) else value
+        try:
+            value = self.rows[index][self.pictures]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise FoveateError(f"its picture cannot be read: {error}") from error
+        if isinstance(value, list):
+            if not value:
+                raise FoveateError("it has no picture")
+            value = value[0]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         return self.images / value if isinstance(value, str) else value
+
+
+def _plain(turn: Any) -> Any:
+    """A turn whose parts have no keys that stand for nothing: columns give every part the keys of all."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
+        return turn
+    parts = [
+        {"type": "image"} if isinstance(part, dict) and part.get("type") == "image" else part
+        for part in turn["content"]
+    ]
+    return {**turn, "content": parts}
+
+
+def _shown(turn: Any) -> int:
+    """How many pictures a turn shows."""
+    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+    if isinstance(content, str):
+        return content.count(IMAGE_TOKEN)
+    parts = [part for part in content or [] if isinstance(part, dict)]
+    return sum(p.get("type") == "image" or str(p.get("text")).count(IMAGE_TOKEN) for p in parts)
 
 
 def open_source(data: str | Path, images: str | Path | None = None, split: str = "train") -> Source:
@@ -160,6 +190,7 @@ def questions(
         asked = [m for m in messages if m["role"] == "user"]
         for number, turn in enumerate(asked):
             text = " ".join(part["text"].strip() for part in turn["content"] if part["type"] == "text")
+            text = text.encode("utf-8", "replace").decode()  # halves of a character stop tokenizers
             found.append(Question(index, name, number, text))
     if not found:
         raise FoveateError("no record of the data has a question about exactly one picture")

@@ -29,6 +29,7 @@ from foveate.geometry import Box
 KEY = re.compile(r"(\d+)_(.*)_q(\d+)", re.DOTALL)
 WANTED = {"index", "id", "number", "box"}
 NAMED = 5  # malformed entries that are named; all are counted
+LARGEST = 2**62  # no record and no question has such a number
 ALL = -1  # question of a region that belongs to none of them
 
 # Reads an entry: record, id, question and box. Raises `ValueError` that says what is wrong with it.
@@ -69,6 +70,12 @@ class Regions:
             raise FoveateError(f"{self.path} holds no region{why}")
         keys = np.array(places, dtype=np.int64)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
+        again = (np.diff(keys[order], axis=0, prepend=-2) == 0).all(1)  # the first one counts
+        for record, question in keys[order][again].tolist():
+            self.malformed += 1
+            what = "the picture alone" if question == ALL else f"question {question}"
+            self.named += [f"record {record}: a second region of {what}"] if len(self.named) < NAMED else []
+        order = order[~again]
         self._places = keys[order]  # (n, 2) record and question
         self._ids = np.array(ids, dtype=np.uint64)[order]
         self._boxes = np.array(boxes, dtype=np.float64)[order]  # (n, 4)
@@ -106,13 +113,15 @@ class Regions:
 
 def _mark(name: str) -> int:
     """64 bits of an id; keys of squares have _ for its /."""
-    return int.from_bytes(blake2b(name.replace("/", "_").encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        blake2b(name.replace("/", "_").encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def _squares(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
         entries = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FoveateError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise FoveateError(f'{path} should hold a JSON object of keys such as "000012_coco_7_q0"')
@@ -136,32 +145,42 @@ def _square(key: str, value: Any) -> tuple[int, str, int, Box]:
     top, left, side = _numbers(value["params"], "params", ("top", "left", "side"))
     if side <= 0:
         raise ValueError(f"a side of {side:g} leaves no area")
-    return int(found[1]), found[2], int(found[3]), Box(left, top, left + side, top + side)
+    return _number(int(found[1])), found[2], _number(int(found[3])), Box(left, top, left + side, top + side)
 
 
 def _box(line: bytes) -> tuple[int, str, int, Box]:
     try:
         entry = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise ValueError("it is not valid JSON") from None
     if not isinstance(entry, dict) or not entry.keys() >= WANTED:
         raise ValueError("it must be a JSON object with index, id, number and box")
     if entry["box"] is None:
         raise ValueError(f"it has no box: {entry.get('problem')}")
-    question = ALL if entry["number"] is None else entry["number"]
-    for number in (entry["index"], question):
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError("index and number must be whole numbers")
+    record = _number(entry["index"])
+    question = ALL if entry["number"] is None else _number(entry["number"])
     left, top, right, bottom = _numbers(entry["box"], "box", Box._fields)
     if left >= right or top >= bottom:
         raise ValueError("the box has no area")
-    return entry["index"], str(entry["id"]), question, Box(left, top, right, bottom)
+    return record, str(entry["id"]), question, Box(left, top, right, bottom)
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST:
+        raise ValueError("index and number must be whole numbers from 0")
+    return value
 
 
 def _numbers(values: Any, name: str, wanted: Sequence[str]) -> list[float]:
     expected = f"{name} must be [{', '.join(wanted)}], finite numbers, not {str(values)[:60]}"
     if not isinstance(values, list) or len(values) != len(wanted):
         raise ValueError(expected)
-    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in values):
+    if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in values):
         raise ValueError(expected)
-    return [float(n) for n in values]
+    try:
+        numbers = [float(n) for n in values]
+    except OverflowError:
+        raise ValueError(expected) from None
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(expected)
+    return numbers

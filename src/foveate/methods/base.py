@@ -199,7 +199,7 @@ class Turn:
         text: what the user says. Without `<image>` in it, the pictures stand before it.
         pictures: what the user shows.
         inner: a step on the way, whose reply is not streamed to whoever asked.
-        max_new_tokens: bound on the reply, besides the one that was asked for.
+        max_new_tokens: bound on the reply, instead of the one that was asked for.
     """
 
     text: str

@@ -181,9 +181,15 @@ class ChainOfSpot(Method):
             return read_box(text, box_format(self.options.box_format), Frame.padded(picture))
         side, offset = max(picture), padded_square(picture, max(picture)).source
         box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(Size(side, side)))
-        if box is not None and not _overlap(_moved(box, offset.left, offset.top), picture):
+        if box is None:
+            return Reading(None, problem)
+        least = min(self.options.least_side, side)
+        if self.options.extend or min(box.width, box.height) < least:
+            box = fitted(box, Size(side, side), extend=self.options.extend, minimum=least)
+        box = _moved(box, offset.left, offset.top)
+        if not _overlap(Box(*box.rounded()), picture):
             return Reading(None, "the box lies outside the picture")
-        return Reading(None, problem) if box is None else Reading(_moved(box, offset.left, offset.top))
+        return Reading(box)
 
     def crop(self, picture: Image.Image, box: Box) -> Image.Image:
         """The region's pixels; `plan` zooms them like the first picture."""
