@@ -447,12 +447,9 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
 def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, data: Path) -> None:
     made = tiny_model("slime")
     source = open_source(data)
-    with pytest.raises(FoveateError, match="place"):
-        run(
-            settings(source),
-            Annotator(VLM(made.model, made.processor), source, RegionRule()),
-            tmp_path / "a.jsonl",
-        )
+    annotator = Annotator(VLM(made.model, made.processor), source, RegionRule())
+    with pytest.raises(FoveateError, match="SliME does not say where its visual tokens look"):
+        run(settings(source), annotator, tmp_path / "a.jsonl")
 
 
 def test_malformed_lines_of_a_file_of_regions(tmp_path: Path) -> None:
