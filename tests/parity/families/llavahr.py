@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], theirs: str, ours: str) ->
     renamed = {}
     for key, tensor in state.items():
         name = convert_key(LAYOUT, f"{theirs}{key}")
-        if name is not None:
+        if name is not None and not any(re.search(pattern, name) for pattern in LAYOUT.optional):
             renamed[name.removeprefix(ours)] = tensor
     module.load_state_dict(renamed)
 
