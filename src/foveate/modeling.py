@@ -98,9 +98,10 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
         injectors = self.connector.injectors()
-        layers = _layers_of(self.language_model) if injectors else []
-        for index in injectors:
-            layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
+        if injectors:
+            layers = _layers_of(self.language_model)
+            for index in injectors:
+                layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
     @classmethod
     def from_pretrained(

@@ -40,8 +40,9 @@ def merged(options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dic
     found = dict(options)
     for key, value in (changes or {}).items():
         before = found.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        found[key] = {**before, **value} if both else value
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = {**before, **value}
+        found[key] = value
     return found
 
 

@@ -286,13 +286,16 @@ class PatchEmbeddings(nn.Module):
     none), once for each grid as long as the table does not change.
     """
 
-    patch_embedding: nn.Module
-    position_embedding: nn.Embedding
-
-    def __init__(self, own: nn.Module, patches: int, class_embedding: nn.Parameter | None) -> None:
+    def __init__(
+        self,
+        patch_embedding: nn.Module,
+        position_embedding: nn.Embedding,
+        patches: int,
+        class_embedding: nn.Parameter | None,
+    ) -> None:
         super().__init__()
-        self.patch_embedding = own.patch_embedding
-        self.position_embedding = own.position_embedding
+        self.patch_embedding = patch_embedding
+        self.position_embedding = position_embedding
         self.class_rows = self.position_embedding.num_embeddings - patches
         self.class_embedding = class_embedding  # (C,)
         self.cached: tuple[Any, Tensor] | None = None
@@ -346,7 +349,9 @@ def build_vit(config: PreTrainedConfig, layers: int, class_token: bool) -> PreTr
     first = dict(own.named_parameters(recurse=False)).get("class_embedding")
     if class_token and first is None:
         raise FoveateError(f"class_token: a tower of type {config.model_type!r} has none")
-    model.embeddings = PatchEmbeddings(own, patches, first if class_token else None)
+    model.embeddings = PatchEmbeddings(
+        own.patch_embedding, own.position_embedding, patches, first if class_token else None
+    )
     model.post_layernorm = nn.Identity()
     return model
 
