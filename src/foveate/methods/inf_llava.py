@@ -371,9 +371,7 @@ class Fusion(nn.Module):
         if self.kind == "concat":
             self.embed = nn.ModuleDict({cut: embedding(width, options.embed) for cut in CUTS})
         elif self.kind == "conv":
-            self.conv = nn.Conv2d(
-                2 * width, width, 3, stride=3
-            )  # over rows and columns with their neighbours
+            self.conv = nn.Conv2d(2 * width, width, 3, stride=3)  # of 3 x 3 neighbours laid out apart
         elif self.kind == "weighted":
             self.weights = nn.Parameter(torch.full((2,), 0.5))
         if self.authors:
