@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
@@ -17,6 +18,9 @@ FINAL_NORM = {
     "dinov2": "layernorm",
     "dinov2_with_registers": "layernorm",
 }
+# Bytes of the widest activation at a time, at inference on a CPU: the C library hands larger blocks back to
+# the system at once, and each layer would page them in anew (`benchmarks/tower.md`).
+WIDEST = 2**25
 
 
 class VisionTower(nn.Module):
@@ -50,6 +54,13 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(V, 3, h, w) -> (V, N, C), class and register tokens dropped."""
         pixel_values = pixel_values.to(dtype=next(self.parameters()).dtype)
+        if torch.is_grad_enabled() or pixel_values.device.type != "cpu":
+            return self.encode(pixel_values)
+        view = 4 * self.model.config.hidden_size * self.patches * pixel_values.element_size()  # feedforward
+        return torch.cat([self.encode(views) for views in pixel_values.split(max(WIDEST // view, 1))])
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """(V, 3, h, w) -> (V, N, C) in one pass of the layers."""
         if self.truncated:
             hidden = self.model(pixel_values).last_hidden_state  # (V, 1 + N, C)
         else:
