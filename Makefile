@@ -33,7 +33,7 @@ test: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-# Trains the embedded model again, from nothing: some hours on one core.
+# Trains the embedded model again, from nothing: about two hours on one core.
 embedded: export OMP_NUM_THREADS ?= 1
 embedded: install
 	$(BIN)/foveate lab prepare --scale small --parts tower,reader

@@ -74,8 +74,8 @@ def load(
             coloured shapes and signs with letters, digits and words on them, and nothing else.
         device: by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what is fast and safe on the device.
-        vision_tower: folder of the vision tower, for original LLaVA checkpoints that keep it apart.
-        method: another method with the same parameters than the folder's own.
+        vision_tower: folder or hub id of the vision tower, for original LLaVA checkpoints that keep it apart.
+        method: a method other than the folder's own, with the same parameters.
         template: name of a chat template instead of the folder's own.
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
 

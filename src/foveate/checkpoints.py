@@ -181,7 +181,13 @@ def _tower_folder(released: Released, given: str | Path | None) -> Path | None:
 
 
 def _original_text_type(config: Json) -> str:
-    return ORIGINAL_MODEL_TYPES.get(config.get("model_type", ""), "llama")
+    model_type = config.get("model_type")
+    if model_type not in ORIGINAL_MODEL_TYPES:
+        known = ", ".join(ORIGINAL_MODEL_TYPES)
+        raise FoveateError(
+            f"no LLM is known here for model_type {model_type!r} of LLaVA's own code, only for {known}"
+        )
+    return ORIGINAL_MODEL_TYPES[model_type]
 
 
 def convert_config(released: Released) -> Any:

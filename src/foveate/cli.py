@@ -43,7 +43,9 @@ Tower = Annotated[
 AsMethod = Annotated[
     str | None, typer.Option("--method", help="Use the model with another method of the same parameters.")
 ]
-Template = Annotated[str | None, typer.Option(help="plain, vicuna_v1, llama3, llama3_v1, mistral or chatml.")]
+Template = Annotated[
+    str | None, typer.Option(help="plain, bare, vicuna_v1, llama3, llama3_v1, mistral or chatml.")
+]
 Option = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
 ]
@@ -213,7 +215,7 @@ def compose(
         str | None, typer.Option(help="Folder of one stage of the authors' training, with mm_projector.bin.")
     ] = None,
     template: Annotated[
-        str, typer.Option(help="plain, vicuna_v1, llama3, llama3_v1, mistral or chatml.")
+        str, typer.Option(help="plain, bare, vicuna_v1, llama3, llama3_v1, mistral or chatml.")
     ] = "vicuna_v1",
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Tiny random parts, to try commands without weights.")
@@ -230,9 +232,10 @@ def compose(
     if tiny == bool(vision or text) or bool(vision) != bool(text):
         raise FoveateError("give --vision and --text, or --tiny alone")
     if tiny:
+        from foveate.methods import DEFAULT
         from foveate.tiny import tiny_model
 
-        made = tiny_model(method or "llava", parse_pairs(option), template=template)
+        made = tiny_model(method or DEFAULT, parse_pairs(option), template=template)
     else:
         from foveate.composing import compose as compose_parts
 

@@ -15,7 +15,7 @@ from foveate import checkpoints
 from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer, separator_token
 from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
-from foveate.methods import method_class
+from foveate.methods import DEFAULT, method_class
 from foveate.modeling import FoveateForConditionalGeneration
 from foveate.options import build_options, merged
 from foveate.processing import FoveateProcessor, image_processor_for
@@ -23,7 +23,6 @@ from foveate.processing import FoveateProcessor, image_processor_for
 if TYPE_CHECKING:
     from foveate.ask import Foveate
 
-DEFAULT_METHOD = "llava"
 Part: TypeAlias = str | Path | PreTrainedConfig | PreTrainedModel
 
 
@@ -63,7 +62,7 @@ def compose(
         if method not in (None, stage.released.method):
             raise FoveateError(f"method is {method}, but {connector} was made for {stage.released.method}")
         method, options = stage.released.method, merged(stage.options, options)
-    method = method or DEFAULT_METHOD
+    method = method or DEFAULT
     kind = method_class(method)  # checked before any weights are read
     build_options(kind.Options, options or {}, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from foveate.errors import FoveateError
+from foveate.methods import DEFAULT
 
 
 class FoveateConfig(PreTrainedConfig):
@@ -30,7 +31,7 @@ class FoveateConfig(PreTrainedConfig):
 
     vision_config: Any = None
     text_config: Any = None
-    method: str = "llava"
+    method: str = DEFAULT
     options: Any = None
     vision_feature_layer: int = -2
     image_token_id: int = 32000

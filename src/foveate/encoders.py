@@ -32,6 +32,9 @@ class VisionTower(nn.Module):
     Args:
         config: the tower's own configuration, with all its layers.
         layer: hidden state to return, counted as transformers does (-1 last layer, -2 the one before).
+
+    Raises:
+        FoveateError: no such layer; when it is called, a tower that has not one token per patch.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: int) -> None:
@@ -65,4 +68,9 @@ class VisionTower(nn.Module):
             hidden = self.model(pixel_values).last_hidden_state  # (V, 1 + N, C)
         else:
             hidden = self.model(pixel_values, output_hidden_states=True).hidden_states[self.index]
+        if hidden.dim() != 3 or hidden.shape[1] < self.patches:
+            raise FoveateError(
+                f"vision tower {self.model.config.model_type!r} makes {tuple(hidden.shape[1:])} of a view, "
+                f"not one token of each of its {self.patches} patches: choose a ViT"
+            )
         return hidden[:, hidden.shape[1] - self.patches :]  # (V, N, C)

@@ -17,7 +17,7 @@ from foveate import checkpoints
 from foveate.chat import IMAGE_TOKEN, chat_template, load_tokenizer, normalise_messages, picture_queries
 from foveate.errors import FoveateError
 from foveate.geometry import Canvas, Size, View, ViewPlan, whole
-from foveate.methods import method_class
+from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.options import merged
 from foveate.pictures import read_picture
@@ -43,7 +43,7 @@ class FoveateImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        method: str = "llava",
+        method: str = DEFAULT,
         options: Mapping[str, Any] | None = None,
         image_size: int = 336,
         patch_size: int = 14,

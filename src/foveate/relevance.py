@@ -208,7 +208,7 @@ class RegionRule:
     Attributes:
         reading: of eq. 5.
         threshold: epsilon; of the scores, scaled to 0..1, those not below it are kept.
-        extension: by which part of itself each side of the region grows.
+        extension: by which part of themselves width and height of the region grow, about its centre.
     """
 
     reading: Reading = "chefer"

@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast,
 
 from foveate.chat import IMAGE_TOKEN
 from foveate.composing import compose
+from foveate.methods import DEFAULT
 
 if TYPE_CHECKING:
     from foveate.ask import Foveate
@@ -52,7 +53,7 @@ def tiny_text(**changes: Any) -> LlamaConfig:
 
 
 def tiny_model(
-    method: str = "llava",
+    method: str = DEFAULT,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     template: str = "vicuna_v1",

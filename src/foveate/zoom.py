@@ -89,7 +89,7 @@ class Answered:
         form: name of one of `foveate.boxes.BOX_FORMATS`; by default the model's own where it has one, else
             `unit_xyxy`.
         frame: whether coordinates span the picture, or the square that it is padded to.
-        extend: by which part of itself each side of the box grows.
+        extend: by which part of themselves width and height of the box grow, about its centre.
         prompt: with {question} and {box}, which becomes the form of the answer.
     """
 

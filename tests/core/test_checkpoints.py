@@ -164,6 +164,12 @@ def test_original_layout_with_a_tower_apart(tmp_path: Path) -> None:
     assert FoveateProcessor.from_pretrained(tmp_path / "ours").chat_template == made.processor.chat_template
 
 
+def test_original_layout_with_an_unknown_llm(tmp_path: Path) -> None:
+    model, tower = original_folders(tmp_path, {**ORIGINAL, "model_type": "llava_qwen"})
+    with pytest.raises(FoveateError, match="no LLM is known here for model_type 'llava_qwen'"):
+        FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower)
+
+
 def test_original_layout_with_the_tower_inside(tmp_path: Path) -> None:
     """Saving a trained model writes its tower too, with the layers that nothing reads."""
     model, tower = original_folders(tmp_path, ORIGINAL)

@@ -12,11 +12,13 @@ from transformers import (
     Dinov2WithRegistersConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
+    SwinConfig,
     ViTConfig,
 )
 
 from foveate import encoders
 from foveate.encoders import VisionTower
+from foveate.errors import FoveateError
 
 SHAPE = {
     "hidden_size": 16,
@@ -79,3 +81,13 @@ def test_a_few_views_at_a_time_at_inference(
         assert tower(views).shape == whole.shape
     tower(views)  # what trains takes all at once
     assert passes[7:] == [1] * 5 + [5]
+
+
+def test_a_tower_without_a_token_per_patch() -> None:
+    tower = VisionTower(
+        SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2]), -2
+    )
+    with pytest.raises(
+        FoveateError, match=r"'swin' makes .* not one token of each of its 256 patches: choose a ViT"
+    ):
+        tower(torch.zeros(1, 3, 64, 64))

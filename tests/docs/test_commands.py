@@ -42,9 +42,8 @@ ONLY_READ = (
     "recipes/slime.yaml",
     "recipes/inf_llava.yaml",
     "recipes/coroi.yaml",
+    "recipes/chain_of_spot.yaml",
 )
-# The others are followed with fewer steps.
-SHORTER = ("stages.pretrain.steps=2", "stages.finetune.steps=2")
 EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # behind a print: what it prints
 
 
@@ -115,8 +114,9 @@ class Page:
         if words[:2] == ["foveate", "train"] and words[2] in ONLY_READ:
             load_recipe(words[2], words[3:])
             return
-        if "train" in words:
-            words += SHORTER
+        if "train" in words:  # with fewer steps
+            stages = yaml.safe_load(Path(words[words.index("train") + 1]).read_text())["stages"]
+            words += [f"stages.{stage}.steps=2" for stage in stages]
         if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
             result = run_foveate(*words[1:])
             code, printed = result.code, result.stdout
@@ -164,7 +164,7 @@ class Page:
                 self.monkeypatch.setitem(foveate.methods.METHODS, name, place)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.text, encoding="utf-8")
+        path.write_text(self.local(block.text), encoding="utf-8")
         if block.title.startswith("src/foveate/methods/"):
             self.monkeypatch.setattr(
                 foveate.methods, "__path__", [*foveate.methods.__path__, str(path.parent)]

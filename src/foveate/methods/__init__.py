@@ -19,6 +19,7 @@ METHODS: dict[str, str] = {
     "coroi": "foveate.methods.coroi:Coroi",
     "chain_of_spot": "foveate.methods.chain_of_spot:ChainOfSpot",
 }
+DEFAULT = "llava"  # where nothing says which
 
 
 def method_class(name: str) -> type[Method]:
