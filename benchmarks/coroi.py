@@ -120,7 +120,7 @@ def main() -> None:
     shape = {"hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": arguments.layers}
     config = CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14)
     tower = Timed(VisionTower(config, -2).eval())
-    method = Coroi(TowerGeometry.of(config), {"distinct": True})
+    method = Coroi(TowerGeometry.of(config))
     connector = method.build_connector(Widths(WIDTH, TEXT, 2)).eval()
     size = Size(*arguments.pixels)
     pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for _ in range(arguments.pictures)]

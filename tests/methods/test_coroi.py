@@ -176,6 +176,7 @@ def full_chain(
             (r, c): scores.view(grid, grid)[r : r + method_side, c : c + method_side].mean()
             for r in range(grid - method_side + 1)
             for c in range(grid - method_side + 1)
+            if not (connector.options.distinct and (r, c) in windows)
         }
         row, column = max(averages, key=lambda place: float(averages[place]))
         windows.append((row, column))
@@ -185,8 +186,9 @@ def full_chain(
 
 
 @torch.no_grad()
-def test_all_scales_and_pictures_in_step_equal_one_at_a_time() -> None:
-    m = made()
+@pytest.mark.parametrize("distinct", [True, False])
+def test_all_scales_and_pictures_in_step_equal_one_at_a_time(distinct: bool) -> None:
+    m = made(distinct=distinct)
     connector = m.model.connector
     for parameter in connector.scorers.parameters():  # so that windows move
         parameter.add_(0.5 * torch.randn_like(parameter))
@@ -215,13 +217,13 @@ def test_all_scales_and_pictures_in_step_equal_one_at_a_time() -> None:
 def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
     for scales in ([2], [2, 3], [2, 3, 4]):
         for count in (1, 3):
-            m = made(scales=scales, rois=3, distinct=True)
+            m = made(scales=scales, rois=3)
             batch = prepare(m.processor, [chat("What?", picture(60 + 9 * i, 80)) for i in range(count)])
             with tower_calls(m.model) as seen:
                 m.model(**batch)
             assert len(seen) == 1 + 3
             assert seen[0] == count
-    m = made(history="none", scales=[2])  # the same window in every step
+    m = made(history="none", scales=[2], distinct=False)  # the same window in every step
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
     with tower_calls(m.model) as seen:
         windows = encoded(m.model, batch).regions[0]
@@ -252,21 +254,38 @@ def test_who_is_told_a_region_looks_there() -> None:
         assert connector.chain(low, plans, query, source).windows[3][3:] == (row, column)
 
 
+@pytest.mark.parametrize("gradient", ["weighted", "gumbel"])
+def test_who_is_told_a_region_looks_there_whatever_the_scores_are_used_for(gradient: str) -> None:
+    m = made(gradient=gradient, temperature=5.0, scales=[4], rois=1)
+    connector = m.model.connector.train()
+    source = source_of(picture(112, 112))
+    source.encode, source.told = m.model.encode_views, [Box(3, 31, 20, 48)]
+    query = Query(torch.randn(1, 3, 48), torch.ones(1, 3))
+    for _ in range(8):
+        low = torch.randn(1, 16, 32)
+        chosen = connector.chain(low, [m.model.method.plan(112, 112)], query, source)
+        assert chosen.windows[0][3:] == (1, 0)
+        if gradient == "weighted":
+            view = connector.scorers[0].read(low)
+            score = connector.scorers[0](view, *(x[:, 0] for x in connector._words(low, query)))[0, 4]
+            assert gap(chosen.gates[0], score.sigmoid()) < CLOSE
+
+
 @torch.no_grad()
 def test_distinct_chains_never_come_back() -> None:
-    m = made(distinct=True, rois=9, scales=[2])
+    m = made(rois=9, scales=[2])
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
     assert len(set(encoded(m.model, batch).regions[0])) == 9  # all there are in a grid of 4 x 4
     with pytest.raises(FoveateError, match="rois 10 with distinct: scale 2 has 9 windows"):
-        made(distinct=True, rois=10, scales=[2])
+        made(rois=10, scales=[2])
 
 
 @torch.no_grad()
 def test_the_question_decides_and_its_padding_does_not() -> None:
-    m = made(distinct=True)
+    m = made()
     image = picture(300, 400)
     with torch.no_grad():
-        m.model.connector.question.weight.mul_(20)
+        m.model.connector.scorers[0].cross_attention.out.weight.mul_(20)
     asked = ("Why?", "What is written on the large sign in the middle?")
     together = encoded(m.model, prepare(m.processor, [chat(q, image) for q in asked])).regions
     alone = [encoded(m.model, prepare(m.processor, [chat(q, image)])).regions[0] for q in asked]
@@ -452,11 +471,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"variant": "v2"},
     {"fit": "pad", "pixels": "upsampled"},
     {"history": "all", "chain_reads": "projected", "text": "prompt"},
-    {"history": "none", "distinct": True},
+    {"history": "none", "distinct": False},
     {"scorers": "scale", "scorer_norm": "after", "scorer_positions": True},
     {"scorers": "step", "scorer_heads": 2},
     {"gradient": "weighted", "temperature": 2.0},
-    {"gradient": "gumbel", "distinct": True},
+    {"gradient": "gumbel", "guide_norm": False},
     {"layers": "three", "layer_weights": "shared", "projections": "norm_linear"},
     {"heads": 4, "injection_reads": "projected", "queries": "all"},
     {"assignment": "in_turn", "layers": [0, 1, 2]},
@@ -486,7 +505,7 @@ def test_every_option_trains_and_batch_equals_single(options: dict[str, Any]) ->
 @torch.no_grad()
 def test_windows_that_are_the_same_are_read_once_and_count_as_often_as_chosen() -> None:
     """Against every window by itself, one after the other; a sequence in which all read the first state."""
-    m = made(history="none", scales=[2, 3])
+    m = made(history="none", scales=[2, 3], distinct=False)
     batch = prepare(m.processor, [chat("What?", picture(60, 80)), chat("Where?", picture(61, 90))])
     result = encoded(m.model, batch)
     injection = result.injection
@@ -528,7 +547,7 @@ def test_windows_that_are_the_same_are_read_once_and_count_as_often_as_chosen() 
 # Learning.
 
 
-@pytest.mark.parametrize("gradient", ["straight_through", "weighted", "gumbel", "none"])
+@pytest.mark.parametrize("gradient", ["centred", "straight_through", "weighted", "gumbel", "none"])
 def test_the_scorer_learns_unless_the_text_is_taken_literally(gradient: str) -> None:
     m = made(gradient=gradient)
     m.model.train()
@@ -540,6 +559,30 @@ def test_the_scorer_learns_unless_the_text_is_taken_literally(gradient: str) -> 
     assert (moved > 1e-4) == (gradient != "none")
     embeds = m.model.get_input_embeddings().weight.grad
     assert embeds is not None
+
+
+def test_a_centred_gradient_compares_a_scale_s_windows_over_the_batch() -> None:
+    """What helps all alike teaches nothing; what helps more than the mean does, as straight through."""
+
+    def learnt(gradient: str, worth: Tensor) -> Tensor:
+        m = made(gradient=gradient, scales=[2, 4], rois=3)
+        source = source_of(picture(112, 112, seed=1), picture(112, 112, seed=2))
+        source.encode = m.model.encode_views
+        torch.manual_seed(0)
+        low, query = torch.randn(2, 16, 32), Query(torch.randn(2, 3, 48), torch.ones(2, 3))
+        plans = [m.model.method.plan(112, 112)] * 2
+        gates = m.model.connector.chain(low, plans, query, source).gates
+        (gates * worth.flatten()).sum().backward()
+        return torch.cat([p.grad.flatten() for p in m.model.connector.scorers.parameters()])
+
+    same = torch.tensor([1.0, -2.0])[None, :, None].expand(2, 2, 3)  # (P, m, n), of each scale
+    assert float(learnt("centred", same).abs().max()) < 1e-7
+    assert float(learnt("straight_through", same).abs().max()) > 1e-4
+    torch.manual_seed(1)
+    other = torch.randn(2, 2, 3)
+    centred = learnt("straight_through", other - other.mean((0, 2), keepdim=True))
+    assert gap(learnt("centred", other), centred) < 1e-6
+    assert gap(learnt("straight_through", other), centred) > 1e-4
 
 
 @torch.no_grad()
@@ -694,7 +737,7 @@ def test_the_recipe_is_the_papers() -> None:
 
 
 def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> None:
-    m = made(distinct=True)
+    m = made()
     image = picture(120, 160)
     first = m.ask(image, "What is it?", max_new_tokens=3)
     again = m.ask(image, "What is it?", max_new_tokens=3)

@@ -82,13 +82,14 @@ class CoroiOptions(MethodOptions):
         "last"  # earlier windows that join the question; none: no movement
     )
     chain_reads: Literal["vision", "projected"] = "vision"  # features of those windows
-    distinct: bool = False  # whether a chain may not choose a window twice
+    distinct: bool = True  # whether a chain may not choose a window twice
     # Scorer
     scorers: Literal["shared", "scale", "step"] = "shared"  # one, or one per scale or per step
     scorer_heads: int | None = None  # of both attentions; null: one per 64 channels
     scorer_norm: Literal["before", "after"] = "before"  # where the norms stand
     scorer_positions: bool = False  # whether tokens get learnt positions besides those of the tower
-    gradient: Literal["straight_through", "weighted", "gumbel", "none"] = "straight_through"
+    guide_norm: bool = True  # whether words and windows are normed before the scorer reads them
+    gradient: Literal["centred", "straight_through", "weighted", "gumbel", "none"] = "centred"
     temperature: float = 0.5  # of the softmax over a scale's windows
     # Injection
     layers: Literal["six", "three", "one"] | tuple[int, ...] = "six"  # decoder layers, 0-based
@@ -186,6 +187,7 @@ class Scorer(nn.Module):
         # The same number added to all scores changes no choice: a last bias would have nothing to learn from.
         last = nn.Linear(4 * width, 1, bias=options.gradient == "weighted")
         self.feed_forward = nn.Sequential(*norm, nn.Linear(width, 4 * width), nn.GELU(), last)
+        self.guide_norm = nn.LayerNorm(width) if options.guide_norm else nn.Identity()
         if options.scorer_positions:
             self.positions = nn.Parameter(torch.zeros(tokens, width))
         self.placed = options.scorer_positions
@@ -203,7 +205,7 @@ class Scorer(nn.Module):
         """Guides (B, M, C) and where there is one (B, M), B a multiple of P -> scores (B, N)."""
         copies = len(guides) // len(low.tokens)
         tokens, queries = (x.repeat_interleave(copies, 0) for x in low)
-        x = tokens + self.cross_attention(queries, guides, mask)
+        x = tokens + self.cross_attention(queries, self.guide_norm(guides), mask)
         if not self.before:
             x = self.cross_norm(x)
         return self.feed_forward(x)[..., 0]
@@ -368,6 +370,9 @@ class CoroiConnector(Connector):
         self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
+        nn.init.zeros_(
+            self.question.bias
+        )  # as large as what embeddings make of themselves, and the same for all words
         if options.chain_reads == "projected" and options.history != "none" and options.rois > 1:
             self.past = nn.Linear(widths.text, widths.vision)
         count = {"shared": 1, "scale": len(options.scales), "step": options.rois}[options.scorers]
@@ -447,9 +452,7 @@ class CoroiConnector(Connector):
                     there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[2]), value=True)
                 sums = integral(self._scores(step, views, guides, there))  # (P, 1 or m, h + 1, w + 1)
             means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
-            if aims:
-                means = [torch.where(a.isnan(), mean, a) for a, mean in zip(aims, means, strict=True)]
-            picked = [self.select(mean, taken[s]) for s, mean in enumerate(means)]
+            picked = [self.select(mean, taken[s], aims[s] if aims else None) for s, mean in enumerate(means)]
             chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
             gates.append(torch.stack([value for _, value in picked], 1))
             numbers.append(_listed(chosen, step))
@@ -461,9 +464,10 @@ class CoroiConnector(Connector):
             if options.history != "none" and step + 1 < options.rois:
                 past.append(self.past(self.projector(read)) if options.chain_reads == "projected" else read)
         windows = [w for step, chosen in enumerate(numbers) for w in self._windows(step, chosen)]
-        return Chosen(
-            sorted(windows), torch.stack(features, 2).flatten(0, 2), torch.stack(gates, 2).flatten()
-        )
+        factors = torch.stack(gates, 2)  # (P, m, n)
+        if options.gradient == "centred" and factors.requires_grad:
+            factors.register_hook(lambda grad: grad - grad.mean((0, 2), keepdim=True))
+        return Chosen(sorted(windows), torch.stack(features, 2).flatten(0, 2), factors.flatten())
 
     def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
         """U in the tower's width (P, 1, T, C), and where there is a token (P, 1, T)."""
@@ -485,10 +489,13 @@ class CoroiConnector(Connector):
         maps = self.scorers[number](views[number], guides.flatten(0, 1), mask.flatten(0, 1))
         return maps.view(*guides.shape[:2], *self.tower.grid)
 
-    def select(self, values: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
+    def select(
+        self, values: Tensor, taken: Tensor | None, aims: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Averages of one scale's windows (P, rows, columns) -> number of the best and its gate, (P,) each.
 
-        `taken` (P, rows columns): windows that may not be chosen. Of equal ones, the first in row order is.
+        `taken` (P, rows columns): windows that may not be chosen. `aims` (P, rows, columns): what decides in
+        their place where it is not NaN. Of equal ones, the first in row order is chosen.
         """
         values = values.flatten(1)
         if self.training and self.options.gradient == "gumbel":
@@ -496,7 +503,8 @@ class CoroiConnector(Connector):
             values = values - self.options.temperature * (-uniform.log()).clamp(min=1e-20).log()
         if taken is not None:
             values = values.masked_fill(taken, -torch.inf)
-        chosen = values.argmax(1)
+        told = values if aims is None else torch.where(aims.flatten(1).isnan(), values, aims.flatten(1))
+        chosen = (told if taken is None else told.masked_fill(taken, -torch.inf)).argmax(1)
         return chosen, gate(values, chosen, self.options)
 
     def _aims(self, scale: int, plans: Sequence[ViewPlan], told: Sequence[Box | None]) -> Tensor:

@@ -45,7 +45,9 @@ SCORER = {  # names of the golden scorer -> ours
 
 def connector(side: int, width: int, text: int, **options: Any) -> tuple[Coroi, CoroiConnector]:
     """For a tower of `side` x `side` tokens."""
-    method = Coroi(TowerGeometry(14 * side, 14), {"scorer_heads": 4, **options})
+    method = Coroi(
+        TowerGeometry(14 * side, 14), {"scorer_heads": 4, "guide_norm": False, "distinct": False, **options}
+    )
     return method, method.build_connector(Widths(width, text, 8)).eval()
 
 
@@ -168,7 +170,8 @@ def inject(compare: Comparison) -> None:
 def scorer(compare: Comparison) -> None:
     case = compare.case
     config = case.json["config"]
-    options = CoroiOptions(scorer_heads=config["heads"], gradient="weighted")  # which has the last bias
+    # weighted has the last bias
+    options = CoroiOptions(scorer_heads=config["heads"], guide_norm=False, gradient="weighted")
     module = Scorer(config["d"], config["grid"] ** 2, options)
     load_scorer(module, case.part("state"))
     view = module.read(case.tensors["V_low"][None])
@@ -223,9 +226,9 @@ def chain(compare: Comparison) -> None:
         best: list[Tensor] = []
         plain = module.select
 
-        def noted(values: Tensor, taken: Tensor | None, best: list[Tensor] = best, plain: Any = plain) -> Any:
+        def noted(values: Tensor, *more: Any, best: list[Tensor] = best, plain: Any = plain) -> Any:
             best.append(values.max())
-            return plain(values, taken)
+            return plain(values, *more)
 
         module.select = noted  # type: ignore[method-assign]
         source = Source([picture], norms, encode)
