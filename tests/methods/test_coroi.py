@@ -475,7 +475,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"scorers": "scale", "scorer_norm": "after", "scorer_positions": True},
     {"scorers": "step", "scorer_heads": 2},
     {"gradient": "weighted", "temperature": 2.0},
-    {"gradient": "gumbel", "guide_norm": False},
+    {"gradient": "gumbel", "guide_norm": True},
     {"layers": "three", "layer_weights": "shared", "projections": "norm_linear"},
     {"heads": 4, "injection_reads": "projected", "queries": "all"},
     {"assignment": "in_turn", "layers": [0, 1, 2]},

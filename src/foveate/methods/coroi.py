@@ -88,8 +88,8 @@ class CoroiOptions(MethodOptions):
     scorer_heads: int | None = None  # of both attentions; null: one per 64 channels
     scorer_norm: Literal["before", "after"] = "before"  # where the norms stand
     scorer_positions: bool = False  # whether tokens get learnt positions besides those of the tower
-    guide_norm: bool = True  # whether words and windows are normed before the scorer reads them
-    gradient: Literal["centred", "straight_through", "weighted", "gumbel", "none"] = "centred"
+    guide_norm: bool = False  # whether words and windows are normed before the scorer reads them
+    gradient: Literal["straight_through", "centred", "weighted", "gumbel", "none"] = "straight_through"
     temperature: float = 0.5  # of the softmax over a scale's windows
     # Injection
     layers: Literal["six", "three", "one"] | tuple[int, ...] = "six"  # decoder layers, 0-based

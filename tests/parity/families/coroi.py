@@ -45,9 +45,7 @@ SCORER = {  # names of the golden scorer -> ours
 
 def connector(side: int, width: int, text: int, **options: Any) -> tuple[Coroi, CoroiConnector]:
     """For a tower of `side` x `side` tokens."""
-    method = Coroi(
-        TowerGeometry(14 * side, 14), {"scorer_heads": 4, "guide_norm": False, "distinct": False, **options}
-    )
+    method = Coroi(TowerGeometry(14 * side, 14), {"scorer_heads": 4, "distinct": False, **options})
     return method, method.build_connector(Widths(width, text, 8)).eval()
 
 
@@ -171,7 +169,7 @@ def scorer(compare: Comparison) -> None:
     case = compare.case
     config = case.json["config"]
     # weighted has the last bias
-    options = CoroiOptions(scorer_heads=config["heads"], guide_norm=False, gradient="weighted")
+    options = CoroiOptions(scorer_heads=config["heads"], gradient="weighted")
     module = Scorer(config["d"], config["grid"] ** 2, options)
     load_scorer(module, case.part("state"))
     view = module.read(case.tensors["V_low"][None])
