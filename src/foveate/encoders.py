@@ -59,7 +59,7 @@ class VisionTower(nn.Module):
         pixel_values = pixel_values.to(dtype=next(self.parameters()).dtype)
         if torch.is_grad_enabled() or pixel_values.device.type != "cpu":
             return self.encode(pixel_values)
-        view = 4 * self.model.config.hidden_size * self.patches * pixel_values.element_size()  # feedforward
+        view = 4 * self.model.config.hidden_size * self.patches * pixel_values.element_size()  # bytes
         return torch.cat([self.encode(views) for views in pixel_values.split(max(WIDEST // view, 1))])
 
     def encode(self, pixel_values: Tensor) -> Tensor:

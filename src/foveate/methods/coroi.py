@@ -370,9 +370,7 @@ class CoroiConnector(Connector):
         self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
-        nn.init.zeros_(
-            self.question.bias
-        )  # as large as what embeddings make of themselves, and the same for all words
+        nn.init.zeros_(self.question.bias)  # small embeddings would be lost beside it
         if options.chain_reads == "projected" and options.history != "none" and options.rois > 1:
             self.past = nn.Linear(widths.text, widths.vision)
         count = {"shared": 1, "scale": len(options.scales), "step": options.rois}[options.scorers]
@@ -501,10 +499,10 @@ class CoroiConnector(Connector):
         if self.training and self.options.gradient == "gumbel":
             uniform = torch.rand_like(values).clamp(min=1e-20)
             values = values - self.options.temperature * (-uniform.log()).clamp(min=1e-20).log()
-        if taken is not None:
-            values = values.masked_fill(taken, -torch.inf)
-        told = values if aims is None else torch.where(aims.flatten(1).isnan(), values, aims.flatten(1))
-        chosen = (told if taken is None else told.masked_fill(taken, -torch.inf)).argmax(1)
+        free = torch.ones_like(values, dtype=torch.bool) if taken is None else ~taken
+        values = values.where(free, -torch.inf)
+        told = values if aims is None else values.where(aims.flatten(1).isnan(), aims.flatten(1))
+        chosen = told.where(free, -torch.inf).argmax(1)
         return chosen, gate(values, chosen, self.options)
 
     def _aims(self, scale: int, plans: Sequence[ViewPlan], told: Sequence[Box | None]) -> Tensor:
