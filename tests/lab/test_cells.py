@@ -13,6 +13,7 @@ import torch
 from transformers import ConvNextModel
 from typer.testing import CliRunner
 
+from foveate.ask import load
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
 from foveate.lab import data as stores
@@ -352,6 +353,26 @@ def test_an_experiment_is_a_file(prepared: Path, tmp_path: Path) -> None:
         assert isinstance(error, FoveateError) and said in str(error)
 
 
+def test_a_row_of_an_experiment_becomes_a_model(prepared: Path, tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "level: easy\nscale: nano\nsteps: 2\nvariants: [{method: llava}, {method: llava, label: one layer, "
+        "options: {projector_depth: 1}}]"
+    )
+    chosen = ["--seed", "1", "--folder", str(prepared)]
+    arguments = ["export", str(tmp_path / "model"), "--experiment", str(file), "--row", "one layer", *chosen]
+    _refused(arguments, f"run `foveate lab run {file} --rows 'one layer' --seeds 1` first")
+    trained = ["run", str(file), "--rows", "one layer", "--seeds", "1", "--folder", str(prepared)]
+    for words in (trained, arguments):
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    weights = next(prepared.glob("cells/*/llava-easy-2-seed1-*/weights.pt"))
+    model = load(tmp_path / "model", device="cpu", dtype="float32").model
+    assert model.method.options.projector_depth == 1
+    held = model.state_dict()
+    for key, tensor in torch.load(weights, weights_only=True).items():
+        torch.testing.assert_close(held[key], tensor.half().float())
+
+
 def test_stages_train_what_they_name_under_their_options(bench: Bench) -> None:
     stages = (
         StageSpec(0.5, ("connector.tile_projector",), captions=True, options={"with_global": False}),
@@ -420,11 +441,34 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
         (["--methods", "llava", "--option", "anyres.fit=pad"], "which --methods does not name"),
         (["--methods", "llava,llava"], "are the same"),
         ([], "either a file with an experiment or --methods"),
-        (["nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--methods", "llava", "--rows", "llava"], "--rows chooses from a file"),
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path) -> None:
-    arguments = ["run", "--scale", "nano", "--folder", str(prepared), *words]
+    _refused(["run", "--scale", "nano", "--folder", str(prepared), *words], said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["run", "nowhere.yaml", "--level", "easy"], "--level is for --methods"),
+        (["run", "nowhere.yaml", "-o", "llava.fit=pad"], "--option is for --methods"),
+        (["export", "out"], "either --method, or --experiment with --row"),
+        (["export", "out", "--method", "llava", "--row", "LLaVA-1.5"], "either --method, or --experiment"),
+        (["export", "out", "--experiment", "nowhere.yaml"], "either --method, or --experiment"),
+        (["export", "out", "--experiment", "nowhere.yaml", "--row", "a"], "no recipe at nowhere.yaml"),
+        (
+            ["export", "out", "--experiment", "a.yaml", "--row", "a", "--steps", "2"],
+            "--steps is for --methods",
+        ),
+    ],
+)
+def test_a_file_says_it_alone(words: list[str], said: str, prepared: Path) -> None:
+    _refused([*words, "--folder", str(prepared)], said)
+
+
+def _refused(arguments: list[str], said: str) -> None:
     error = CliRunner().invoke(app, arguments).exception
     assert isinstance(error, FoveateError) and said in str(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,7 @@ def prepare(
 
 @app.command()
 def run(
+    context: typer.Context,
     experiment: Annotated[
         Path | None, typer.Argument(help="YAML file with variants, level, scale, seeds and steps.")
     ] = None,
@@ -86,8 +88,11 @@ def run(
 
     if (experiment is None) == (methods is None):
         raise FoveateError("give either a file with an experiment or --methods")
+    if rows is not None and methods is not None:
+        raise FoveateError("--rows chooses from a file with an experiment")
     numbers = None if seeds is None else _numbers(seeds)
     if experiment is not None:
+        _the_file_says(context, "level", "scale", "steps", "option")
         wanted = read_experiment(experiment)
     else:
         names = [name.strip() for name in (methods or "").split(",") if name.strip()]
@@ -105,12 +110,6 @@ def run(
     if rows is not None:
         wanted = only(wanted, rows.split("|"))
 
-    def command(cell: Any) -> str:
-        if experiment is None:
-            return str(cell.command)
-        words = ["foveate", "lab", "run", experiment.as_posix(), "--rows", cell.label or cell.method]
-        return shlex.join([*words, "--seeds", str(cell.seed)])
-
     torch.set_num_threads(threads)
     console = Console()
     with Progress(console=console) as progress:
@@ -122,14 +121,20 @@ def run(
             progress.update(tasks[cell.key], completed=step, description=f"{cell.key}, loss {loss:.3f}")
 
         name = None if experiment is None else experiment.stem
-        path = run_all(wanted, folder, report, name, command)
+        path = run_all(wanted, folder, report, name, partial(_command, experiment))
     console.print(f"report written to {path}")
 
 
 @app.command()
 def export(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    method: Annotated[str, typer.Option(help="A method's name.")],
+    method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
+    experiment: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a method: the file with the experiment that `run` has read."),
+    ] = None,
+    row: Annotated[str | None, typer.Option(help="Label of the file's variant.")] = None,
     seed: int = 0,
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
@@ -141,14 +146,23 @@ def export(
     ] = None,
 ) -> None:
     """Write a method that `run` has trained as a model for `foveate ask`."""
-    from foveate.lab.scales import scale_named
+    from foveate.lab.experiment import Experiment, Variant, only, read_experiment
 
-    sizes, changes = scale_named(scale), parse_pairs(option)
+    if (method is None) == (experiment is None) or (row is None) != (experiment is None):
+        raise FoveateError("give either --method, or --experiment with --row")
+    changes = parse_pairs(option)
+    if experiment is not None:
+        _the_file_says(context, "level", "scale", "steps")
+        wanted = only(read_experiment(experiment), [str(row)])
+    else:
+        wanted = Experiment((Variant(str(method)),), level, scale, steps=steps)
     from foveate.lab.cell import Cell, check_methods
     from foveate.lab.export import export as write
 
-    check_methods([method])
-    write(Cell(method, seed, level, scale, steps or sizes.cell.steps), folder, out, changes)
+    variant = wanted.variants[0]
+    check_methods([variant.method])
+    cell = Cell.of(variant, seed, wanted.level, wanted.scale, wanted.training)
+    write(cell, folder, out, changes, _command(experiment, cell))
     Console().print(f"model written to {out}")
 
 
@@ -205,6 +219,22 @@ def show(
 
     gallery(level_named(level), scale_named(scale), seed, count).save(out)
     Console().print(f"{count} scenes written to {out}")
+
+
+def _the_file_says(context: typer.Context, *names: str) -> None:
+    """Raises `FoveateError` for options given beside an experiment's file, which would go unheard."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise FoveateError(f"--{name} is for --methods: with a file, the file says it")
+
+
+def _command(experiment: Path | None, cell: Any) -> str:
+    """What trains a cell."""
+    if experiment is None:
+        return str(cell.command)
+    words = ["foveate", "lab", "run", experiment.as_posix(), "--rows", cell.label or cell.method]
+    return shlex.join([*words, "--seeds", str(cell.seed)])
 
 
 def _numbers(seeds: str) -> tuple[int, ...]:

@@ -16,7 +16,13 @@ from foveate.lab.conversing import make_student
 from foveate.lab.parts import load_parts
 
 
-def export(cell: Cell, folder: Path, out: Path, options: Mapping[str, Any] | None = None) -> None:
+def export(
+    cell: Cell,
+    folder: Path,
+    out: Path,
+    options: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> None:
     """Writes the model of a cell that `run` has trained, in float16.
 
     Args:
@@ -24,6 +30,7 @@ def export(cell: Cell, folder: Path, out: Path, options: Mapping[str, Any] | Non
         folder: where the lab keeps everything.
         out: folder to write.
         options: changes to the method's options, for pictures that are unlike the lab's.
+        command: what trains the cell, for the error where it is not; by default `cell.command`.
 
     Raises:
         FoveateError: the cell is not trained, is a control, or the options are wrong.
@@ -33,7 +40,7 @@ def export(cell: Cell, folder: Path, out: Path, options: Mapping[str, Any] | Non
     bench = make_bench(cell.level, cell.scale, folder, load_parts(cell.scale, folder))
     weights = bench.cells(cell.scale) / cell.key / "weights.pt"
     if not weights.is_file():
-        raise FoveateError(f"{weights} is not there: run `{cell.command}` first")
+        raise FoveateError(f"{weights} is not there: run `{command or cell.command}` first")
     student = make_student(cell, bench)
     student.model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     Foveate(student.model.half(), student.processor).save(out)
