@@ -29,7 +29,7 @@ def test_tables_are_those_of_the_report(report: Path) -> None:
 def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None:
     experiment = read_experiment(ROOT / "experiments" / f"{report.stem}.yaml")
     expected = [
-        asdict(Cell.of(variant, seed, experiment.level, experiment.scale, experiment.training))
+        asdict(Cell.of(experiment, variant, seed))
         for variant in experiment.variants
         for seed in experiment.seeds
     ]

@@ -414,10 +414,14 @@ def test_wrong_experiments_are_one_sentence(text: str, said: str, tmp_path: Path
         read_experiment(tmp_path / "wrong.yaml")
 
 
-def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_cells_command_makes_the_same_cell(prepared: Path, batch: int | None) -> None:
     variant = Variant("pooled", options={"with_global": False})
-    path = run(Experiment((variant,), "easy", "nano", (3,), 2), prepared)
+    path = run(Experiment((variant,), "easy", "nano", (3,), 2, batch), prepared)
+    assert "nano-easy-2" + ("-batch3" if batch else "") == path.parent.name
+    assert ("2 steps of 3 pictures" in path.read_text(encoding="utf-8")) == (batch == 3)
     result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[0]
+    assert result["cell"]["batch"] == batch
     words = shlex.split(result["command"])
     assert words[:2] == ["foveate", "lab"]
     done = CliRunner().invoke(app, [*words[2:], "--folder", str(prepared)], catch_exceptions=False)
@@ -435,6 +439,7 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path) -> None:
         (["--methods", "llava", "--level", "hard"], "unknown level 'hard': choose one of easy"),
         (["--methods", "llava", "--seeds", "a"], "--seeds a"),
         (["--methods", "llava", "--seeds", ""], "at least one seed"),
+        (["--methods", "llava", "--batch", "1000000"], "batch must be from 1 to"),
         (["--methods", ""], "at least one method"),
         (["--methods", "llava", "--option", "fit"], "METHOD.KEY=VALUE"),
         (["--methods", "llava", "--option", "llava.fat=1"], "unknown key 'fat'"),

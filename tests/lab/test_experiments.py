@@ -10,7 +10,7 @@ import pytest
 from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student
-from foveate.lab.experiment import Variant, read_experiment
+from foveate.lab.experiment import Experiment, Variant, read_experiment
 from foveate.lab.parts import Parts
 
 FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
@@ -24,7 +24,7 @@ def bench(parts: Parts, tmp_path: Path) -> Bench:
 
 @pytest.mark.parametrize(("file", "variant"), ROWS, ids=lambda value: str(value)[:40])
 def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Bench) -> None:
-    cell = Cell.of(variant, 0, "words", "nano", 16)
+    cell = Cell.of(Experiment((variant,), "words", "nano", steps=16), variant, 0)
     with controls():
         student = make_student(cell, bench)
         student.ready()
@@ -41,9 +41,10 @@ def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Ben
 
 def test_rows_of_an_experiment_differ() -> None:
     for file in FILES:
-        variants = read_experiment(file).variants
+        experiment = read_experiment(file)
+        variants = experiment.variants
         assert len({variant.label or variant.method for variant in variants}) == len(variants)
-        keys = {Cell.of(v, 0, "easy", "tiny", 1).key for v in variants}
+        keys = {Cell.of(experiment, v, 0).key for v in variants}
         assert len(keys) == len(variants)
 
 

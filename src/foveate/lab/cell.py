@@ -13,7 +13,7 @@ from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.lab.data import Examples, examples
-from foveate.lab.experiment import StageSpec, Variant
+from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import level_named
 from foveate.lab.packing import Sample, encode
 from foveate.lab.parts import Parts
@@ -30,11 +30,12 @@ class Cell:
         method: a registered name.
         seed: of the connector's weights and of the order of the data.
         level, scale: names.
-        steps: of training; None: those of the scale.
+        steps: of training.
         options: the method's options beyond its `options_for` the level's ratio.
         stages: of training, instead of the lab's.
         label: how a report calls it; by default by the method's title and its options.
         told: whether the method is told the region that a question is about; an upper bound.
+        batch: pictures a step; None: those of the scale.
     """
 
     method: str
@@ -46,17 +47,22 @@ class Cell:
     stages: tuple[StageSpec, ...] = ()
     label: str | None = None
     told: bool = False
+    batch: int | None = None
 
     @classmethod
-    def of(cls, variant: Variant, seed: int, level: str, scale: str, steps: int) -> Cell:
+    def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
         """The cell of a row of an experiment."""
-        v = variant
-        return cls(v.method, seed, level, scale, steps, v.options, v.stages, v.label, v.told)
+        e, v = experiment, variant
+        return cls(
+            v.method, seed, e.level, e.scale, e.training, v.options, v.stages, v.label, v.told, e.batch
+        )
 
     @property
     def key(self) -> str:
         """Name of the cell's folder."""
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
+        if self.batch:
+            name += f"-batch{self.batch}"
         stages = [asdict(stage) for stage in self.stages]
         if self.told:
             name += "-told"
@@ -70,6 +76,8 @@ class Cell:
         """The command that makes this cell again, where it is told nothing and has no stages of its own."""
         words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
+        if self.batch:
+            words += ["--batch", str(self.batch)]
         for key, value in self.options.items():
             words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
         return shlex.join(words)

@@ -61,7 +61,7 @@ def prepare(
 def run(
     context: typer.Context,
     experiment: Annotated[
-        Path | None, typer.Argument(help="YAML file with variants, level, scale, seeds and steps.")
+        Path | None, typer.Argument(help="YAML file with variants, level, scale, seeds, steps and batch.")
     ] = None,
     methods: Annotated[
         str | None,
@@ -76,6 +76,7 @@ def run(
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; by default the scale's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step; by default the scale's.")] = None,
     folder: Folder = Path("lab"),
     option: Annotated[
         list[str] | None,
@@ -92,7 +93,7 @@ def run(
         raise FoveateError("--rows chooses from a file with an experiment")
     numbers = None if seeds is None else _numbers(seeds)
     if experiment is not None:
-        _the_file_says(context, "level", "scale", "steps", "option")
+        _the_file_says(context, "level", "scale", "steps", "batch", "option")
         wanted = read_experiment(experiment)
     else:
         names = [name.strip() for name in (methods or "").split(",") if name.strip()]
@@ -100,7 +101,7 @@ def run(
         if extra := set(options) - set(names):
             raise FoveateError(f"--option for {', '.join(sorted(extra))}, which --methods does not name")
         variants = tuple(Variant(name, options=options.get(name, {})) for name in names)
-        wanted = Experiment(variants, level, scale, (0,) if numbers is None else numbers, steps)
+        wanted = Experiment(variants, level, scale, (0,) if numbers is None else numbers, steps, batch)
     import torch
 
     from foveate.lab.run import run as run_all
@@ -139,6 +140,7 @@ def export(
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
     steps: Annotated[int | None, typer.Option(min=1, help="As in the run; by default the scale's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="As in the run; by default the scale's.")] = None,
     folder: Folder = Path("lab"),
     option: Annotated[
         list[str] | None,
@@ -152,16 +154,16 @@ def export(
         raise FoveateError("give either --method, or --experiment with --row")
     changes = parse_pairs(option)
     if experiment is not None:
-        _the_file_says(context, "level", "scale", "steps")
+        _the_file_says(context, "level", "scale", "steps", "batch")
         wanted = only(read_experiment(experiment), [str(row)])
     else:
-        wanted = Experiment((Variant(str(method)),), level, scale, steps=steps)
+        wanted = Experiment((Variant(str(method)),), level, scale, steps=steps, batch=batch)
     from foveate.lab.cell import Cell, check_methods
     from foveate.lab.export import export as write
 
     variant = wanted.variants[0]
     check_methods([variant.method])
-    cell = Cell.of(variant, seed, wanted.level, wanted.scale, wanted.training)
+    cell = Cell.of(wanted, variant, seed)
     write(cell, folder, out, changes, _command(experiment, cell))
     Console().print(f"model written to {out}")
 

@@ -70,6 +70,7 @@ class Experiment:
         level, scale: names.
         seeds: of connectors and of the order of the data.
         steps: of training; None: those of the scale.
+        batch: pictures a step, with all their questions; None: those of the scale.
     """
 
     variants: tuple[Variant, ...]
@@ -77,12 +78,15 @@ class Experiment:
     scale: str = "tiny"
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        scale_named(self.scale)
+        scenes = scale_named(self.scale).scenes
         level_named(self.level)
         if self.steps is not None and self.steps < 1:
             raise FoveateError(f"steps must be at least 1, not {self.steps}")
+        if self.batch is not None and not 1 <= self.batch <= scenes:
+            raise FoveateError(f"batch must be from 1 to {scenes}, the scale's pictures, not {self.batch}")
         if not self.seeds:
             raise FoveateError("name at least one seed, for example --seeds 0")
         if not self.variants:

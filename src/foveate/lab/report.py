@@ -26,7 +26,7 @@ COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters"
 def write_report(results: Sequence[Result], folder: Path) -> Path:
     """Writes `report.md`, `report.json` and `report.png`; returns the Markdown file.
 
-    `results` are of one level, scale and number of steps, as `train_cell` returns them.
+    `results` are of one level, scale, number of steps and batch, as `train_cell` returns them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(list(results), indent=2) + "\n", encoding="utf-8")
@@ -50,6 +50,7 @@ def markdown(results: Sequence[Result]) -> str:
     """The report as text; accuracies in percent, the mean over seeds and their range."""
     cell = results[0]["cell"]
     level = level_named(cell["level"])
+    batch = f" of {cell['batch']} pictures" if cell["batch"] else ""
     counts: Mapping[str, int] = results[0]["questions"]
     kinds = [kind for kind in KINDS if kind in counts]
     fine = [kind for kind in kinds if kind in FINE]
@@ -70,7 +71,7 @@ def markdown(results: Sequence[Result]) -> str:
     ]
     details += [_line(name, lines[name], kinds, before=1, after=len(looked)) for name in LINES]
     text = [
-        f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps",
+        f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps{batch}",
         "",
         f"Pictures: {level.summary}. Every method starts from the same frozen tower and the same LLM and "
         "sees the same pictures and questions in the same number of steps. Accuracy in percent, exact "

@@ -29,7 +29,7 @@ def run(
         experiment: what to train.
         folder: where everything is kept; an interrupted run goes on where it was.
         report: called after every step.
-        name: of the report's folder; by default scale, level and steps.
+        name: of the report's folder; by default scale, level, steps and batch.
         commands: what makes a cell again.
 
     Returns:
@@ -42,7 +42,7 @@ def run(
     with controls():
         check_methods([variant.method for variant in experiment.variants])
         cells = [
-            [Cell.of(variant, seed, level, scale, experiment.training) for seed in experiment.seeds]
+            [Cell.of(experiment, variant, seed) for seed in experiment.seeds]
             for variant in experiment.variants
         ]
         keys = [cell.key for row in cells for cell in row]
@@ -53,7 +53,9 @@ def run(
         for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
             found[cell.key] = train_cell(cell, bench, _telling(report, cell), commands(cell))
     results = [{**found[cell.key], "label": cell.label} for row in cells for cell in row]
-    return write_report(results, folder / "reports" / (name or f"{scale}-{level}-{experiment.training}"))
+    batch = f"-batch{experiment.batch}" if experiment.batch else ""
+    name = name or f"{scale}-{level}-{experiment.training}{batch}"
+    return write_report(results, folder / "reports" / name)
 
 
 def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:

@@ -97,7 +97,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
     if saved:
         student.model.load_state_dict(saved["weights"], strict=False)
-    order = batches(len(bench.train.pictures), bench.scale.cell.batch, cell.seed)
+    order = batches(len(bench.train.pictures), cell.batch or bench.scale.cell.batch, cell.seed)
     for _ in range(first):
         next(order)
     clock, recent, end = time.process_time(), list[float](), 0
