@@ -21,6 +21,7 @@ from foveate.lab import training
 from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.cli import app
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
+from foveate.lab.conversing import make_student, under
 from foveate.lab.data import view_key
 from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
 from foveate.lab.packing import IGNORED
@@ -382,8 +383,8 @@ def test_stages_train_what_they_name_under_their_options(bench: Bench) -> None:
         student = Student(replace(cell("pooled", steps=4), stages=stages), bench)
         student.ready()
         first, second = student.stages()
-        learner = student.under(first)
-        assert not learner.method.options.with_global and student.under(second) is student
+        learner = under(student, first)
+        assert not learner.method.options.with_global and under(student, second) is student
         learner.model.train()
         optimise = learner.optimiser(first)
         loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], captions=True))
@@ -396,6 +397,27 @@ def test_stages_train_what_they_name_under_their_options(bench: Bench) -> None:
         assert moved == {key for key in before if key.startswith("connector.tile_projector")}
         with pytest.raises(FoveateError, match="no module 'ear'"):
             student.optimiser(first._replace(trains=("ear",)))
+
+
+def test_a_method_starts_from_another_one(bench: Bench) -> None:
+    """Chain-of-Spot from LLaVA-1.5, which reads the same words and hands over connector and LLM."""
+    first = StageSpec(0.5, ("connector", "language_model"), method="llava", options={"projector_depth": 2})
+    stages = (first, StageSpec(0.5, ("language_model",)))
+    student = make_student(replace(cell("chain_of_spot", steps=4), stages=stages), bench)
+    base = under(student, student.stages()[0])
+    assert base.method.title == "LLaVA-1.5"
+    assert set(base.trained()) == set(student.trained())
+    base.model.train()
+    optimise = base.optimiser(student.stages()[0])
+    base.loss(bench.train, [0, 1]).backward()
+    optimise.step()
+    student.take(base)
+    held = student.model.state_dict()
+    for key, tensor in base.trained().items():
+        torch.testing.assert_close(held[key], tensor, rtol=0, atol=0)
+    other = make_student(replace(cell("llava"), stages=(replace(first, part=1.0),)), bench)
+    with pytest.raises(FoveateError, match=r"LLaVA-1\.5 cannot start from chain_of_spot"):
+        under(other, other.stages()[0]._replace(method="chain_of_spot"))
 
 
 @pytest.mark.parametrize(

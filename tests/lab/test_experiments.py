@@ -9,7 +9,7 @@ import pytest
 
 from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.controls import controls
-from foveate.lab.conversing import make_student
+from foveate.lab.conversing import make_student, under
 from foveate.lab.experiment import Experiment, Variant, read_experiment
 from foveate.lab.parts import Parts
 
@@ -30,7 +30,7 @@ def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Ben
         student.ready()
         assert student.stages()
         for stage in student.stages():
-            learner = student.under(stage)
+            learner = under(student, stage)
             learner.model.train()
             learner.optimiser(stage)
             learner.loss(bench.train, [0, 1], stage.captions).backward()

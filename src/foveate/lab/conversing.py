@@ -17,7 +17,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
-from foveate.lab.student import Graded, Student
+from foveate.lab.student import Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
 from foveate.methods.base import Method
@@ -91,8 +91,32 @@ def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[di
 
 def make_student(cell: Cell, bench: Bench) -> Student:
     """The student for the cell's method. Raises `FoveateError` if it is told what it cannot use."""
-    converses = method_class(cell.method).converse is not Method.converse
-    student = (ConversingStudent if converses else Student)(cell, bench)
+    student = _student(cell, bench)
     if cell.told and not student.method.reads_source:
         raise FoveateError(f"told: {student.method.title} does not look again at the original picture")
     return student
+
+
+def under(student: Student, stage: Stage) -> Student:
+    """A student with this one's weights and the stage's options or method; itself where it has neither.
+
+    Raises `FoveateError` for a method that asks twice where the cell's own does not: its words are more.
+    """
+    if not stage.options and stage.method is None:
+        return student
+    cell = replace(student.cell, options={**student.cell.options, **stage.options})
+    if stage.method is not None:
+        cell = replace(student.cell, method=stage.method, options=stage.options, told=False)
+        if _converses(cell.method) and not _converses(student.cell.method):
+            raise FoveateError(f"stages: {student.method.title} cannot start from {stage.method}")
+    other = _student(cell, student.bench)
+    other.take(student)
+    return other
+
+
+def _student(cell: Cell, bench: Bench) -> Student:
+    return (ConversingStudent if _converses(cell.method) else Student)(cell, bench)
+
+
+def _converses(method: str) -> bool:
+    return method_class(method).converse is not Method.converse

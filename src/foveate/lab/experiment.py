@@ -23,12 +23,15 @@ class StageSpec:
         trains: modules that train, with dots: `connector`, `connector.adapter`, `language_model`.
         captions: whether captions are learnt beside the questions.
         options: the method's options, changed in this stage.
+        method: that stands in for the row's own in this stage, with these options; what it learns is handed
+            over as far as both have it. So a method starts from a trained LLaVA.
     """
 
     part: float
     trains: tuple[str, ...]
     captions: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.part <= 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ class Stage(NamedTuple):
     """Steps on questions, with captions or without, in which some modules train.
 
     `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
-    their own. `options` change the method's.
+    their own. `options` change the method's; `method` stands in for it.
     """
 
     steps: int
@@ -44,6 +43,7 @@ class Stage(NamedTuple):
     captions: bool
     lr: float
     options: Mapping[str, Any]
+    method: str | None
 
 
 class Row(NamedTuple):
@@ -243,6 +243,7 @@ class Student:
                 spec.captions,
                 scale.cell.lr * (1.0 if "language_model" in spec.trains else WARM_UP_LR),
                 spec.options,
+                spec.method,
             )
             for spec, begin, end in zip(specs, [0, *ends], ends, strict=False)
         ]
@@ -263,15 +264,6 @@ class Student:
                 lr = stage.lr * (OWN_TOWER_LR if name == "vision_tower" else 1.0)
             groups.append((module.requires_grad_(True), lr))
         return optimiser(groups)
-
-    def under(self, stage: Stage) -> Student:
-        """A student with this one's weights and the stage's options; itself where there are none."""
-        if not stage.options:
-            return self
-        cell = replace(self.cell, options={**self.cell.options, **stage.options})
-        other = type(self)(cell, self.bench)
-        other.take(self)
-        return other
 
     def take(self, other: Student) -> None:
         """The weights of another student that were trained, where both have them."""

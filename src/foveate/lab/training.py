@@ -17,7 +17,7 @@ from torch import nn
 from foveate.cost import Pricer
 from foveate.geometry import Size
 from foveate.lab.cell import Bench, Cell
-from foveate.lab.conversing import make_student
+from foveate.lab.conversing import make_student, under
 from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
 from foveate.lab.optimise import warm_cosine
@@ -105,7 +105,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
         begin, end = end, end + stage.steps
         if first >= end:
             continue
-        learner = student.under(stage)
+        learner = under(student, stage)
         learner.model.train()
         optimise = learner.optimiser(stage)
         rates = warm_cosine(optimise, stage.steps)
