@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from filelock import FileLock
 from PIL import Image
 
 from foveate.annotate import (
@@ -136,8 +138,7 @@ def test_report(unbroken: Path) -> None:
     records = lines(unbroken)
     checked = [r for r in records if "answer" in r]
     assert len(checked) == report["checked"]
-    changed = [r["answer_masked"] != r["answer"] for r in checked]
-    assert report["changed_masked"] == sum(changed) / len(changed)
+    assert report["compared"] <= report["checked"]
     assert report["settings"]["batch"] == BATCH
 
 
@@ -187,7 +188,52 @@ def settings(source: Any, **changes: Any) -> Settings:
         "check": 4,
         **changes,
     }
-    return Settings(data="toy", fingerprint=source.fingerprint, **values)
+    return Settings(data="toy", fingerprint=source.fingerprint, images=None, weights="", **values)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, data: Path, model: Path) -> None:
+    """The authors' format of DATA.jsonl would be DATA.json: the data itself."""
+    for beside in ("mine.json", "mine.report.json"):
+        (tmp_path / beside).write_text("precious")
+        result = foveate(*command(data, tmp_path / "mine.jsonl", model))
+        assert result.code == 2 and f"{beside} is there already" in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == [beside]
+        assert (tmp_path / beside).read_text() == "precious"
+        (tmp_path / beside).unlink()
+    before = data.read_bytes()
+    result = foveate(*command(data, data.with_suffix(".jsonl"), model))
+    assert result.code == 2 and f"{data} is there already" in result.stderr
+    assert data.read_bytes() == before
+
+
+def test_pictures_and_weights_of_others_are_refused(tmp_path: Path, data: Path, unbroken: Path) -> None:
+    """Also where folder and model have the same name as before."""
+    out = tmp_path / "regions.jsonl"
+    for suffix in (".jsonl", ".json", ".report.json"):
+        out.with_suffix(suffix).write_bytes(unbroken.with_suffix(suffix).read_bytes())
+    other = tiny_model("llava")
+    with torch.no_grad():
+        other.model.language_model.model.norm.weight += 0.5
+    other.save(tmp_path / "tiny")
+    before = json.loads(out.with_suffix(".report.json").read_text())["settings"]["model"]
+    report = out.with_suffix(".report.json")
+    report.write_text(report.read_text().replace(before, str(tmp_path / "tiny")))
+    result = foveate(*command(data, out, tmp_path / "tiny"))
+    assert result.code == 2 and "of a run with weights" in result.stderr
+    report.write_bytes(unbroken.with_suffix(".report.json").read_bytes())
+    result = foveate(*command(data, out, Path(before), "--images", data.parent))
+    assert result.code == 2 and "of a run with images None" in result.stderr
+
+
+def test_one_run_a_file(tmp_path: Path, data: Path, vlm: VLM) -> None:
+    source = open_source(data)
+    (tmp_path / "regions.jsonl.parts").mkdir()
+    with (
+        FileLock(tmp_path / "regions.jsonl.parts" / "lock"),
+        pytest.raises(FoveateError, match="another run is writing"),
+    ):
+        run(settings(source), Annotator(vlm, source, RegionRule()), tmp_path / "regions.jsonl")
+    assert run(settings(source), Annotator(vlm, source, RegionRule()), tmp_path / "regions.jsonl")
 
 
 class Stopped(Exception):
@@ -521,13 +567,23 @@ def test_quality_by_hand() -> None:
             "answer_masked_elsewhere": "x",
         },
         {"key": "c", "box": None, "problem": "gone"},
+        {
+            "key": "d",  # so large that any place of its size has a part of it
+            "box": [0, 0, 9, 9],
+            "width": 10,
+            "height": 10,
+            "answer": "x",
+            "answer_masked": "x",
+            "answer_masked_elsewhere": "y",
+        },
     ]
     report = quality(made)
-    assert (report["questions"], report["regions"], report["problems"]) == (3, 2, 1)
+    assert (report["questions"], report["regions"], report["problems"]) == (4, 3, 1)
     assert report["first_problems"] == ["c: gone"]
-    assert report["box_share"] == {"p10": 0.5, "p50": 1.0, "p90": 1.0, "mean": 0.75}
-    assert report["whole_picture"] == 0.5
-    assert (report["checked"], report["changed_masked"], report["changed_masked_elsewhere"]) == (1, 1.0, 0.0)
+    assert report["box_share"] == pytest.approx({"p10": 0.5, "p50": 0.81, "p90": 1.0, "mean": 0.77})
+    assert report["whole_picture"] == pytest.approx(1 / 3)
+    assert (report["checked"], report["compared"]) == (2, 1)
+    assert (report["changed_masked"], report["changed_masked_elsewhere"]) == (1.0, 0.0)
     assert quality([made[2]])["box_share"] is None
 
 

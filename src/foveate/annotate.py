@@ -8,9 +8,10 @@ question about one picture, a region by relevance propagation (`foveate.relevanc
                        not for regions of pictures without any question, which it does not know
     FILE.report.json   how large the boxes are, and how often the answer changes when the region is masked
 
-While it runs, FILE.jsonl.parts holds one file per process. A line of it is one batch, written and synced
-whole: after a kill, the same command reads what is there, cuts off a torn last line, and does the rest. The
-batches are the same ones every time, so that the result is the same to the byte.
+While it runs, FILE.jsonl.parts holds one file per process, and a lock that keeps other runs away. A line of
+a file is one batch, written and synced whole: after a kill, the same command reads what is there, cuts off a
+torn last line, and does the rest. The batches are the same ones every time, so that the result is the same
+to the byte.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from filelock import FileLock, Timeout
 from PIL import Image, ImageStat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from foveate.ask import choose_device
 from foveate.data.questions import Question, Source, open_source, questions
@@ -52,8 +57,10 @@ class Settings:
 
     Attributes:
         data: name of the data.
-        fingerprint: of the data.
+        fingerprint: of the data's text; pictures are known by name.
+        images: name of the folder that picture paths start from; None: the data file's own.
         model: name of the model.
+        weights: of its configuration and weights, as `weights_of` makes it.
         dtype: of its weights.
         rule: how relevance becomes a region.
         batch: questions at once.
@@ -64,7 +71,9 @@ class Settings:
 
     data: str
     fingerprint: str
+    images: str | None
     model: str
+    weights: str
     dtype: str
     rule: RegionRule
     batch: int = 8
@@ -92,6 +101,15 @@ class Settings:
                 raise FoveateError(
                     f"{where} is of a run with {name} {before.get(name)}, not {value}: choose another file"
                 )
+
+
+def weights_of(model: nn.Module) -> str:
+    """A fingerprint of a model: names, shapes and the first values of all its weights."""
+    digest = blake2b(digest_size=8)
+    for name, weight in model.state_dict().items():
+        first = weight.detach().flatten()[:16].double().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}".encode())
+    return digest.hexdigest()
 
 
 class Annotator:
@@ -297,41 +315,62 @@ def run(
     asked, left_out = questions(annotator.source, settings.about)
     batches = [asked[i : i + settings.batch] for i in range(0, len(asked), settings.batch)]
     every = max(1, -(-len(asked) // settings.check)) if settings.check else 0
-    if first:
-        paths.parts.mkdir(exist_ok=True)
-        begun = paths.parts / "run.json"
-        if begun.is_file():
-            settings.refuse_if_other(_json(begun), paths.parts)
-        else:
-            _write(begun, json.dumps(asdict(settings), indent=1))
-    workers.wait_for_everyone()
-    done = _done(paths.parts)
-    workers.wait_for_everyone()  # all have read before anyone writes
-    mine = [n for n in range(len(batches)) if n not in done][workers.process_index :: workers.num_processes]
-    quiet = Console(quiet=True) if console is None or not first else console
-    part = paths.parts / f"{workers.process_index:05d}.jsonl"
-    _cut_torn_line(part)
-    with _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
-        task = bar.add_task("annotating", total=len(mine) * workers.num_processes)
-        loading = ahead.submit(annotator.pictures, batches[mine[0]]) if mine else None
-        for place, n in enumerate(mine):
-            assert loading is not None
-            pictures = loading.result()
-            if place + 1 < len(mine):
-                loading = ahead.submit(annotator.pictures, batches[mine[place + 1]])
-            at = n * settings.batch
-            checked = [every > 0 and (at + i) % every == 0 for i in range(len(batches[n]))]
-            records = annotator.annotate(batches[n], pictures, checked)
-            line = json.dumps({"batch": n, "records": records}, ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "surrogatepass"))
-            file.flush()
-            os.fsync(file.fileno())
-            bar.advance(task, workers.num_processes)
-    workers.wait_for_everyone()
-    if first:
-        _finish(settings, paths, len(batches), left_out)
-    workers.wait_for_everyone()
+    with _begun(settings, paths) if first else nullcontext():
+        workers.wait_for_everyone()
+        done = _done(paths.parts)
+        workers.wait_for_everyone()  # all have read before anyone writes
+        left = [n for n in range(len(batches)) if n not in done]
+        mine = left[workers.process_index :: workers.num_processes]
+        quiet = Console(quiet=True) if console is None or not first else console
+        part = paths.parts / f"{workers.process_index:05d}.jsonl"
+        _cut_torn_line(part)
+        with _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
+            task = bar.add_task("annotating", total=len(mine) * workers.num_processes)
+            loading = ahead.submit(annotator.pictures, batches[mine[0]]) if mine else None
+            for place, n in enumerate(mine):
+                assert loading is not None
+                pictures = loading.result()
+                if place + 1 < len(mine):
+                    loading = ahead.submit(annotator.pictures, batches[mine[place + 1]])
+                at = n * settings.batch
+                checked = [every > 0 and (at + i) % every == 0 for i in range(len(batches[n]))]
+                records = annotator.annotate(batches[n], pictures, checked)
+                line = json.dumps({"batch": n, "records": records}, ensure_ascii=False) + "\n"
+                file.write(line.encode("utf-8", "surrogatepass"))
+                file.flush()
+                os.fsync(file.fileno())
+                bar.advance(task, workers.num_processes)
+        workers.wait_for_everyone()
+        if first:
+            _finish(settings, paths, len(batches), left_out)
+        workers.wait_for_everyone()
     return json.loads(paths.report.read_bytes())
+
+
+@contextmanager
+def _begun(settings: Settings, paths: Paths) -> Iterator[None]:
+    """A run that has these files for itself. Raises `FoveateError` where they are another's."""
+    note = paths.parts / "run.json"
+    if not note.is_file():
+        for path in (paths.authors, paths.report):
+            if path.exists():
+                raise FoveateError(f"{path} is there already and would be written over: choose another file")
+    paths.parts.mkdir(exist_ok=True)
+    lock = FileLock(paths.parts / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FoveateError(
+            f"another run is writing {paths.out}: let it end, or choose another file"
+        ) from None
+    try:
+        if note.is_file():
+            settings.refuse_if_other(_json(note), paths.parts)
+        else:
+            _write(note, json.dumps(asdict(settings), indent=1))
+        yield
+    finally:
+        lock.release()
 
 
 def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
@@ -401,26 +440,27 @@ def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> No
         _write(paths.authors, json.dumps(authors, ensure_ascii=False))
     _write(paths.report, json.dumps(report, indent=1, ensure_ascii=False))
     _write(paths.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    shutil.rmtree(paths.parts)
+    shutil.rmtree(paths.parts, ignore_errors=True)
 
 
 def quality(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Numbers that tell whether the regions are worth training on.
 
     `box_share` is the part of the picture that boxes cover, at the 10th, 50th and 90th percentile, and their
-    mean. Of the questions that were checked, `changed_masked` is the part whose answer changes when the
-    region is masked, and `changed_masked_elsewhere` when as much is masked elsewhere: regions that matter
-    change more answers than others.
+    mean. Of the questions that were checked, those are `compared` whose region leaves room for another place
+    of its size: `changed_masked` is the part of them whose answer changes when the region is masked, and
+    `changed_masked_elsewhere` when that place is. Regions that matter change more answers than others.
     """
     boxed = [record for record in records if record["box"] is not None]
     shares = [
         (r["box"][2] - r["box"][0]) * (r["box"][3] - r["box"][1]) / (r["width"] * r["height"]) for r in boxed
     ]
     checked = [record for record in boxed if "answer" in record]
+    compared = [record for record in checked if _leaves_room(record)]
     problems = [f"{r['key']}: {r['problem']}" for r in records if r["box"] is None]
 
     def changed(name: str) -> float | None:
-        return statistics.fmean(r[name] != r["answer"] for r in checked) if checked else None
+        return statistics.fmean(r[name] != r["answer"] for r in compared) if compared else None
 
     return {
         "questions": len(records),
@@ -430,9 +470,16 @@ def quality(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "box_share": _percentiles(shares),
         "whole_picture": statistics.fmean(share >= WHOLE for share in shares) if shares else None,
         "checked": len(checked),
+        "compared": len(compared),
         "changed_masked": changed("answer_masked"),
         "changed_masked_elsewhere": changed("answer_masked_elsewhere"),
     }
+
+
+def _leaves_room(record: dict[str, Any]) -> bool:
+    """Whether the place that is masked instead of the region has no part of it."""
+    box = Box(*record["box"])
+    return box.overlap(elsewhere(box, Size(record["height"], record["width"]))) == 0
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
@@ -511,7 +558,9 @@ def annotate_data(
     settings = Settings(
         data=str(data),
         fingerprint=source.fingerprint,
+        images=None if images is None else str(images),
         model=str(model or "embedded"),
+        weights=weights_of(vlm.model),
         dtype=str(vlm.model.dtype).removeprefix("torch."),
         rule=rule or RegionRule(),
         batch=batch,

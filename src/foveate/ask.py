@@ -52,8 +52,13 @@ def choose_dtype(device: str) -> torch.dtype:
 
 
 EMBEDDED = Path(__file__).parent / "embedded"
-# Arguments of `generate` that are about the answer alone.
-OF_ANSWERS = ("streamer", "min_new_tokens", "min_length", "prefix_allowed_tokens_fn", "logits_processor")
+# Arguments of `generate` that are about the answer's end and words, and would spoil a box on the way to it.
+OF_ANSWERS = (
+    *("streamer", "min_new_tokens", "min_length", "stop_strings", "stopping_criteria", "length_penalty"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id"),
+    *("prefix_allowed_tokens_fn", "logits_processor", "bad_words_ids", "sequence_bias", "suppress_tokens"),
+    *("begin_suppress_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "repetition_penalty"),
+)
 REMEMBERED_LOOKS = 48  # parts of a picture whose features are kept for further questions
 
 

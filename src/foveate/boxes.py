@@ -1,8 +1,9 @@
 """Boxes in a model's text: one grammar to read them, the conventions to write them.
 
 A text holds a box where it holds exactly one list of numbers and that has exactly four, all finite. Prose,
-brackets, tags and a lone number elsewhere do no harm; anything else is no box, and `Reading.problem` says
-why. Corners are put in order and cut off at the picture's border. No torch.
+brackets, tags and a lone number elsewhere do no harm; nor do two or three numbers outside, where the list
+stands in brackets. Anything else is no box, and `Reading.problem` says why. Corners are put in order and cut
+off at the picture's border. No torch.
 
 What the four numbers mean is a `BoxFormat`, and what they are measured in a `Frame`:
 
@@ -91,6 +92,7 @@ _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|nan|inf(?:inity)?)(?:e[-+]?[0-9]+)?(?!\w)", re.IGNORECASE
 )
 _BETWEEN = re.compile(r"[\s,;()\[\]]*")  # what may stand between two numbers of one list
+_BRACKETED = re.compile(rf"[\[(]\s*{_NUMBER.pattern}(?:[\s,;]+{_NUMBER.pattern})+\s*[\])]", re.IGNORECASE)
 
 
 def box_format(name: str) -> BoxFormat:
@@ -102,14 +104,7 @@ def box_format(name: str) -> BoxFormat:
 
 def read_box(text: str, form: BoxFormat, frame: Frame) -> Reading:
     """The box that a text holds."""
-    lists: list[list[float]] = []
-    end = None
-    for match in _NUMBER.finditer(text):
-        if end is None or not _BETWEEN.fullmatch(text, end, match.start()):
-            lists.append([])
-        lists[-1].append(float(match.group()))
-        end = match.end()
-    lists = [numbers for numbers in lists if len(numbers) > 1]
+    lists = _lists(text)
     if not lists:
         return Reading(None, "the text holds no list of numbers")
     if len(lists) > 1:
@@ -125,6 +120,25 @@ def read_box(text: str, form: BoxFormat, frame: Frame) -> Reading:
     placed = [area.left + values[0] * x, area.top + values[1] * y]
     placed += [area.left + values[2] * x, area.top + values[3] * y]
     return checked_box(placed, frame.picture)
+
+
+def _lists(text: str) -> list[list[float]]:
+    """Numbers that belong together: those in brackets, and runs of as many as could be meant beside them."""
+    bracketed = _runs(text, _BRACKETED)
+    bare = _runs(_BRACKETED.sub("|", text), _NUMBER)
+    return bracketed + [numbers for numbers in bare if len(numbers) >= (4 if bracketed else 2)]
+
+
+def _runs(text: str, piece: re.Pattern[str]) -> list[list[float]]:
+    """The numbers of pieces of a text; pieces with nothing but separators between them go together."""
+    runs: list[list[float]] = []
+    end = None
+    for match in piece.finditer(text):
+        if end is None or not _BETWEEN.fullmatch(text, end, match.start()):
+            runs.append([])
+        runs[-1] += [float(number.group()) for number in _NUMBER.finditer(match.group())]
+        end = match.end()
+    return runs
 
 
 def checked_box(values: Sequence[float], picture: Size) -> Reading:

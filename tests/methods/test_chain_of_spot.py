@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import TextIteratorStreamer
+from transformers import MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
 from foveate.cost import Pricer, reference_config
@@ -150,7 +150,8 @@ def test_the_padded_crop_is_what_pil_cuts_from_the_square(size: tuple[int, int])
 
 def test_pixel_coordinates_make_no_huge_picture() -> None:
     image, spot = picture(40, 60), method(**RELEASED, parser="authors")
-    for text in ("[12, 30, 800, 950]", "[-1e6, -1e6, 1e6, 1e6]", "[0, 0, 1e9, 0.5]"):
+    huge = "[-1e306, 0.0, 1e306, 0.5]"
+    for text in ("[12, 30, 800, 950]", "[-1e6, -1e6, 1e6, 1e6]", "[0, 0, 1e9, 0.5]", huge):
         box, problem = spot.region(text, Size(40, 60))
         assert problem is None and box is not None
         crop = spot.crop(image, box)
@@ -166,6 +167,8 @@ def test_the_authors_parser_in_a_conversation() -> None:
         assert end.regions == [Box(0, 0, 60, 40)] and len(end.notes) == 1
     (_, second), end = told("[0.5, 0.1, 0.5, 0.9]", image, **RELEASED, parser="authors")
     assert second.pictures[0].getcolors() == [(48, PADDING)]  # no width: padding is all that shows
+    _, end = told("[0.0, 0.0, 1.0, 0.1]", image, **RELEASED, parser="authors")
+    assert end.regions == [] and "padding" in end.notes[0]
 
 
 # Asking.
@@ -217,12 +220,13 @@ def test_the_first_picture_is_encoded_and_read_once(boxed: Foveate) -> None:
     assert answer.ledger.visual_tokens == 32 and answer.ledger.kept_tokens > 16
 
 
-def test_only_the_answer_is_streamed_and_the_box_is_bounded(boxed: Foveate) -> None:
+def test_only_the_answer_is_streamed_and_the_box_is_bounded(
+    boxed: Foveate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streamer = TextIteratorStreamer(boxed.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     never = [boxed.processor.tokenizer.eos_token_id]
-    answer = boxed.ask(
-        picture(60, 90), "What is it?", max_new_tokens=90, suppress_tokens=never, streamer=streamer
-    )
+    monkeypatch.setattr(boxed.model.generation_config, "suppress_tokens", never)
+    answer = boxed.ask(picture(60, 90), "What is it?", max_new_tokens=90, streamer=streamer)
     assert "".join(streamer).strip() == answer.text
     assert answer.ledger.new_tokens == 64 + 90  # a first reply that never ends is cut off
 
@@ -242,7 +246,19 @@ def test_what_is_asked_of_the_answer_is_not_asked_of_the_region(
     first = made.processor.tokenizer.encode("A", add_special_tokens=False)
     made.ask(image, "What is it?", max_new_tokens=2, prefix_allowed_tokens_fn=lambda row, ids: first)
     made.ask(image, "What is it?", max_new_tokens=80, min_new_tokens=70)
-    assert len(said[0]) > 10 and said == said[:1] * 4
+    seen = {token for token in made.processor.tokenizer.encode(said[0], add_special_tokens=False)}
+    for form in (
+        {"stop_strings": [said[0][2]], "tokenizer": made.processor.tokenizer},
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(1)])},
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 50.0},
+        {"bad_words_ids": [[token] for token in seen]},
+        {"suppress_tokens": [*seen]},
+        {"begin_suppress_tokens": [*seen]},
+        {"sequence_bias": [[[token], -100.0] for token in seen]},
+    ):
+        made.ask(image, "What is it?", max_new_tokens=2, **form)
+    assert len(said[0]) > 10 and said == said[:1] * 12
     assert len(made.processor.tokenizer.encode(one.text, add_special_tokens=False)) <= 1
 
 

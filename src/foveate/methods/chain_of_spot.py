@@ -64,6 +64,7 @@ from foveate.methods.base import (
 PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
 MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB
 LONGEST = 2**14  # side of such a crop
+FARTHEST = 2.0**31  # a coordinate: pictures of PIL end there
 CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
 
 
@@ -166,8 +167,10 @@ class ChainOfSpot(Method):
             crop, region = picture, whole(size)
         else:
             crop, region = self.crop(picture, box), self.shown(box, size)
+            if region.width <= 0 or region.height <= 0:
+                notes.append(f"the region lies in the padding: {_brief(said)}")
         answer = yield Turn(wording.answer.format(q=question) + options.suffix, [crop])
-        return Reply(answer, [region], notes)
+        return Reply(answer, [region] if region.width > 0 and region.height > 0 else [], notes)
 
     def turn_sizes(self, picture: Size) -> list[Size]:
         """The second one is that of a region of a quarter of the picture; any other costs the same."""
@@ -302,6 +305,7 @@ def authors_region(text: str, picture: Size) -> Reading:
         return Reading(None, "the authors' parser finds no box that can be cut out")
     if (round(x0), round(y0)) == (round(x1), round(y1)):
         return Reading(None, "the box has no area")
+    x0, y0, x1, y1 = (min(max(n, -FARTHEST), FARTHEST) for n in (x0, y0, x1, y1))
     return Reading(_moved(Box(x0, y0, x1, y1), offset.left, offset.top))
 
 
