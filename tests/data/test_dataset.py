@@ -80,7 +80,7 @@ def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None
         learnt = item["labels"] != IGNORED
         assert tokenizer.decode(item["labels"][learnt]) == expected
         assert torch.equal(item["labels"][learnt], item["input_ids"][learnt])
-        assert len(item["input_ids"]) == data.length(i)
+        assert len(item["input_ids"]) == data.measure(i)[0]
     stop = data.processor.answer_end()
     assert stop == (None if template == "plain" else tokenizer.convert_tokens_to_ids(end))
 
@@ -144,12 +144,12 @@ def test_a_missing_or_broken_picture_is_named(talk: Path) -> None:
     whole = io.BytesIO()
     picture(30, 80).save(whole, "JPEG")
     (talk.parent / "0.png").write_bytes(whole.getvalue()[:-200])
-    assert data.length(2) > 16  # the size is still readable
+    assert data.measure(2)[0] > 16  # the size is still readable
     with pytest.raises(FoveateError, match=r"talk.json sample 2: .*0.png cannot be read as a picture"):
         data[2]
     (talk.parent / "0.png").unlink()
     with pytest.raises(FoveateError, match=r"talk.json sample 2: no picture at .*0.png"):
-        data.length(2)
+        data.measure(2)[0]
 
 
 LENGTHS = np.random.default_rng(0).integers(5, 50, 103)

@@ -382,7 +382,7 @@ def test_both_answers_are_learnt_and_nothing_else(tmp_path: Path) -> None:
     learnt = made.processor.tokenizer.decode(item["input_ids"][item["labels"] >= 0])
     assert learnt == " [0.3, 0.6, 0.25, 0.55]</s> answer 01</s>"
     assert torch.equal(item["labels"][item["labels"] >= 0], item["input_ids"][item["labels"] >= 0])
-    assert made.length(0) == len(item["input_ids"])
+    assert made.measure(0)[0] == len(item["input_ids"])
     crop = np.asarray(Image.open(tmp_path / "0.png"))[5:35, 30:60]
     views = made.processor.image_processor(Image.fromarray(crop))["pixel_values"]
     assert torch.equal(item["pixel_values"][1:], views)
@@ -410,7 +410,7 @@ def test_other_questions_may_be_appended(tmp_path: Path) -> None:
     text = said(made, 0)
     assert all(f"answer 0{k}</s>" in text for k in range(3))
     assert text.count("Now answer the following questions based on the raw image: ") == 1
-    assert made.length(0) == len(made[0]["input_ids"])
+    assert made.measure(0)[0] == len(made[0]["input_ids"])
 
 
 def test_samples_without_a_region_are_left_out_and_named(tmp_path: Path) -> None:
@@ -432,9 +432,17 @@ def test_samples_without_a_region_are_left_out_and_named(tmp_path: Path) -> None
         "'000001_coco_1_q0': params must be [top, left, side], finite numbers, not [5, 5]" in regions.report()
     )
     assert "has no params" in regions.report() and "the key is not" in regions.report()
-    assert [made.length(i) > 0 for i in range(3)] == [True, False, True]
+    assert [made.measure(i)[0] > 0 for i in range(3)] == [True, False, True]
     with pytest.raises(FoveateError, match=r"sample 1 \(id coco/1\): nothing can be learnt"):
         made[1]
+
+
+def test_a_key_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    path, region = tmp_path / "regions.json", '{"params": [1, 2, %d]}'
+    path.write_text(f'{{"000000_coco_0_q0": {region % 9}, "000000_coco_0_q0": {region % 5}}}')
+    regions = Regions(path)
+    assert regions.of(0, "coco/0") == {0: Box(2, 1, 11, 10)}
+    assert regions.malformed == 1 and "record 0: a second region of question 0" in regions.report()
 
 
 def test_files_of_regions_that_are_none(tmp_path: Path) -> None:
@@ -491,6 +499,8 @@ def test_a_part_that_is_cut_out_has_the_size_that_was_said(tmp_path: Path) -> No
 def recipe(folder: Path, **source: Any) -> Path:
     path = data(folder / "data", records=5)
     entries = {f"00000{i}_coco_{i}_q{k}": {"params": [5, 10, 30]} for i in range(4) for k in range(2)}
+    entries |= {"000003_coco_3_q1": {"params": [500, 500, 20]}, "000000_coco_0_q7": {"params": [5, 10, 30]}}
+    entries |= {"000099_zz_q0": {"params": [5, 10, 30]}}
     regions = str(squares(folder / "data", {**entries, "bad": 1}))
     made = stage(["language_model"], path, steps=3, batch=4, micro_batch=4, template="vicuna_v1")
     made["data"][0] |= {"regions": regions, **source}
@@ -503,9 +513,11 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
     from rich.console import Console
 
     out = io.StringIO()
-    train(recipe(tmp_path), console=Console(file=out, width=200))
+    train(recipe(tmp_path), console=Console(file=out, width=500))
     shown = out.getvalue()
-    assert "8 regions in" in shown and "1 malformed entries left out: 'bad': the key" in shown
+    assert "7 regions in" in shown and "4 malformed entries left out: 'bad': the key" in shown
+    assert "record 3, question 1: the box lies outside the picture; there is no record 99" in shown
+    assert "record 0, question 7: it has 2, counted from 0" in shown
     assert "5 samples of up to" in shown and "1 left out because no region of theirs is known" in shown
     again = load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(again.model.method, ChainOfSpot)

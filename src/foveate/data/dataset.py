@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
+from foveate.boxes import checked_box
 from foveate.data.formats import Conversations
 from foveate.data.regions import Regions
 from foveate.errors import FoveateError
-from foveate.geometry import Size
+from foveate.geometry import Box, Size
 from foveate.methods.base import Cut
 from foveate.pictures import read_picture, read_size
 from foveate.processing import FoveateProcessor
@@ -63,23 +64,23 @@ class Samples(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        with self._named(index) as lessons:
+        with self._named(index) as (lessons, _):
             if not lessons:
                 raise FoveateError("nothing can be learnt from it: no region is known")
             drawn = random.Random(f"{self.seed} {self.epoch} {index}").randrange(len(lessons))
             return encode(self.processor, cut_out(lessons[drawn]))
 
-    def length(self, index: int) -> int:
-        """Tokens of an item, visual ones included, from its text and the sizes of its pictures alone.
+    def measure(self, index: int) -> tuple[int, list[str]]:
+        """An item's tokens, visual ones included, from its text and the sizes of its pictures alone, and what
+        is wrong with its regions.
 
-        That of its longest lesson; 0 where the method can make none of it.
+        The tokens of its longest lesson; 0 where the method can make none of it.
         """
-        with self._named(index) as lessons:
-            return max(map(self._tokens, lessons), default=0)
+        with self._named(index) as (lessons, problems):
+            return max(map(self._tokens, lessons), default=0), problems
 
     def _tokens(self, messages: Sequence[dict[str, Any]]) -> int:
-        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in pictures]
+        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in _pictures(messages)]
         plans = [self.processor.image_processor.plan(*size) for size in sizes]
         text = self.processor.apply_chat_template(messages, tokenize=False)
         bos = self.processor.tokenizer.bos_token
@@ -96,23 +97,45 @@ class Samples(Dataset[dict[str, Tensor]]):
         return counts
 
     @contextmanager
-    def _named(self, index: int) -> Iterator[list[list[dict[str, Any]]]]:
-        """The lessons of an item; errors on the way get the record's name."""
+    def _named(self, index: int) -> Iterator[tuple[list[list[dict[str, Any]]], list[str]]]:
+        """An item's lessons and what is wrong with its regions; errors on the way get the record's name."""
         number, record = (int(n) for n in self.records[index])
         source, regions = self.sources[number], self.regions[number]
         try:
             messages = source.messages(record)
             known = regions.of(record, source.id(record)) if regions is not None else {}
-            method = self.processor.image_processor.planner()
-            yield method.lessons(messages, _size_of_first(messages), known)
+            method, size = self.processor.image_processor.planner(), _size_of_first(messages)
+            problems = [f"record {record}, {what}" for what in _problems(messages, size, known)]
+            yield method.lessons(messages, size, known), problems
         except FoveateError as error:
             raise FoveateError(f"{source.where(record)}: {error}") from None
 
 
 def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
     """Reads the size of a conversation's first picture."""
-    pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
-    return partial(read_size, *pictures[:1])
+    pictures = _pictures(messages)
+    return cache(partial(read_size, *pictures[:1]))
+
+
+def _problems(
+    messages: Sequence[Mapping[str, Any]], size: Callable[[], Size], known: Mapping[int | None, Box]
+) -> list[str]:
+    """What is wrong with the regions of a conversation's questions."""
+    asked, found = sum(message["role"] == "user" for message in messages), []
+    if known and (shown := len(_pictures(messages))) != 1:
+        return [f"it shows {shown} pictures"] * len(known)
+    for number, box in known.items():
+        where = "the picture alone" if number is None else f"question {number}"
+        problem = checked_box([float(n) for n in box], size()).problem
+        if number is not None and number >= asked:
+            found.append(f"{where}: it has {asked}, counted from 0")
+        elif problem is not None:
+            found.append(f"{where}: {problem}")
+    return found
+
+
+def _pictures(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
 
 
 def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ Two kinds of file; records count from 0 in the data file, questions from 0 in th
     .jsonl  one {"index": 12, "id": "coco/7", "number": 0, "box": [left, top, right, bottom]} a line, in the
             same pixels; a "number" of null stands for the picture without any question
 
-Both are what `foveate.annotate` writes. Entries of another kind are left out, counted and named.
+Both are what `foveate.annotate` writes. Entries of another kind are left out, counted and named; so are, once
+the data are read, regions of records and questions that are not there and those outside of their picture.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Regions:
         path: the file.
         malformed: how many entries are left out.
         named: the first of them, each with what is wrong.
+        useless: of how many regions nothing can be learnt, as `leave_out` was told.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,7 +54,7 @@ class Regions:
             raise FoveateError(f"no file of regions at {self.path}")
         if self.path.suffix not in (".json", ".jsonl"):
             raise FoveateError(f"{self.path} must end in .json (keys with params) or .jsonl (one box a line)")
-        self.malformed, self.named = 0, list[str]()
+        self.malformed, self.useless, self.named = 0, 0, list[str]()
         read = _squares if self.path.suffix == ".json" else _boxes
         places, ids, boxes = [], [], []
         for where, entry in read(self.path):
@@ -103,11 +105,21 @@ class Regions:
             for (_, question), box in zip(self._places[first:last], self._boxes[first:last], strict=True)
         }
 
+    def beyond(self, records: int) -> list[str]:
+        """What is wrong with regions of records that a data file of so many does not have."""
+        first = np.searchsorted(self._places[:, 0], records)
+        return [f"there is no record {record}" for record, _ in self._places[first:].tolist()]
+
+    def leave_out(self, problems: Sequence[str]) -> None:
+        """Counts and names regions that nothing can be learnt from, each by what is wrong with it."""
+        self.useless += len(problems)
+        self.named += problems[: NAMED - len(self.named)]
+
     def report(self) -> str:
         """How many regions there are and what was left out, in one or more lines."""
-        lines = [f"{len(self)} regions in {self.path}"]
-        if self.malformed:
-            lines.append(f"{self.malformed} malformed entries left out: {'; '.join(self.named)}")
+        lines = [f"{len(self) - self.useless} regions in {self.path}"]
+        if out := self.malformed + self.useless:
+            lines.append(f"{out} malformed entries left out: {'; '.join(self.named)}")
         return "\n".join(lines)
 
 
@@ -118,15 +130,19 @@ def _mark(name: str) -> int:
     )
 
 
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object whose keys may come twice."""
+
+
 def _squares(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
-        entries = json.loads(path.read_bytes())
+        entries = json.loads(path.read_bytes(), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise FoveateError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(entries, dict):
+    if not isinstance(entries, _Pairs):
         raise FoveateError(f'{path} should hold a JSON object of keys such as "000012_coco_7_q0"')
-    for key, value in entries.items():
-        yield repr(key[:80]), partial(_square, key, value)
+    for key, value in entries:
+        yield repr(key[:80]), partial(_square, key, dict(value) if isinstance(value, _Pairs) else value)
 
 
 def _boxes(path: Path) -> Iterator[tuple[str, Entry]]:

@@ -124,7 +124,10 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
         [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]
     )
     regions = [None if source.regions is None else Regions(source.regions) for source in stage.data]
-    lengths = _measure(Samples(files, every, processor, regions), stage.workers)
+    lengths, problems = _measure(Samples(files, every, processor, regions), stage.workers)
+    for i, (file, known) in enumerate(zip(files, regions, strict=True)):
+        if known is not None:
+            known.leave_out([*problems[i], *known.beyond(len(file))])
     rng = np.random.default_rng(seed)
     starts = np.cumsum([0, *counts])
     chosen = np.concatenate(
@@ -139,8 +142,8 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
     return samples, lengths[kept], len(useful) - len(kept), len(chosen) - len(useful)
 
 
-class _Lengths(Dataset[tuple[int, int]]):
-    """(index, length) of every `step`-th sample from `first` on: the share of one process."""
+class _Measures(Dataset[tuple[int, int, list[str]]]):
+    """Index, length and problems of every `step`-th sample from `first` on: the share of one process."""
 
     def __init__(self, samples: Samples, first: int, step: int) -> None:
         self.samples, self.mine = samples, range(first, len(samples), step)
@@ -148,18 +151,20 @@ class _Lengths(Dataset[tuple[int, int]]):
     def __len__(self) -> int:
         return len(self.mine)
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return self.mine[index], self.samples.length(self.mine[index])
+    def __getitem__(self, index: int) -> tuple[int, int, list[str]]:
+        return self.mine[index], *self.samples.measure(self.mine[index])
 
 
-def _measure(samples: Samples, workers: int) -> np.ndarray:
-    """Tokens of every sample, (S,). The processes share the work."""
+def _measure(samples: Samples, workers: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Tokens of every sample, (S,); per source what is wrong with regions. The processes share the work."""
     processes = PartialState()
-    mine = _Lengths(samples, processes.process_index, processes.num_processes)
+    mine = _Measures(samples, processes.process_index, processes.num_processes)
     loader = DataLoader(mine, batch_size=64, collate_fn=list, num_workers=workers if len(mine) > FEW else 0)
     with errors_of_workers():
-        measured = [pair for batch in loader for pair in batch]
+        measured = [one for batch in loader for one in batch]
     lengths = np.zeros(len(samples), dtype=np.int64)
-    for index, length in gather_object(measured):
+    problems: list[list[str]] = [[] for _ in samples.sources]
+    for index, length, wrong in sorted(gather_object(measured)):
         lengths[index] = length
-    return lengths
+        problems[samples.records[index, 0]] += wrong
+    return lengths, problems

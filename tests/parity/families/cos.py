@@ -180,7 +180,7 @@ def train_item(compare: Comparison, folder: Path, row: dict[str, Any]) -> None:
         [read_conversations(folder / "data.json")], np.array([[0, index]]), processor, [regions]
     )
     if row["fallback"]:  # the authors train the full picture; here the entry is counted and left out
-        compare.equal(f"{name} left out", (regions.malformed, samples.length(0)), (1, 0))
+        compare.equal(f"{name} left out", (regions.malformed, samples.measure(0)[0]), (1, 0))
         assert row["key"] in regions.named[0]
         return
     source = samples.sources[0]
