@@ -517,7 +517,7 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
     shown = out.getvalue()
     assert "7 regions in" in shown and "4 malformed entries left out: 'bad': the key" in shown
     assert "record 3, question 1: the box lies outside the picture; there is no record 99" in shown
-    assert "record 0, question 7: it has 2, counted from 0" in shown
+    assert "record 0, question 7: it has 3, counted from 0" in shown
     assert "5 samples of up to" in shown and "1 left out because no region of theirs is known" in shown
     again = load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(again.model.method, ChainOfSpot)
