@@ -29,7 +29,7 @@ from foveate.relevance import (
 )
 from foveate.vlm import VLM, message
 from tests.support import gap, picture
-from tests.vlms import VLMS, foveate_model
+from tests.vlms import VLMS, foveate_model, llava_onevision
 
 
 @cache
@@ -67,7 +67,7 @@ def test_row_is_that_of_the_whole_sigma(name: str) -> None:
         row = relevance(model.model, inputs, reading)
         expected = rows_by_whole_maps(model, inputs, reading)
         assert gap(row, expected) <= 1e-5 * float(expected.abs().max()), reading
-    visual = inputs["input_ids"] == model.processor.image_token_id
+    visual = inputs["input_ids"] == model.image_token_id
     assert float(row[visual].abs().max()) > 0
 
 
@@ -76,16 +76,37 @@ def test_model_is_as_before_afterwards(name: str) -> None:
     model = VLMS[name]()
     network, decoder = model.model.train(), model.model.get_decoder()
     frozen = next(iter(network.parameters())).requires_grad_(False)
+    layer = decoder.layers[0].eval()  # as with a part that is not trained
+    training = [m.training for m in network.modules()]
     inputs = model.inputs([message(picture(60, 90), "What is this?")])
     network(**inputs)  # transformers adds hooks of its own at the first call
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
     relevance(network, inputs)
     assert decoder.config._attn_implementation == "sdpa"
-    assert network.training
+    assert network.training and not layer.training
+    assert training == [m.training for m in network.modules()]
     assert not frozen.requires_grad
     assert sum(p.requires_grad for p in network.parameters()) == len(list(network.parameters())) - 1
     assert all(p.grad is None for p in network.parameters())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_in_inference_mode(name: str) -> None:
+    model = VLMS[name]()
+    (expected,) = Highlighter(model)([picture(60, 90)], ["What is this?"])
+    with torch.inference_mode():
+        model.answer([message(picture(60, 90), "What is this?")], max_new_tokens=1)
+        (found,) = Highlighter(model)([picture(60, 90)], ["What is this?"])
+        assert torch.is_inference_mode_enabled()
+    assert found == expected
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = VLMS["llava"]()
+    with pytest.raises(FoveateError, match=r"LlavaForConditionalGeneration was made in torch\.inference"):
+        relevance(model.model, model.inputs([message(picture(60, 90), "Why?")]))
 
 
 def test_no_more_than_one_map_at_a_time() -> None:
@@ -158,15 +179,16 @@ def views_of(model: VLM, shown: Image.Image) -> Tensor:
     with torch.no_grad():
         model.model(**inputs)
     hook.remove()
-    return caught[0][inputs["input_ids"] == model.processor.image_token_id]
+    return caught[0][inputs["input_ids"] == model.image_token_id]
 
 
 def without_attention(model: VLM) -> VLM:
     """The vision tower's attention adds nothing: each of its tokens knows its own patch alone."""
+    ends = ("self_attn.out_proj", "attention.o_proj")
     for name, module in model.model.named_modules():
-        if name.endswith("self_attn.out_proj") or (".visual." in name and name.endswith("attn.proj")):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+        if name.endswith(ends) or (".visual." in name and name.endswith("attn.proj")):
+            for parameter in module.parameters():
+                torch.nn.init.zeros_(parameter)
     return model
 
 
@@ -174,7 +196,27 @@ def without_attention(model: VLM) -> VLM:
 @pytest.mark.parametrize("name", VLMS)
 def test_what_changes_is_where_the_picture_changed(name: str, size: Size) -> None:
     """A spot is painted into the picture: those placed on it change, and no others."""
-    model = without_attention(VLMS[name]())
+    assert_places_change(without_attention(VLMS[name]()), size)
+
+
+def test_a_view_that_is_not_square() -> None:
+    """Pixtral's tower shows 16 x 64 pixels as 2 x 8 tokens, which are as many as 4 x 4."""
+    model, size = without_attention(VLMS["llava_pixtral"]()), Size(16, 64)
+    places = [box for box in token_places(model, size) if box is not None]
+    assert [round(float(box.left)) for box in places] == [8 * i for i in range(8)] * 2
+    assert_places_change(model, size)
+
+
+def test_packed_features_are_no_grids_of_their_views() -> None:
+    """300 tokens of 3 views are 12 x 12 of the whole and 12 x 13 of two tiles, not 10 x 10 of each view."""
+    model, size = without_attention(llava_onevision(48, 4, ((1, 2), (2, 1)))), Size(60, 60)
+    inputs = model.inputs([message(picture(*size), "Why?")])
+    assert inputs["pixel_values"].shape[1] == 3
+    assert int((inputs["input_ids"] == model.image_token_id).sum()) == 300
+    assert_places_change(model, size)
+
+
+def assert_places_change(model: VLM, size: Size) -> None:
     places = token_places(model, size)
     grey = Image.new("RGB", (size.width, size.height), (128, 128, 128))
     before = views_of(model, grey)
@@ -233,10 +275,19 @@ def test_a_picture_of_one_pixel() -> None:
     for name in VLMS:
         if name.startswith("qwen"):  # their own processor refuses such pictures
             continue
-        assert any(box == Box(0, 0, 1, 1) or box for box in token_places(vlm(name), Size(1, 1))), name
+        boxes = [box for box in token_places(vlm(name), Size(1, 1)) if box is not None]
+        assert all(box == box.clipped(Size(1, 1)) for box in boxes), name
+        assert sum(float(box.width * box.height) for box in boxes) > 0.99, name  # all of it, at least once
 
 
 def test_tokens_that_are_no_grid_are_refused() -> None:
+    odd = VLMS["llava_siglip"]()
+    odd.processor.replace_image_token = lambda *args, **kwargs: "<image>" * 20
+    with pytest.raises(FoveateError, match="20 image tokens where 0 can be placed"):
+        token_places(odd, Size(60, 90))
+    odd.model.config.image_token_id = 0
+    with pytest.raises(FoveateError, match="has 0 image tokens where 0 can be placed"):
+        token_places(odd, Size(60, 90))
     with pytest.raises(FoveateError, match="give the region otherwise"):
         token_places(foveate_model("slime"), Size(60, 90))
 
@@ -266,6 +317,15 @@ def test_bimodal_rules_by_hand() -> None:
     assert torch.allclose(both.image, torch.tensor([[1.0 + 0.5 * 0.6 + 0.1 * 0.6]]))
     both.image_attends(torch.tensor([[0.5]]))
     assert torch.allclose(both.image_text, torch.tensor([[0.9, 0.9]]))
+
+
+def test_rows_that_cancel_stay_bounded() -> None:
+    """A reading that keeps signs adds 0.5 and -0.5 + 1e-6: their sum is no measure of the row."""
+    both = BimodalRelevance.of(2, 1)
+    both.text_attends(torch.tensor([[0.5, -0.5 + 1e-6], [-0.25, -0.75]]))
+    both.text_attends_to_image(torch.tensor([[0.2], [0.4]]))
+    # Rows, scaled to magnitudes of the sum 1, with the identity: [[1.5, -0.5], [-0.25, 0.25]].
+    assert torch.allclose(both.text_image, torch.tensor([[0.2], [0.0]]), atol=1e-5)
 
 
 def test_parallel_cross_attentions_do_not_see_each_other() -> None:

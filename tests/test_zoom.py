@@ -70,6 +70,7 @@ def test_relevance_proposes(name: str) -> None:
     found = zoom(name, "relevance").ask(picture(60, 90), "What is this?", max_new_tokens=2)
     (proposal,) = found.proposals
     assert proposal.heat and max(weight for _, weight in proposal.heat) == 1
+    assert len({box for box, _ in proposal.heat}) > 1
     assert found.regions or "not smaller" in (proposal.problem or "")
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     GotOcr2ImageProcessorPil,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -28,6 +33,8 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    PixtralImageProcessorPil,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -37,6 +44,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     set_seed,
 )
@@ -85,6 +93,14 @@ class _Qwen3Pictures(Qwen3VLProcessor):
         super().__init__(image_processor, tokenizer, None, **kwargs)
 
 
+class _PixtralPictures(LlavaProcessor):
+    """As PixtralProcessor, which needs torchvision: of each picture its own rows, a mark behind each."""
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        height, width = (int(n) // self.patch_size for n in image_inputs["image_sizes"][image_idx])
+        return (self.image_token * width + "<break>") * height
+
+
 def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """One token per byte, and special ones."""
     first = ["<unk>", "<s>", "</s>", "<pad>", *special]
@@ -127,24 +143,73 @@ def llava() -> VLM:
     return VLM(LlavaForConditionalGeneration(config).eval(), processor)
 
 
-def llava_onevision() -> VLM:
+def llava_siglip() -> VLM:
+    """LLaVA with a tower that has no class token, as llava-interleave: every feature is taken."""
+    set_seed(0)
+    tokens = tokenizer("<image>")
+    config = LlavaConfig(
+        vision_config=_siglip(28, 7),
+        text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 28, "width": 28}),
+        tokens,
+        patch_size=7,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    return VLM(LlavaForConditionalGeneration(config).eval(), processor)
+
+
+def llava_pixtral() -> VLM:
+    """LLaVA with Pixtral's tower: one view of the picture's own shape."""
+    set_seed(0)
+    tokens = tokenizer("<image>", "<break>")
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=PixtralVisionConfig(**vision, image_size=64, patch_size=8, initializer_range=0.2),
+        text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    processor = _PixtralPictures(
+        PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}),
+        tokens,
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    return VLM(LlavaForConditionalGeneration(config).eval(), processor)
+
+
+def llava_onevision(
+    side: int = 28,
+    patch: int = 7,
+    tilings: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3)),
+) -> VLM:
     """LLaVA-OneVision: the whole picture, and tiles joined, unpadded, with a newline behind each row."""
     set_seed(0)
     tokens = tokenizer("<image>", "<video>")
-    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56], [28, 84]]
+    pinpoints = [[rows * side, columns * side] for rows, columns in tilings]
     config = LlavaOnevisionConfig(
-        vision_config=_siglip(28, 7),
+        vision_config=_siglip(side, patch),
         text_config=Qwen2Config(**LANGUAGE, vocab_size=len(tokens)),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
         video_token_index=tokens.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
     )
-    images = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints)
+    images = LlavaOnevisionImageProcessorPil(
+        size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+    )
     processor = _OnevisionPictures(
         images,
         tokens,
-        num_image_tokens=16,
+        num_image_tokens=(side // patch) ** 2,
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )
@@ -172,6 +237,37 @@ def llava_next() -> VLM:
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
     )
     return VLM(LlavaNextForConditionalGeneration(config).eval(), processor)
+
+
+def gemma3() -> VLM:
+    """Gemma 3: one view, 2 x 2 patches pooled to a token, behind a mark that its processor names instead."""
+    set_seed(0)
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<soft>"}
+    tokens = tokenizer(*marks.values(), **marks)
+    config = Gemma3Config(
+        vision_config=_siglip(56, 7).to_dict(),
+        text_config={
+            **LANGUAGE,
+            "vocab_size": len(tokens),
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 512,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        mm_tokens_per_image=16,
+        boi_token_index=tokens.convert_tokens_to_ids(marks["boi_token"]),
+        eoi_token_index=tokens.convert_tokens_to_ids(marks["eoi_token"]),
+        image_token_index=tokens.convert_tokens_to_ids(marks["image_token"]),
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 56, "width": 56}),
+        tokens,
+        image_seq_length=16,
+        chat_template=TEMPLATE.replace("IMAGE", "<start_of_image>"),
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # made as zeros
+    return VLM(model, processor)
 
 
 def internvl() -> VLM:
@@ -270,8 +366,11 @@ def foveate_model(method: str) -> VLM:
 
 VLMS: dict[str, Callable[[], VLM]] = {
     "llava": llava,
+    "llava_siglip": llava_siglip,
+    "llava_pixtral": llava_pixtral,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "gemma3": gemma3,
     "internvl": internvl,
     "idefics3": idefics3,
     "qwen2_5_vl": qwen2_5_vl,

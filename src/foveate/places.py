@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def token_places(vlm: VLM, picture: Size) -> Places:
         places = images.planner().token_boxes(images.plan(*picture))
         return [box and _inside(box, picture) for box in places]
     inputs = _inputs(vlm, np.zeros((*picture, 3), dtype=np.uint8))
-    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    tokens = int((inputs["input_ids"] == vlm.image_token_id).sum())
     if "image_grid_thw" in inputs:
         rows, columns = inputs["image_grid_thw"][0, 1:].tolist()
         merge = processor.image_processor.merge_size
@@ -44,8 +45,8 @@ def token_places(vlm: VLM, picture: Size) -> Places:
             Size(rows // merge, columns // merge), lambda x: x * picture.width, lambda y: y * picture.height
         )
     else:
-        places = _of_views(vlm, picture, _views(inputs), tokens)
-    if len(places) != tokens:
+        places = _of_views(vlm, picture, _views(inputs), tokens) if tokens else []
+    if not places or len(places) != tokens:
         raise FoveateError(
             f"{type(vlm.model).__name__} has {tokens} image tokens where {len(places)} can be placed in the "
             "picture: choose another region proposer"
@@ -54,33 +55,41 @@ def token_places(vlm: VLM, picture: Size) -> Places:
 
 
 def _of_views(vlm: VLM, picture: Size, black: Tensor, tokens: int) -> Places:
-    """Places by views (V, 3, h, w): a square grid on each, or as the model packs its features."""
-    if not tokens % len(black) and math.isqrt(tokens // len(black)) ** 2 == tokens // len(black):
-        return [box for grid in _view_grids(vlm, picture, black, tokens // len(black)) for box in grid]
+    """Places by views (V, 3, h, w): as the model packs its features, else a grid of each view's own shape."""
     packs = [part for part in vlm.model.modules() if hasattr(part, "pack_image_features")]
-    if not packs:
+    if packs:
+        return _packed(vlm, picture, black, packs[-1].pack_image_features)
+    height, width = black.shape[-2:]
+    rows = math.isqrt(tokens // len(black) * height // width)
+    columns = rows * width // height
+    if rows * columns * len(black) != tokens or rows * width != columns * height:
+        return []  # queries, marks between rows, or another order: no grid can be told from their number
+    return [box for grid in _view_grids(vlm, picture, black, Size(rows, columns)) for box in grid]
+
+
+def _packed(vlm: VLM, picture: Size, black: Tensor, pack: Callable[..., Any]) -> Places:
+    """Places packed by the model as if they were its features; none where it packs in a way unknown here."""
+    config, asked = vlm.model.config, inspect.signature(pack).parameters
+    if not {"image_features", "image_sizes", "image_newline"} <= asked.keys():
         return []
-    config = vlm.model.config
-    per_view = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    options = ("vision_feature_select_strategy", "vision_aspect_ratio")
+    more = {name: value for name, value in config.to_dict().items() if name in options and name in asked}
+    side = config.vision_config.image_size // config.vision_config.patch_size
     features = torch.tensor(  # (V, N, 5): left, top, right, bottom, and 1 where there is a place
         [
             [[float(n) for n in box] + [1.0] if box else [0.0] * 5 for box in grid]
-            for grid in _view_grids(vlm, picture, black, per_view)
+            for grid in _view_grids(vlm, picture, black, Size(side, side))
         ]
     )
-    asked = inspect.signature(packs[-1].pack_image_features).parameters
-    more = {"vision_feature_select_strategy": "default"} if "vision_feature_select_strategy" in asked else {}
-    if "vision_aspect_ratio" in asked:
-        more["vision_aspect_ratio"] = config.vision_aspect_ratio
-    packed, _ = packs[-1].pack_image_features(
-        [features], torch.tensor([picture]), image_newline=torch.zeros(5), **more
-    )
-    return [Box(*row[:4]) if row[4] > 0.5 else None for row in packed[0].tolist()]
+    try:
+        packed = pack([features], torch.tensor([picture]), image_newline=torch.zeros(5), **more)
+    except (RuntimeError, ValueError):  # its features are no such grids
+        return []
+    return [Box(*row[:4]) if row[4] > 0.5 else None for row in packed[0][0].tolist()]
 
 
-def _view_grids(vlm: VLM, picture: Size, black: Tensor, per_view: int) -> list[Places]:
-    """Per view its grid of `per_view` places."""
-    side = math.isqrt(per_view)
+def _view_grids(vlm: VLM, picture: Size, black: Tensor, grid: Size) -> list[Places]:
+    """Per view the places of a grid of tokens."""
     height, width = picture
     ramp = np.zeros((height, width, 3), dtype=np.uint8)
     ramp[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
@@ -90,7 +99,7 @@ def _view_grids(vlm: VLM, picture: Size, black: Tensor, per_view: int) -> list[P
     where = (_views(_inputs(vlm, ramp)) - black) / white.where(white != 0, torch.ones(()))
     return [
         _grid(
-            Size(side, side),
+            grid,
             _axis(place[0] * width, seen, width),
             _axis((place[1] * height).T, seen.T, height),
         )
@@ -132,6 +141,8 @@ def _inputs(vlm: VLM, pixels: np.ndarray) -> dict[str, Tensor]:
 
 def _views(inputs: dict[str, Tensor]) -> Tensor:
     """`pixel_values` of one picture as (V, 3, h, w)."""
+    if "pixel_values" not in inputs:
+        raise FoveateError("the processor gives no pixel_values: choose another region proposer")
     pixels = inputs["pixel_values"].float().cpu()
     if pixels.ndim < 4 or pixels.shape[-3] != 3:
         raise FoveateError(

@@ -106,10 +106,14 @@ class BimodalRelevance:
 
 
 def _normalised(sigma: Tensor) -> Tensor:
-    """Rules 8 and 9: what was added to the identity, each row scaled to the sum 1; rows of zeros stay."""
+    """Rules 8 and 9: what was added to the identity, each row scaled to the sum 1; rows of zeros stay.
+
+    The sum is that of magnitudes. For maps that are nowhere negative, as the rules have them, it is the same;
+    where a reading keeps signs, a row's own sum may be next to zero, or turn its signs.
+    """
     identity = torch.eye(len(sigma)).to(sigma)
     added = sigma - identity
-    total = added.sum(-1, keepdim=True)
+    total = added.abs().sum(-1, keepdim=True)
     return added / total.where(total != 0, torch.ones_like(total)) + identity
 
 
@@ -118,7 +122,8 @@ def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Readin
 
     Rows of Sigma can be had from the last layer to the first, in the order in which gradients come: each
     layer is run again with eager attention, used and forgotten, so that there is never more than one layer's
-    attention map, (B, H, T, T). The forward pass before keeps one hidden state per layer.
+    attention map, (B, H, T, T). The forward pass before keeps one hidden state per layer. Gradients are had
+    under `torch.no_grad` and `torch.inference_mode`, too.
 
     Args:
         model: a VLM whose LLM is a decoder of self-attention layers that are called one after another.
@@ -126,12 +131,16 @@ def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Readin
         reading: of eq. 5.
 
     Raises:
-        FoveateError: a decoder without such layers, an unknown reading.
+        FoveateError: a decoder without such layers, a model made in inference mode, an unknown reading.
     """
     if reading not in READINGS:
         raise FoveateError(f"unknown reading {reading!r} of eq. 5: choose one of {', '.join(READINGS)}")
     decoder = model.get_decoder()
     layers = _layers(decoder)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise FoveateError(
+            f"{type(model).__name__} was made in torch.inference_mode and has no gradients: load it outside"
+        )
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
     top: list[Tensor] = []
 
@@ -142,11 +151,13 @@ def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Readin
         top.append(output.detach().requires_grad_())
         return top[0]
 
-    with _explained(model, decoder), torch.enable_grad():
+    with torch.inference_mode(False), _explained(model, decoder), torch.enable_grad():
+        # A tensor made in inference mode cannot be part of a graph; its copy made here can.
+        given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         hooks = [layer.register_forward_pre_hook(note_call, with_kwargs=True) for layer in layers]
         hooks.append(layers[-1].register_forward_hook(cut_graph))
         try:
-            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, vocabulary)
+            logits = model(**given, use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, vocabulary)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -188,7 +199,8 @@ def _layer_gradients(
 @contextmanager
 def _explained(model: PreTrainedModel, decoder: PreTrainedModel) -> Iterator[None]:
     """The LLM with eager attention, the model without dropout and trainable parameters; as before, after."""
-    attention, training = decoder.config._attn_implementation, model.training
+    attention = decoder.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     decoder.set_attn_implementation("eager")
     model.eval().requires_grad_(False)
@@ -196,7 +208,8 @@ def _explained(model: PreTrainedModel, decoder: PreTrainedModel) -> Iterator[Non
         yield
     finally:
         decoder.set_attn_implementation(attention)
-        model.train(training)
+        for module in training:
+            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -300,7 +313,7 @@ class Highlighter:
         """
         inputs = self.vlm.inputs([message(*pair) for pair in zip(pictures, questions, strict=True)])
         rows = relevance(self.vlm.model, inputs, self.rule.reading).float().cpu()  # (B, T)
-        visual = (inputs["input_ids"] == self.vlm.processor.image_token_id).cpu()
+        visual = (inputs["input_ids"] == self.vlm.image_token_id).cpu()
         return [
             self._highlight(picture, row[where])
             for picture, row, where in zip(pictures, rows, visual, strict=True)

@@ -47,6 +47,9 @@ class VLM:
     def load(cls, model: str | Path | None, device: str | None = None, dtype: str | None = None) -> VLM:
         """A folder or hub id: all that `foveate.load` reads, else whatever transformers loads.
 
+        Folders of type `llava` in transformers' layout are read by the former, as far as it knows their
+        vision towers and options, and by the latter else.
+
         Args:
             model: by default the embedded model.
             device: as for `foveate.load`.
@@ -55,25 +58,48 @@ class VLM:
         Raises:
             FoveateError: there is no such model, or it is no VLM.
         """
-        from foveate.ask import DTYPES, choose_device, choose_dtype, load
+        from foveate.ask import DTYPES, choose_device, load
         from foveate.checkpoints import local_folder, read_json
-
-        folder = None if model is None else local_folder(model)
-        if folder is None or not _loads_by_itself(read_json(folder / "config.json").get("model_type")):
-            own = load(folder, device=device, dtype=dtype)
-            return cls(own.model, own.processor)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if dtype is not None and dtype not in DTYPES:
             raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         device = device or choose_device()
-        kind = DTYPES[dtype] if dtype else choose_dtype(device)
         try:
-            network = AutoModelForImageTextToText.from_pretrained(folder, dtype=kind)
-            processor = AutoProcessor.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise FoveateError(f"{folder} cannot be loaded as a VLM: {str(error).splitlines()[0]}") from error
-        return cls(network.to(device).eval(), processor)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+            raise FoveateError(f"device {device!r} cannot be used here: {why}") from error
+        folder = None if model is None else local_folder(model)
+        config = {} if folder is None else read_json(folder / "config.json")
+        if folder is not None and _loads_by_itself(config.get("model_type")):
+            return cls(*_by_transformers(folder, device, dtype))
+        try:
+            own = load(folder, device=device, dtype=dtype)
+        except FoveateError as refusal:
+            if folder is None or config.get("model_type") != "llava" or "vision_config" not in config:
+                raise
+            try:
+                return cls(*_by_transformers(folder, device, dtype))
+            except FoveateError as error:
+                raise FoveateError(f"{refusal}; and by transformers: {error}") from error
+        return cls(own.model, own.processor)
+
+    @property
+    def image_token_id(self) -> int:
+        """Which token in `input_ids` stands for one feature of a picture, each time that it is there.
+
+        As the model's config says: the processors of Gemma 3 and its kind name the mark in front of them.
+
+        Raises `FoveateError` where neither config nor processor has one.
+        """
+        config = self.model.config
+        named = [getattr(config, n) for n in ("image_token_id", "image_token_index") if hasattr(config, n)]
+        for token in (*named, self.processor.image_token_id):
+            if token is not None:
+                return int(token)
+        raise FoveateError(
+            f"{type(self.model).__name__} names no token for pictures: set config.image_token_id"
+        )
 
     def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
         """The model's inputs for conversations that wait for an answer, padded on the left.
@@ -100,8 +126,10 @@ class VLM:
     ) -> list[Said]:
         """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says else.
 
-        Raises `FoveateError` where several answers to each are asked for.
+        Raises `FoveateError` where several answers to each are asked for, or answers of no token.
         """
+        if max_new_tokens < 1:
+            raise FoveateError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
         if generation.get("num_return_sequences", 1) != 1:
             raise FoveateError("num_return_sequences: one answer to each question is what can be told apart")
         inputs = self.inputs(conversations)
@@ -157,8 +185,30 @@ def message(*parts: Image.Image | str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
+def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of the Auto classes. Raises `FoveateError` with the folder's name."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from foveate.ask import DTYPES, choose_dtype
+    from foveate.checkpoints import report_keys
+
+    try:
+        network, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype] if dtype else choose_dtype(device),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise FoveateError(f"{folder} cannot be loaded as a VLM: {str(error).splitlines()[0]}") from error
+    report_keys(folder, info["missing_keys"], (), [key for key, *_ in info["mismatched_keys"]])
+    return network.to(device).eval(), processor
+
+
 def _loads_by_itself(model_type: str | None) -> bool:
-    """Whether transformers' own class is taken. Not for `llava`: other layouts go by it, too."""
+    """Whether transformers' own class is taken at once. Not for `llava`: other layouts go by it, too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type != "llava"
