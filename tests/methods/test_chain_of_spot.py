@@ -437,6 +437,16 @@ def test_samples_without_a_region_are_left_out_and_named(tmp_path: Path) -> None
         made[1]
 
 
+def test_the_suffix_follows_the_second_instruction(tmp_path: Path) -> None:
+    image, suffix = picture(40, 60), "\nAnswer with one word."
+    (first, second), _ = told("[0.1, 0.5, 0.2, 0.8]", image, suffix=suffix)
+    assert second.text.endswith(f"What is it?.{suffix}") and suffix not in first.text
+    messages = read_conversations(data(tmp_path)).messages(0)
+    (lesson, *_) = method(suffix=suffix).lessons(messages, lambda: Size(60, 100), {0: Box(0, 0, 30, 30)})
+    assert lesson[2]["content"][-1]["text"].endswith(suffix)
+    assert suffix not in lesson[0]["content"][-1]["text"]
+
+
 def test_a_key_that_comes_twice_counts_once(tmp_path: Path) -> None:
     path, region = tmp_path / "regions.json", '{"params": [1, 2, %d]}'
     path.write_text(f'{{"000000_coco_0_q0": {region % 9}, "000000_coco_0_q0": {region % 5}}}')

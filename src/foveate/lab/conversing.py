@@ -29,7 +29,7 @@ class ConversingStudent(Student):
     """Trains on the method's lessons, and is measured in conversations that it leads itself.
 
     Where to look is taught as the box of the object that a question is about; of questions about the whole
-    picture, as all of it.
+    picture, as all of it. The region of the picture alone, without a question, is its largest such object.
     """
 
     template = "bare"
@@ -57,10 +57,12 @@ class ConversingStudent(Student):
 
     def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
         size = Size(picture.height, picture.width)
+        objects = [question.region for question in questions if question.region is not None]
         regions: dict[int | None, Box] = {
             k: whole(size) if question.region is None else question.region
             for k, question in enumerate(questions)
         }
+        regions[None] = max(objects, key=lambda box: box.width * box.height, default=whole(size))
         asked = [(question.text, question.answer) for question in questions]
         return self.method.lessons(_dialogue(picture, asked), lambda: size, regions)
 
