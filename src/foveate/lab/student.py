@@ -35,8 +35,8 @@ class Stage(NamedTuple):
     """Steps on questions, with captions or without, in which some modules train.
 
     `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
-    their own. `options` change the method's; `method` stands in for it, and with `regions` also learns its first
-    turns.
+    their own. `options` change the method's; `method` stands in for it and, with `regions`, learns its first
+    turns, too.
     """
 
     steps: int
