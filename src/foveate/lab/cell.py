@@ -63,7 +63,10 @@ class Cell:
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
         if self.batch:
             name += f"-batch{self.batch}"
-        stages = [{k: v for k, v in asdict(stage).items() if v is not None} for stage in self.stages]
+        stages = [
+            {k: v for k, v in asdict(stage).items() if v or k not in ("method", "regions")}
+            for stage in self.stages
+        ]
         if self.told:
             name += "-told"
         if not self.options and not stages:
