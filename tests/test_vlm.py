@@ -113,3 +113,17 @@ def test_a_model_without_a_token_for_pictures() -> None:
 def test_answers_of_no_token_are_refused(tokens: int) -> None:
     with pytest.raises(FoveateError, match=f"max_new_tokens must be at least 1, it is {tokens}"):
         VLMS["llava"]().answer([message(picture(60, 90), "Why?")], max_new_tokens=tokens)
+
+
+def test_questions_may_not_hold_what_stands_for_a_picture() -> None:
+    for name, tokens in (("gemma3", 2), ("llava", 1)):
+        model = VLMS[name]()
+        soft = model.processor.tokenizer.convert_ids_to_tokens(model.image_token_id)
+        marks = {soft, model.processor.image_token}
+        assert len(marks) == tokens
+        for mark in marks:
+            with pytest.raises(FoveateError, match="stands for a picture"):
+                model.check_question(f"What is {mark}?")
+        with pytest.raises(FoveateError, match="the question is empty"):
+            model.check_question(" ")
+        model.check_question("What is this?")

@@ -131,9 +131,7 @@ class Annotator:
         read: list[Image.Image | str] = []
         for question in batch:
             try:
-                token = self.vlm.processor.image_token
-                if token in question.text or not question.text.strip():
-                    raise FoveateError(f"the question is empty, or {token} is in it")
+                self.vlm.check_question(question.text)
                 read.append(read_picture(self.source.picture(question.record)))
             except FoveateError as error:
                 read.append(str(error))

@@ -101,6 +101,15 @@ class VLM:
             f"{type(self.model).__name__} names no token for pictures: set config.image_token_id"
         )
 
+    def check_question(self, question: str) -> None:
+        """Raises `FoveateError` for an empty text, and for one with a token that stands for a picture."""
+        if not isinstance(question, str) or not question.strip():
+            raise FoveateError("the question is empty: give a text")
+        soft = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        for token in (self.processor.image_token, soft):  # not the same for Gemma 3
+            if token in question:
+                raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
+
     def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
         """The model's inputs for conversations that wait for an answer, padded on the left.
 

@@ -273,11 +273,7 @@ class Zoom:
         Raises:
             FoveateError: a picture that cannot be read, an empty question, a box outside the picture.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise FoveateError("the question is empty: give a text")
-        token = self.vlm.processor.image_token
-        if token in question:
-            raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
+        self.vlm.check_question(question)
         whole = read_picture(picture)
         if box is not None:
             problem = Given(box)(self.vlm, whole, question).problem
