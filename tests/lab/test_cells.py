@@ -6,10 +6,12 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import ConvNextModel
 from typer.testing import CliRunner
 
@@ -330,6 +332,27 @@ def test_a_method_that_asks_twice_is_measured_in_conversations(bench: Bench, tmp
     assert 0 <= result["looked"]["overlap"] <= result["looked"]["found"] <= 1
     assert result["cost"]["visual_tokens"] == 72
     assert bench.parts.reader.config.vocab_size == len(bench.parts.tokenizer)  # others start from it, too
+
+
+@pytest.mark.parametrize(("spoilt", "right"), [(None, True), ("box", True), ("answer", False)])
+def test_a_conversation_that_is_told_the_region_is_measured_on_its_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, spoilt: str | None, right: bool
+) -> None:
+    """By a model that says the lessons word for word, but for one token."""
+    student = make_student(replace(cell("chain_of_spot"), told=True), bench)
+
+    def says(labels: torch.Tensor, **batch: torch.Tensor) -> SimpleNamespace:
+        said = labels[:, 1:].clamp(min=0)
+        for row, learnt in enumerate(labels[:, 1:] != IGNORED):
+            places = learnt.nonzero()[:, 0]
+            if spoilt is not None:
+                said[row, places[0 if spoilt == "box" else -2]] += 1
+        return SimpleNamespace(logits=F.pad(F.one_hot(said), (0, 0, 0, 1)))
+
+    monkeypatch.setattr(student.model, "forward", says)
+    graded = student.grade(bench.test, range(3))
+    assert [g.question for g in graded] == [q for i in range(3) for q in bench.test.questions[i]]
+    assert {g.right for g in graded} == {right} and {g.tokens for g in graded} == {72}
 
 
 def test_an_experiment_is_a_file(prepared: Path, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import set_seed
 
 from foveate.ask import Foveate
-from foveate.data.dataset import Collator, cut_out, encode
+from foveate.data.dataset import IGNORED, Collator, cut_out, encode
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
@@ -30,7 +31,8 @@ class ConversingStudent(Student):
     """Trains on the method's lessons, and is measured in conversations that it leads itself.
 
     Where to look is taught as the box of the object that a question is about; of questions about the whole
-    picture, as all of it. The region of the picture alone, without a question, is its largest such object.
+    picture, as all of it. The region of the picture alone, without a question, is its largest such object. A
+    student that is told the region has it put into its mouth: its lessons are what it is measured on.
     """
 
     template = "bare"
@@ -78,6 +80,8 @@ class ConversingStudent(Student):
 
     def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Answers all questions about these pictures, side by side."""
+        if self.cell.told:
+            return self._grade_told(data, indices)
         asked = [(Image.fromarray(data.pictures[i]), q) for i in indices for q in data.questions[i]]
         reader = Foveate(self.model, self.processor)
         answers = reader.ask_all(
@@ -87,6 +91,31 @@ class ConversingStudent(Student):
             Graded(question, answer.text == question.answer, answer.ledger.visual_tokens, answer.regions)
             for (_, question), answer in zip(asked, answers, strict=True)
         ]
+
+    def _grade_told(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
+        """Whether greedy decoding would give exactly the answers, after the lessons' own first turns."""
+        graded = []
+        for i in indices:
+            lessons = self._lessons(Image.fromarray(data.pictures[i]), data.questions[i])
+            batch = self.collate([encode(self.processor, cut_out(lesson)) for lesson in lessons])
+            output = self.model(**batch, use_cache=False)
+            labels = batch["labels"][:, 1:]  # (B, T - 1)
+            wrong = (output.logits[:, :-1].argmax(-1) != labels) & _last_runs(labels != IGNORED)
+            tokens = (batch["input_ids"] == self.model.config.image_token_id).sum(1)
+            graded += [
+                Graded(question, not missed, int(count), None)
+                for question, missed, count in zip(
+                    data.questions[i], wrong.any(1).tolist(), tokens, strict=True
+                )
+            ]
+        return graded
+
+
+def _last_runs(learnt: Tensor) -> Tensor:
+    """(B, T) bool -> the same with only the last run of True in each row: the answer's."""
+    later = learnt.flip(1)
+    starts = later & ~F.pad(later, (1, 0))[:, :-1]
+    return (later & (starts.cumsum(1) == 1)).flip(1)
 
 
 def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -104,7 +133,7 @@ def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[di
 def make_student(cell: Cell, bench: Bench) -> Student:
     """The student for the cell's method. Raises `FoveateError` if it is told what it cannot use."""
     student = _student(cell, bench)
-    if cell.told and not student.method.reads_source:
+    if cell.told and not (student.method.reads_source or _converses(cell.method)):
         raise FoveateError(f"told: {student.method.title} does not look again at the original picture")
     return student
 

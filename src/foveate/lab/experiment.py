@@ -55,7 +55,7 @@ class Variant:
         options: beyond the method's own for the level.
         stages: instead of the lab's: the connector with captions, then connector and LLM.
         told: whether it is told the region that a question is about: an upper bound, for methods that look
-            again at the original picture.
+            again at the original picture, or ask where to look.
     """
 
     method: str
