@@ -17,7 +17,7 @@ from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import level_named
 from foveate.lab.packing import Sample, encode
 from foveate.lab.parts import Parts
-from foveate.lab.questions import Question, chance, in_scene_guess
+from foveate.lab.questions import chance, in_scene_guess
 from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
 
@@ -63,10 +63,7 @@ class Cell:
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
         if self.batch:
             name += f"-batch{self.batch}"
-        stages = [
-            {k: v for k, v in asdict(stage).items() if v or k not in ("method", "regions")}
-            for stage in self.stages
-        ]
+        stages = [{k: v for k, v in asdict(stage).items() if v is not None} for stage in self.stages]
         if self.told:
             name += "-told"
         if not self.options and not stages:
@@ -108,16 +105,11 @@ class Bench:
         parts = self.parts
         return self.folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
 
-    def sample(self, question: Question) -> Sample:
-        """A question with its answer, as token ids."""
-        key = (question.text, question.answer)
-        if key not in self._samples:
-            self._samples[key] = encode(question, self.parts.tokenizer)
-        return self._samples[key]
-
     @cached_property
-    def _samples(self) -> dict[tuple[str, str], Sample]:
-        return {}
+    def samples(self) -> dict[tuple[str, str], Sample]:
+        """Every different question with its answer, as token ids."""
+        asked = [*self.train.asked, *self.test.asked, *(said for row in self.train.captions for said in row)]
+        return {(q.text, q.answer): encode(q, self.parts.tokenizer) for q in asked}
 
     @cached_property
     def guesses(self) -> dict[str, dict[str, float]]:

@@ -18,7 +18,6 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
-from foveate.lab.questions import Question
 from foveate.lab.student import Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
@@ -68,15 +67,6 @@ class ConversingStudent(Student):
         regions[None] = max(objects, key=lambda box: box.width * box.height, default=whole(size))
         asked = [(question.text, question.answer) for question in questions]
         return self.method.lessons(_dialogue(picture, asked), lambda: size, regions)
-
-    def first_turns(self, data: Examples, i: int) -> list[Question]:
-        """Where to look for each question about a picture, asked as in the first turn."""
-        lessons = self._lessons(Image.fromarray(data.pictures[i]), data.questions[i])
-        said = [
-            [part["text"] for m in lesson[:2] for part in m["content"] if part["type"] == "text"]
-            for lesson in lessons
-        ]
-        return [Question("region", asked, box, None, ()) for asked, box in said]
 
     def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Answers all questions about these pictures, side by side."""
@@ -152,10 +142,6 @@ def under(student: Student, stage: Stage) -> Student:
             raise FoveateError(f"stages: {student.method.title} cannot start from {stage.method}")
     other = _student(cell, student.bench)
     other.take(student)
-    if stage.regions:
-        if not isinstance(student, ConversingStudent):
-            raise FoveateError(f"stages: {student.method.title} asks for no regions")
-        other.also = student.first_turns
     return other
 
 

@@ -25,8 +25,6 @@ class StageSpec:
         options: the method's options, changed in this stage.
         method: that stands in for the row's own in this stage, with these options; what it learns is handed
             over as far as both have it. So a method starts from a trained LLaVA.
-        regions: whether `method` also learns the row's own first turns: where to look for each question. So
-            LLaVA comes to know boxes, which are in its own data, too.
     """
 
     part: float
@@ -34,11 +32,8 @@ class StageSpec:
     captions: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
-    regions: bool = False
 
     def __post_init__(self) -> None:
-        if self.regions and self.method is None:
-            raise FoveateError("regions: name the stage's method that learns them, for example llava")
         if not 0 < self.part <= 1:
             raise FoveateError(f"part must be above 0 and at most 1, not {self.part}")
         if not self.trains:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,8 +35,7 @@ class Stage(NamedTuple):
     """Steps on questions, with captions or without, in which some modules train.
 
     `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
-    their own. `options` change the method's; `method` stands in for it and, with `regions`, learns its first
-    turns, too.
+    their own. `options` change the method's; `method` stands in for it.
     """
 
     steps: int
@@ -45,7 +44,6 @@ class Stage(NamedTuple):
     lr: float
     options: Mapping[str, Any]
     method: str | None
-    regions: bool
 
 
 class Row(NamedTuple):
@@ -81,7 +79,6 @@ class Student:
     """A method's model and what feeds it."""
 
     template = "plain"
-    also: Callable[[Examples, int], list[Question]] | None = None  # learnt beside a picture's questions
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         self.cell, self.bench = cell, bench
@@ -152,7 +149,6 @@ class Student:
         rows: list[Row] = []
         for i in indices:
             asked = [*data.questions[i], *(data.captions[i] if captions else [])]
-            asked += self.also(data, i) if self.also else []
             if self.method.uses_query:
                 rows += [Row(i, question.region, [question]) for question in asked]
             elif isinstance(self.method, GivenRegion):
@@ -164,7 +160,7 @@ class Student:
 
     def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
         """All questions of these rows at once."""
-        samples = [[self.bench.sample(q) for q in row.asked] for row in rows]
+        samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
         encoded = self._connect(data, rows, samples)
         placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
         packed = pack(samples, self.plan.tokens, placeholder, padding)
@@ -248,7 +244,6 @@ class Student:
                 scale.cell.lr * (1.0 if "language_model" in spec.trains else WARM_UP_LR),
                 spec.options,
                 spec.method,
-                spec.regions,
             )
             for spec, begin, end in zip(specs, [0, *ends], ends, strict=False)
         ]
