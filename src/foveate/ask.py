@@ -420,8 +420,9 @@ class Foveate:
                 picture.talk.ledger.encoded_views += count
                 picture.talk.ledger.tflop += self.pricer.vision(picture.plan.picture).encode / 1e12
         for picture in shown:
+            vision = self.pricer.vision(picture.plan.picture)
             picture.talk.ledger.views += len(picture.plan.views)
-            picture.talk.ledger.tflop += self.pricer.vision(picture.plan.picture).inject / 1e12
+            picture.talk.ledger.tflop += (vision.connect + vision.inject) / 1e12
         for key in keys:
             self._features[key] = found[key]
             self._features.move_to_end(key)
@@ -498,6 +499,12 @@ class Chat:
 
     def answer(self, question: str, talk: Talk, end: Reply, crops: list[Image.Image]) -> Answer:
         """Notes what was said, and says where the model looked."""
+        method, notes = self.foveate.model.method, list(end.notes)
+        if self.messages and method.uses_query and method.query_text == "question":
+            notes.append(
+                "the parts that were looked at belong to the message that showed the picture: this question "
+                "did not choose them"
+            )
         self.messages, self._seen = talk.messages, talk.seen
         plan = self.foveate.plan(self.picture)
         seen = talk.seen[0]
@@ -505,7 +512,7 @@ class Chat:
         regions = chosen if end.regions is None else end.regions
         heat: list[tuple[Box, float]] = []
         if seen.heat is not None:
-            cells = self.foveate.model.method.cells(plan)
+            cells = method.cells(plan)
             heat = list(zip(cells, seen.heat.tolist(), strict=True))
         return Answer(
             text=end.text,
@@ -517,7 +524,7 @@ class Chat:
             heat=heat,
             chains=seen.chains,
             crops=crops,
-            notes=end.notes,
+            notes=notes,
             _draw=self._draw,
         )
 

@@ -74,7 +74,8 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
 class Vision(NamedTuple):
     """What a picture costs outside of the LLM's own layers."""
 
-    encode: int  # FLOPs of the tower, for the plan's views, and of the connector
+    encode: int  # FLOPs of the tower, for the plan's views
+    connect: int  # FLOPs of the connector
     looks: int  # views that the connector has made of the original picture, if none comes twice
     look: int  # FLOPs of the tower for one of them
     inject: int  # FLOPs of the injectors in the prefill
@@ -137,6 +138,7 @@ class Pricer:
                     effective_height=plan.effective.height,
                     effective_width=plan.effective.width,
                     encode_flops=vision.encode
+                    + vision.connect
                     + vision.looks * vision.look
                     + (again.encode_flops if again else 0),
                     prefill_flops=prefill + vision.inject,
@@ -173,6 +175,7 @@ class Pricer:
         with torch.no_grad():
             with FlopCounterMode(display=False) as encode:
                 features = model.encode_views(blank)
+            with FlopCounterMode(display=False) as connect:
                 encoded = model.connect(features, torch.tensor([picture]), source=source)
             with FlopCounterMode(display=False) as again:
                 for view in looks[:1]:
@@ -181,9 +184,11 @@ class Pricer:
             hidden = torch.zeros(1, plan.tokens, width, device="meta", dtype=self.dtype)
             with FlopCounterMode(display=False) as inject:
                 for injector in model.connector.injectors().values():
-                    injector(hidden, encoded.injection, torch.ones(hidden.shape[:2], dtype=torch.bool))
+                    if encoded.injection is not None:
+                        injector(hidden, encoded.injection, torch.ones(hidden.shape[:2], dtype=torch.bool))
         return Vision(
             encode=encode.get_total_flops(),
+            connect=connect.get_total_flops(),
             looks=len(looks),
             look=again.get_total_flops(),
             inject=inject.get_total_flops(),

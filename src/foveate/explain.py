@@ -17,6 +17,7 @@ HEAT = (255, 120, 0)
 MARGIN, GAP, LINE = 24, 10, 22
 PICTURE_SIDE, VIEWS_WIDTH, PAGE_WIDTH = 620, 560, 1100
 CHAIN_SIDE, CHAIN_VIEWS, BESIDE_CHAINS = 330, 620, 220  # of a chain's picture, of its views, of others
+CHAIN_COLUMNS = 8  # views of a chain beside each other
 CAPTION_LINES = 6  # of each paragraph
 
 
@@ -99,11 +100,16 @@ def mark_regions(
 def chain_sheet(
     picture: Image.Image, chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]]
 ) -> Image.Image:
-    """A row per chain: the picture with numbered boxes and arrows from each to the next, then the views."""
+    """A row per chain: the picture with numbered boxes and arrows from each to the next, then the views.
+
+    A long chain's views stand in lines below each other.
+    """
     scale = CHAIN_SIDE / max(picture.size)
     width, height = (max(1, round(n * scale)) for n in picture.size)
-    views = CHAIN_VIEWS // max(len(boxes) for _, boxes, _ in chains) - GAP
-    row = max(height, views) + LINE + GAP
+    longest = max(len(boxes) for _, boxes, _ in chains)
+    columns = min(longest, CHAIN_COLUMNS)
+    views = CHAIN_VIEWS // columns - GAP
+    row = max(height + LINE, -(-longest // columns) * (views + GAP)) + GAP
     sheet = Image.new("RGB", (width + GAP + CHAIN_VIEWS, row * len(chains)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for r, (name, boxes, seen) in enumerate(chains):
@@ -117,7 +123,8 @@ def chain_sheet(
         sheet.paste(marked, (0, r * row))
         draw.text((0, r * row + height + 2), name, FAINT, font=_font(14))
         for i, view in enumerate(seen):
-            x, y = width + GAP + i * (views + GAP), r * row
+            x = width + GAP + i % columns * (views + GAP)
+            y = r * row + i // columns * (views + GAP)
             sheet.paste(view.resize((views, views), Image.Resampling.BICUBIC), (x, y))
             draw.rectangle((x, y, x + views - 1, y + views - 1), outline=COLOURS[i % len(COLOURS)], width=3)
             _label(draw, (x + 6, y + 5), str(i + 1), COLOURS[i % len(COLOURS)])

@@ -100,6 +100,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         injectors = self.connector.injectors()
         if injectors:
             layers = _layers_of(self.language_model)
+            if _hands_on_keywords(self.language_model, layers) is False:
+                raise self._no_keywords()
             for index in injectors:
                 layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
@@ -335,7 +337,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if "injection" in kwargs and kwargs["injection"].done != set(self.connector.injectors()):
-            raise FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
+            raise self._no_keywords()
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -397,6 +399,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.sequences = whole
         return output
 
+    def _no_keywords(self) -> FoveateError:
+        return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
+
     def _refuse_chunks(self, kwargs: Mapping[str, Any]) -> None:
         """Raises `FoveateError` where the prefill would be cut: transformers keeps the tokens alone then."""
         settings = kwargs.get("generation_config") or self.generation_config
@@ -450,6 +455,37 @@ def _layers_of(language_model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(children.get(name), nn.ModuleList):
             return children[name]
     raise FoveateError(f"{type(language_model).__name__}: its decoder's layers are not found, to change them")
+
+
+class _Reached(Exception):
+    """Ends `_hands_on_keywords` at the first layer."""
+
+
+@torch.no_grad()
+def _hands_on_keywords(language_model: PreTrainedModel, layers: nn.ModuleList) -> bool | None:
+    """Whether keyword arguments of an LLM reach its layers, as injection needs; None where it cannot be told.
+
+    It is run as far as its first layer, which takes next to no time.
+    """
+    given: list[bool] = []
+
+    def end(layer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        given.append("injection" in kwargs)
+        raise _Reached
+
+    weight, training = language_model.get_input_embeddings().weight, language_model.training
+    blank = torch.zeros(1, 4, language_model.config.hidden_size, device=weight.device, dtype=weight.dtype)
+    hook = layers[0].register_forward_pre_hook(end, with_kwargs=True)
+    try:
+        language_model.eval()(inputs_embeds=blank, injection=None)  # no dropout: no random number is used
+    except _Reached:
+        pass
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None  # it does not run without values, or in parts; the first forward pass will tell
+    finally:
+        hook.remove()
+        language_model.train(training)
+    return any(given)
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:

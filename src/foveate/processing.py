@@ -251,7 +251,11 @@ class FoveateProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order."""
+        """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order.
+
+        Raises `FoveateError` where the method reads the question to each picture and gets none: the model
+        would not miss it, and be blind to it.
+        """
         if kwargs.get("truncation"):
             raise FoveateError(
                 "truncation would cut visual tokens: shorten the text, or set max_visual_tokens"
@@ -260,14 +264,22 @@ class FoveateProcessor(ProcessorMixin):
             images = None
         inputs = super().__call__(images=images, text=text, **kwargs)
         method = self.image_processor.planner()
-        if queries and method.uses_query:
-            if len(queries) != len(inputs["image_sizes"]):
-                raise FoveateError(f"{len(queries)} queries for {len(inputs['image_sizes'])} pictures")
+        shown = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
+        if not method.uses_query or not (shown or queries):
+            return inputs
+        if queries is None and method.query_text == "question":
+            raise FoveateError(
+                f"{method.title} reads the question to each picture: pass queries=[...], "
+                "or call apply_chat_template(tokenize=True)"
+            )
+        if queries is not None:
+            if len(queries) != shown:
+                raise FoveateError(f"{len(queries)} queries for {shown} pictures")
             tokens = self.tokenizer(
                 list(queries), add_special_tokens=False, padding=True, return_tensors="pt"
             )
             inputs["query_ids"], inputs["query_mask"] = tokens["input_ids"], tokens["attention_mask"]
-        elif "image_sizes" in inputs and method.uses_query and method.query_text != "question":
+        else:
             texts = [text] if isinstance(text, str) else text
             inputs["query_ids"], inputs["query_mask"] = self.text_around(
                 [torch.as_tensor(row) for row in inputs["input_ids"]],

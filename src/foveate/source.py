@@ -37,14 +37,17 @@ class Source:
         pictures: (H, W, 3) bytes each.
         norms: (P, 2, 3) mean and standard deviation per channel, of pixels in 0..1.
         encode: views (V, 3, h, w), normalised -> (V, N, C).
-        memory: per picture the features (N, C) of what was looked at before; filled, and never emptied.
-            Pictures that are the same may share one.
+        memory: per picture the features (N, C) of what was looked at before, what was asked for last at the
+            end; filled, and never emptied. Pictures that are the same may share one.
         told: per picture the region that matters, in its pixels, or None. Who is told has nothing to choose:
             it shows what there is to win by choosing better.
 
     Attributes:
         looked: per picture, all parts that were asked for.
         encoded: per picture, how many of them were in no memory.
+
+    Raises:
+        FoveateError: numbers that do not agree.
     """
 
     def __init__(
@@ -64,6 +67,11 @@ class Source:
             raise FoveateError(
                 f"{len(self.pictures)} original pictures with {len(self.norms)} norms and {len(self.memory)} "
                 "memories: give one of each per picture"
+            )
+        if len(self.told) != len(self.pictures):
+            raise FoveateError(
+                f"{len(self.told)} told regions for {len(self.pictures)} original pictures: give one or None "
+                "per picture"
             )
 
     @classmethod
@@ -94,32 +102,44 @@ class Source:
             for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
                 self.memory[picture][look] = features
                 self.encoded[picture] += 1
+        for picture, look in wanted:  # to the end
+            self.memory[picture][look] = self.memory[picture].pop(look)
         return torch.stack([self.memory[picture][look] for picture, look in wanted])
 
     def view(self, picture: int, look: Look, side: Size) -> Tensor:
         """One part as the tower gets it, (3, h, w), normalised."""
-        mean, std = self.norms[picture].float()[:, :, None, None]
-        return (self.pixels(picture, look, side) / 255 - mean) / std
+        return view_of(self.pictures[picture], self.norms[picture], look, side)
 
     def pixels(self, picture: int, look: Look, side: Size) -> Tensor:
         """One part of a picture (3, h, w), float, from 0 to 255."""
-        pixels = self.pictures[picture]
-        with exact(pixels):
-            return self._resampled(pixels, picture, look, side)
+        return pixels_of(self.pictures[picture], self.norms[picture], look, side)
 
-    def _resampled(self, pixels: Tensor, picture: int, look: Look, side: Size) -> Tensor:
-        rows, row_weights = _axis(pixels.shape[0], look, side, 0)
-        columns, column_weights = _axis(pixels.shape[1], look, side, 1)
-        narrow = _banded(row_weights, pixels[rows, columns])  # (y, x, 3) -> (h, x, 3)
-        seen = _banded(column_weights, narrow.transpose(0, 1)).permute(2, 1, 0)  # (w, h, 3) -> (3, h, w)
-        if look.canvas.source == (0, 0, pixels.shape[1], pixels.shape[0]):
-            return seen
-        fill = torch.zeros(3)
-        if look.canvas.fill == "mean":
-            fill = (255 * self.norms[picture, 0].float()).floor()
-        down, across = (torch.from_numpy(n.sum(1)).to(seen) for n in (row_weights, column_weights))
-        padding = 1 - down[:, None] * across  # (h, w)
-        return seen + fill.to(seen)[:, None, None] * padding
+
+def view_of(pixels: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
+    """A part of a picture (H, W, 3) as the tower gets it, (3, h, w); `norms` (2, 3), of this picture."""
+    mean, std = norms.float()[:, :, None, None]
+    return (pixels_of(pixels, norms, look, side) / 255 - mean) / std
+
+
+def pixels_of(pixels: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
+    """As `view_of`, but float from 0 to 255."""
+    with exact(pixels):
+        return _resampled(pixels, norms[0], look, side)
+
+
+def _resampled(pixels: Tensor, mean: Tensor, look: Look, side: Size) -> Tensor:
+    rows, row_weights = _axis(pixels.shape[0], look, side, 0)
+    columns, column_weights = _axis(pixels.shape[1], look, side, 1)
+    narrow = _banded(row_weights, pixels[rows, columns])  # (y, x, 3) -> (h, x, 3)
+    seen = _banded(column_weights, narrow.transpose(0, 1)).permute(2, 1, 0)  # (w, h, 3) -> (3, h, w)
+    if look.canvas.source == (0, 0, pixels.shape[1], pixels.shape[0]):
+        return seen
+    fill = torch.zeros(3)
+    if look.canvas.fill == "mean":
+        fill = (255 * mean.float()).floor()
+    down, across = (torch.from_numpy(n.sum(1)).to(seen) for n in (row_weights, column_weights))
+    padding = 1 - down[:, None] * across  # (h, w)
+    return seen + fill.to(seen)[:, None, None] * padding
 
 
 def _banded(weights: np.ndarray, pixels: Tensor) -> Tensor:

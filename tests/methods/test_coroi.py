@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -14,15 +17,33 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import CONFIG_MAPPING
 
-from foveate import Foveate, FoveateError, FoveateForConditionalGeneration, compose
+from foveate import Foveate, FoveateConfig, FoveateError, FoveateForConditionalGeneration, compose
 from foveate.cost import Pricer
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
+from foveate.explain import chain_sheet
 from foveate.geometry import Box, Size, padded_square, squashed
 from foveate.methods.base import Query, TowerGeometry, Widths
-from foveate.methods.coroi import Coroi, CoroiConnector, decoder_layers, integral, pooled
+from foveate.methods.coroi import (
+    Chosen,
+    Coroi,
+    CoroiConnector,
+    CoroiOptions,
+    CrossAttention,
+    Group,
+    Regions,
+    RoiInjector,
+    Round,
+    Scorer,
+    decoder_layers,
+    integral,
+    pooled,
+)
+from foveate.modeling import _hands_on_keywords
 from foveate.source import Look, Source
 from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
@@ -117,6 +138,7 @@ def test_a_source_remembers_and_calls_once() -> None:
     assert [len(looks) for looks in source.looked] == [2, 2]
     assert torch.equal(first[0], first[1])
     assert torch.equal(again, first[[2, 0]])
+    assert list(memory) == [other, one]  # what was asked for last is the last to be forgotten
 
 
 def test_pictures_and_what_belongs_to_them_must_agree() -> None:
@@ -125,6 +147,8 @@ def test_pictures_and_what_belongs_to_them_must_agree() -> None:
         Source.unpacked(pixels, torch.tensor([[2, 2]]), norms, lambda views: views)
     with pytest.raises(FoveateError, match="2 original pictures with 1 norms"):
         Source([pixels, pixels], norms, lambda views: views)
+    with pytest.raises(FoveateError, match="2 told regions for 1 original pictures"):
+        Source([pixels], norms, lambda views: views, told=[None, None])
     m = made()
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
     del batch["source_pixels"]
@@ -215,6 +239,137 @@ def test_all_scales_and_pictures_in_step_equal_one_at_a_time(distinct: bool) -> 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+@pytest.mark.parametrize("pixels", ["original", "upsampled"])
+def test_what_windows_are_cut_from(fit: str, pixels: str) -> None:
+    m = made(fit=fit, pixels=pixels, rois=2)
+    image, plan = picture(60, 200), m.model.method.plan(60, 200)
+    source = source_of(image)
+    shown: list[Tensor] = []
+    source.encode = lambda views: (shown.append(views), m.model.encode_views(views))[1]
+    chosen = m.model.connector.chain(torch.randn(1, 16, 32), [plan], None, source)
+    canvas = padded_square(Size(60, 200), 56) if fit == "pad" else squashed(Size(60, 200), TINY.side)
+    assert plan.canvases == (canvas,)
+    window = next(w for w in chosen.windows if (w.scale, w.step) == (0, 0))
+    left, top = 14 * window.column, 14 * window.row
+    look = Look(canvas, Box(left, top, left + 28, top + 28), upsampled=pixels == "upsampled")
+    assert torch.equal(shown[0][0], source.view(0, look, TINY.side))
+    other = source.view(0, look._replace(upsampled=not look.upsampled), TINY.side)
+    assert gap(shown[0][0], other) > 0.1
+
+
+class Points(nn.Module):
+    """A scorer that wants the window at one token; notes what it is guided by."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token, self.guides = token, list[Tensor]()
+
+    def read(self, low: Tensor) -> Tensor:
+        return low
+
+    def forward(self, low: Tensor, guides: Tensor, mask: Tensor) -> Tensor:
+        self.guides.append(guides)
+        return (torch.arange(16) == self.token).float().expand(len(guides), -1)
+
+
+def pointed(**options: Any) -> tuple[CoroiConnector, Chosen]:
+    """A chain of two windows at each of two scales, of one token, whose scorers point at tokens 0, 1 ..."""
+    m = made(**options, scales=[3, 4], rois=2, distinct=False)
+    connector = m.model.connector
+    connector.scorers = nn.ModuleList(Points(n) for n in range(len(connector.scorers)))
+    source = source_of(picture(60, 80))
+    source.encode = m.model.encode_views
+    query = Query(torch.randn(1, 3, 48), torch.ones(1, 3))
+    return connector, connector.chain(torch.randn(1, 16, 32), [m.model.method.plan(60, 80)], query, source)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("scorers", "columns"), [("shared", [0, 0, 0, 0]), ("scale", [0, 0, 1, 1]), ("step", [0, 1, 0, 1])]
+)
+def test_which_scorer_chooses(scorers: str, columns: list[int]) -> None:
+    """Of scale after scale, step after step."""
+    for history in ("last", "none"):  # without movement, a map is used again as long as its scorer is
+        chosen = pointed(scorers=scorers, history=history)[1]
+        assert [window.column for window in chosen.windows] == columns
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reads", ["vision", "projected"])
+def test_which_features_of_a_window_are_read(reads: str) -> None:
+    connector, chosen = pointed(chain_reads=reads, injection_reads=reads)
+    seen = chosen.features[0]
+    projected = connector.projector(seen)
+    joined = seen if reads == "vision" else connector.past(projected)
+    assert gap(connector.scorers[0].guides[1][0, 3:], joined) < CLOSE  # behind three words
+    looks = [Look(squashed(Size(60, 80), TINY.side), Box(n, 0, n + 14, 14)) for n in range(4)]
+    given = connector._injection(chosen, looks, [16]).features[0]
+    assert gap(given, seen if reads == "vision" else projected) < CLOSE
+
+
+def plain_scores(scorer: Scorer, options: dict[str, Any], low: Tensor, guides: Tensor) -> Tensor:
+    """Of one picture, (N, C) and (M, C) -> (N,), by one head."""
+
+    def attended(attention: nn.Module, x: Tensor, source: Tensor) -> Tensor:
+        weights = (attention.query(x) @ attention.key(source).T / x.shape[1] ** 0.5).softmax(1)
+        return attention.out(weights @ attention.value(source))
+
+    before = options.get("scorer_norm") != "after"
+    x = low + scorer.positions if options.get("scorer_positions") else low
+    if options.get("guide_norm"):
+        norm = scorer.guide_norm
+        guides = nn.functional.layer_norm(guides, norm.normalized_shape, norm.weight, norm.bias)
+    if before:
+        read = scorer.self_norm(x)
+        x = x + attended(scorer.self_attention, read, read)
+        x = x + attended(scorer.cross_attention, scorer.cross_norm(x), guides)
+        return scorer.feed_forward[1:](scorer.feed_forward[0](x))[:, 0]
+    x = scorer.self_norm(x + attended(scorer.self_attention, x, x))
+    x = scorer.cross_norm(x + attended(scorer.cross_attention, x, guides))
+    first, _, last = scorer.feed_forward
+    return last(nn.functional.gelu(first(x)))[:, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"scorer_norm": "after"}, {"scorer_positions": True}, {"guide_norm": True}]
+)
+def test_a_scorer_by_plain_means(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    scorer = Scorer(32, 16, CoroiOptions(scorer_heads=1, **options))
+    for parameter in scorer.parameters():  # norms and positions that do something
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    low, guides = torch.randn(16, 32), 3 * torch.randn(5, 32) + 1
+    got = scorer(scorer.read(low[None]), guides[None], torch.ones(1, 5, dtype=torch.bool))[0]
+    assert gap(got, plain_scores(scorer, options, low, guides)) < 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["gumbel", "straight_through"])
+def test_noise_while_it_learns_and_not_when_it_is_asked(gradient: str) -> None:
+    """With Gumbel noise, windows are chosen as often as the softmax says."""
+    connector = made(gradient=gradient, temperature=0.5).model.connector.train()
+    values = torch.tensor([0.0, 0.5, 0.2, -0.3]).view(1, 2, 2).expand(4000, 2, 2)
+    torch.manual_seed(0)
+    often = connector.select(values, None)[0].bincount(minlength=4) / 4000
+    noisy = (values[0].flatten() / 0.5).softmax(0)
+    expected = noisy if gradient == "gumbel" else torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert gap(often, expected) < 0.03
+    assert set(connector.eval().select(values, None)[0].tolist()) == {1}
+
+
+@pytest.mark.parametrize("text", ["question", "prompt"])
+def test_which_text_is_read(text: str) -> None:
+    processor = made(text=text).processor
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    inputs = prepare(processor, [[system, *chat("What is it?", picture(60, 80))]])
+    read = processor.decode(inputs["query_ids"][0][inputs["query_mask"][0].bool()])
+    assert (read == "What is it?") == (text == "question")
+    assert "What is it?" in read
+    assert ("Be brief." in read) == (text == "prompt")
+
+
+@torch.no_grad()
 def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
     for scales in ([2], [2, 3], [2, 3, 4]):
         for count in (1, 3):
@@ -270,6 +425,18 @@ def test_who_is_told_a_region_looks_there_whatever_the_scores_are_used_for(gradi
             view = connector.scorers[0].read(low)
             score = connector.scorers[0](view, *(x[:, 0] for x in connector._words(low, query)))[0, 4]
             assert gap(chosen.gates[0], score.sigmoid()) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_windows_that_show_all_the_nearest_middle_wins_in_any_precision(dtype: torch.dtype) -> None:
+    m = made(scales=[2], rois=1)
+    m.model.to(dtype)
+    source = source_of(picture(112, 112))
+    source.encode, source.told = lambda views: m.model.encode_views(views.to(dtype)), [Box(43, 43, 53, 53)]
+    low, plan = torch.randn(1, 16, 32, dtype=dtype), m.model.method.plan(112, 112)
+    query = Query(torch.randn(1, 3, 48, dtype=dtype), torch.ones(1, 3))
+    assert m.model.connector.chain(low, [plan], query, source).windows[0][3:] == (1, 1)
 
 
 @torch.no_grad()
@@ -411,6 +578,64 @@ def test_what_a_window_changes() -> None:
     assert torch.equal(changed, expected)
 
 
+TURNS: dict[tuple[str, str], list[list[set[int]]]] = {  # per injector its rounds, with the windows they read
+    ("every", "add"): [[{0, 1, 2, 3}]],
+    ("every", "sequence"): [[{0}, {1}, {2}, {3}]],
+    ("in_turn", "add"): [[{0, 2}], [{1, 3}]],
+    ("in_turn", "sequence"): [[{0}, {2}], [{1}, {3}]],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("assignment", "overlap"), TURNS)
+@pytest.mark.parametrize("queries", ["window", "all"])
+def test_which_windows_a_layer_reads_and_which_tokens_read_them(
+    assignment: str, overlap: str, queries: str
+) -> None:
+    options = {"assignment": assignment, "overlap": overlap, "queries": queries}
+    m = made(**options, scales=[2, 4], rois=2, layers=[0, 2])
+    injection = encoded(m.model, prepare(m.processor, [chat("What?", picture(60, 80))])).injection
+    turns = TURNS[assignment, overlap]
+    found = [[{int(n) for g in r.groups for n in g.rows} for r in rounds] for rounds in injection.turns]
+    assert found == turns
+    readers = {g.places.shape[1] for rounds in injection.turns for r in rounds for g in r.groups}
+    assert readers == ({4, 1} if queries == "window" else {16})
+    hidden, visual = torch.randn(1, 20, 48), torch.arange(20)[None] >= 4
+    for k, injector in enumerate(m.model.connector.injectors().values()):
+        expected = hidden
+        for round_ in injection.turns[k % len(turns)]:
+            alone = Regions(injection.features, [[round_]])
+            expected = RoiInjector(m.model.connector.attentions[k], 0)(expected, alone, visual)
+        assert torch.equal(injector(hidden, injection, visual), expected)
+
+
+@pytest.mark.parametrize(("layer_weights", "count"), [("own", 3), ("shared", 1)])
+def test_layers_have_their_own_attention_or_one_for_all(layer_weights: str, count: int) -> None:
+    connector = made(layer_weights=layer_weights).model.connector
+    assert len(connector.injectors()) == 3
+    assert len({id(injector.attention) for injector in connector.injectors().values()}) == count
+    assert len(connector.attentions) == count
+
+
+@pytest.mark.parametrize("llm", ["cpu", "meta"])
+def test_a_layer_may_be_on_another_device_than_the_connector(llm: str) -> None:
+    """With tensors that have no values, and know on which of two devices they are."""
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), torch.no_grad():
+        with torch.device("cpu" if llm == "meta" else "meta"):
+            attention = CrossAttention(8, 12, CoroiOptions())
+            number = torch.zeros(1, 4, dtype=torch.long)
+            group = Group(rows=number[0, :1], places=number, gates=torch.ones(1))
+            regions = Regions(torch.zeros(1, 16, 8), [[Round(torch.arange(4), [group])]])
+        hidden, visual = torch.zeros(1, 20, 12, device=llm), torch.ones(1, 20, dtype=torch.bool)
+        changed = RoiInjector(attention, 0)(hidden, regions, visual)
+        with torch.device(llm):  # as accelerate does, which moves weights and tensors and not what holds them
+            update = CrossAttention(8, 12, CoroiOptions())(
+                torch.zeros(4, 12), regions.turns[0][0], torch.zeros(1, 16, 8)
+            )
+    assert (changed.device, changed.shape) == (torch.device(llm), (1, 20, 12))
+    assert (update.device, update.shape) == (torch.device(llm), (4, 12))
+
+
 @torch.no_grad()
 def test_prefill_only() -> None:
     m = made()
@@ -466,6 +691,33 @@ def test_a_decoder_whose_layers_are_not_found_is_named(monkeypatch: pytest.Monke
     assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
     with pytest.raises(FoveateError, match="GPT2LMHeadModel: its decoder's layers are not found"):
         compose(tiny_vision(), text, "coroi", tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("kind", ["falcon", "bloom"])
+def test_a_decoder_that_cannot_be_told_of_windows_is_refused_at_once(kind: str, chain: bool) -> None:
+    """Not after the stage that leaves the chain alone."""
+    text = CONFIG_MAPPING[kind](**LLM, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
+    with pytest.raises(FoveateError, match="ForCausalLM gives its layers no keyword arguments"):
+        compose(tiny_vision(), text, "coroi", {"chain": chain}, tokenizer=tiny_tokenizer())
+
+
+def test_looking_at_a_decoder_leaves_it_as_it_was() -> None:
+    text = CONFIG_MAPPING["gpt2"](**LLM, n_embd=48, n_layer=4, n_head=4)
+    config = FoveateConfig(vision_config=tiny_vision(), text_config=text, method="coroi")
+    states = []
+    for method in ("llava", "coroi"):
+        config.method = method
+        torch.manual_seed(0)
+        model = FoveateForConditionalGeneration(config)
+        states.append((model.training, all(m.training for m in model.modules())))
+    assert states[0] == states[1] == (True, True)
+    language = model.language_model
+    random = torch.get_rng_state()
+    assert _hands_on_keywords(language, language.transformer.h)
+    assert torch.equal(torch.get_rng_state(), random)  # its dropout drew none
+    assert not language.transformer.h[0]._forward_pre_hooks
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -748,13 +1000,92 @@ def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> No
     assert (first.ledger.views, first.ledger.encoded_views) == (1 + seen, 1 + seen)
     assert (again.ledger.views, again.ledger.encoded_views) == (1 + seen, 0)
     assert again.text == first.text
-    assert again.ledger.tflop < first.ledger.tflop
+    vision = m.pricer.vision(Size(120, 160))
+    saved = (vision.encode + seen * vision.look) / 1e12  # scorer, projector and injection work every time
+    assert first.ledger.tflop - again.ledger.tflop == pytest.approx(saved)
+    prefill, decode, _ = m.pricer.language(again.ledger.prompt_tokens)
+    every_time = vision.connect + vision.inject + prefill + decode * (again.ledger.new_tokens - 1)
+    assert again.ledger.tflop == pytest.approx(every_time / 1e12)
     pixels = first.chains[0].pixels()
     assert pixels.shape == (4, 3, 56, 56)
     drawing = first.show(tmp_path / "seen.png")
     assert drawing.height > 3 * drawing.width / 6  # a row for each scale
     other = m.ask(image, "Where is the smallest of all the things?", max_new_tokens=3)
     assert other.ledger.encoded_views < other.ledger.views
+
+
+def test_an_answer_keeps_its_own_picture_and_nothing_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    plain = Foveate._source
+
+    def noted(self: Foveate, shown: Any) -> Source:
+        source = plain(self, shown)
+        alive.extend(weakref.ref(kept) for kept in (source, source.pictures[1], source.pictures[0]))
+        return source
+
+    monkeypatch.setattr(Foveate, "_source", noted)
+    m = made()
+    image = picture(60, 80)
+    answer = m.ask_all([(image, "What?"), (picture(61, 90), "Where?")], max_new_tokens=2)[0]
+    gc.collect()
+    assert [kept() is None for kept in alive] == [True, True, False]
+    box = answer.chains[0].boxes[0]
+    part = np.asarray(image.crop(box.rounded()).resize((56, 56))) / 255
+    shown = np.asarray(m.processor.image_processor.shown(answer.chains[0].pixels()[0])) / 255
+    assert np.abs(part - shown).mean() < 0.1
+
+
+def test_the_windows_of_the_latest_questions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, image = made(), picture(300, 400)
+    m.model.connector.scorers[0].cross_attention.out.weight.data.mul_(20)
+    first, other = "Why?", "What is written on the large sign in the middle?"
+    chosen = len({*m.ask(image, first, max_new_tokens=1).regions})
+    m.ask(image, other, max_new_tokens=1)
+    monkeypatch.setattr("foveate.ask.REMEMBERED_LOOKS", chosen)
+    assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
+    assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
+    assert m.ask(image, other, max_new_tokens=1).ledger.encoded_views > 0
+
+
+def test_a_further_question_says_whose_windows_it_shows() -> None:
+    image = picture(60, 80)
+    for options, told in (({}, 1), ({"text": "prompt"}, 0), ({"chain": False}, 0)):
+        chat = made(**options).chat(image)
+        answers = [chat.ask(question, max_new_tokens=2) for question in ("What?", "Where?")]
+        assert [len(answer.notes) for answer in answers] == [0, told]
+        if told:
+            assert "belong to the message that showed the picture" in answers[1].notes[0]
+            assert answers[1].regions == answers[0].regions
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 57, 529])
+def test_chains_of_any_length_are_drawn(count: int) -> None:
+    """Every view is seen whole, beside the picture and above the next chain's."""
+    image, view = Image.new("RGB", (80, 60)), Image.new("RGB", (56, 56), (9, 200, 9))
+    boxes = [Box(n % 40, n % 30, n % 40 + 20, n % 30 + 20) for n in range(count)]
+    one, two = (np.asarray(chain_sheet(image, [("2x", boxes, [view] * count)] * chains)) for chains in (1, 2))
+    assert two.shape == (2 * one.shape[0], *one.shape[1:])
+    green = (one == (9, 200, 9)).all(-1)
+    assert not green[:, :330].any()
+    assert not green[-10:].any()
+    corners = green[:-1, :-1] & ~green[1:, :-1] & ~green[:-1, 1:]  # of views, at their right end below
+    assert int(corners[:, 340:].sum()) >= count
+
+
+def test_pricing_takes_windows_that_share_no_token_and_no_more_than_there_are() -> None:
+    for scales, covered in (([2, 3, 4], 576), ([3, 4], 4 * 64 + 4 * 36), ([4], 4 * 36)):
+        connector = Coroi(PAPER, {"scales": scales}).build_connector(Widths(64, 64, 8))
+        cells = set[int]()
+        for step, numbers in enumerate(connector._spread()):
+            for w in connector._windows(step, [numbers]):
+                cells |= set(connector._cells(w.row, w.column, connector.sides[w.scale]).tolist())
+        assert len(cells) == covered
+    m = made(scales=[2], rois=20, distinct=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vision = Pricer(m.model.config).vision(Size(60, 80))
+    assert vision.looks == 9
+    assert vision.inject == Pricer(made(scales=[2], rois=9).model.config).vision(Size(60, 80)).inject
 
 
 def test_a_price_counts_every_look_and_the_injection() -> None:

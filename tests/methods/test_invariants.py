@@ -101,7 +101,8 @@ def test_processor_count_is_model_count(method: str, tiny: Tiny) -> None:
     sizes = [tuple(int(n) for n in 2 ** rng.uniform(0, 10, 2)) for _ in range(40)]
     sizes += [(1, 1), (1, 1000), (1000, 1), (56, 56), (57, 56), (56, 57), (112, 168)]
     for height, width in sizes:
-        inputs = processor(images=picture(height, width), text="<image>", return_tensors="pt")
+        image = picture(height, width)
+        inputs = processor(images=image, text="<image>", queries=["What?"], return_tensors="pt")
         plan = processor.image_processor.plan(height, width)
         of_pictures = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
         visual = model.get_image_features(**of_pictures)

@@ -207,6 +207,29 @@ def test_questions_and_pictures_must_agree_in_number(made: Foveate) -> None:
         made.model(**batch)
     with pytest.raises(FoveateError, match="2 queries for 1 pictures"):
         made.processor(images=picture(9, 9), text="<image>", queries=["a", "b"])
+    with pytest.raises(FoveateError, match="1 queries for 0 pictures"):
+        made.processor(text="Hello.", queries=["a"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["toy", "coroi", "slime"])
+def test_a_picture_without_its_question_is_refused(method: str) -> None:
+    """The model would answer, and be blind to it."""
+    made = fresh(method, **({"gamma": 0.5, "router_text": "question"} if method == "slime" else {}))
+    image, processor = picture(60, 50), made.processor
+    prompt = processor.apply_chat_template(chat("Why?", image)[:1], add_generation_prompt=True)
+    with pytest.raises(
+        FoveateError, match=r"reads the question to each picture: pass queries=\[...\], or call"
+    ):
+        processor(images=image, text=prompt, return_tensors="pt")
+    given = dict(processor(images=image, text=prompt, queries=["Why?"], return_tensors="pt"))
+    expected = prepare(processor, [chat("Why?", image)])
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+    empty = processor(images=image, text=prompt, queries=[""], return_tensors="pt")
+    assert empty["query_ids"].shape == (1, 0)
+    if method != "toy":  # whose connector divides by the number of tokens
+        assert torch.isfinite(made.model(**empty).logits).all()
+    assert "query_ids" not in processor(text="Hello.", return_tensors="pt")
 
 
 # Injection.

@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
@@ -64,7 +65,7 @@ from foveate.methods.base import (
     Widths,
     square_grid,
 )
-from foveate.source import Look, Source
+from foveate.source import Look, Source, view_of
 
 
 @dataclass(frozen=True)
@@ -305,18 +306,23 @@ class CrossAttention(nn.Module):
         queries = self.query(hidden)
         update = torch.zeros_like(hidden)
         for group in round_.groups:
-            read = features[group.rows]  # (R, N, C)
+            read = features[group.rows.to(features.device)]  # (R, N, C)
+            places = group.places.to(hidden.device)
             query, key, value = (
-                split(x, self.heads) for x in (queries[group.places], self.key(read), self.value(read))
+                split(x, self.heads) for x in (queries[places], self.key(read), self.value(read))
             )
             found = joined(F.scaled_dot_product_attention(query, key, value))  # (R, Q, D)
             found = found * group.gates.to(found)[:, None, None]
-            update = update.index_add(0, group.places.flatten(), found.flatten(0, 1).to(update))
+            update = update.index_add(0, places.flatten(), found.flatten(0, 1).to(update))
         return update
 
 
 class RoiInjector(Injector):
-    """Adds what the windows say to low-resolution tokens behind one decoder layer."""
+    """Adds what the windows say to low-resolution tokens behind one decoder layer.
+
+    The layer may be on another device than the connector: the states go to where the windows are, and the
+    update comes back.
+    """
 
     def __init__(self, attention: CrossAttention, turn: int) -> None:
         super().__init__()
@@ -324,10 +330,11 @@ class RoiInjector(Injector):
 
     def forward(self, hidden: Tensor, injection: Regions, visual: Tensor) -> Tensor:
         places = visual.flatten().nonzero()[:, 0].to(hidden.device)  # of all visual tokens in (B T)
-        states = hidden.flatten(0, 1)
+        states, features = hidden.flatten(0, 1), injection.features
         for round_ in injection.turns[self.turn % len(injection.turns)]:
-            here = places[round_.tokens]
-            states = states.index_add(0, here, self.attention(states[here], round_, injection.features))
+            here = places[round_.tokens.to(places.device)]
+            update = self.attention(states[here].to(features.device), round_, features)
+            states = states.index_add(0, here, update.to(states.device))
         return states.view_as(hidden)
 
 
@@ -386,9 +393,11 @@ class CoroiConnector(Connector):
         self.attentions = nn.ModuleList(CrossAttention(read, widths.text, options) for _ in range(count))
 
     def injectors(self) -> Mapping[int, Injector]:
+        # Without a chain they have nothing to inject, but an LLM that cannot take it is refused before the
+        # stage that does.
         shared = self.options.layer_weights == "shared"
         found: dict[int, Injector] = {}
-        for turn, layer in enumerate(self.layers if self.options.chain else []):
+        for turn, layer in enumerate(self.layers):
             attention = self.attentions[0 if shared else turn]
             assert isinstance(attention, CrossAttention)
             found[layer] = RoiInjector(attention, turn)
@@ -439,7 +448,10 @@ class CoroiConnector(Connector):
         features: list[Tensor] = []  # (P, m, N, C) each
         past: list[Tensor] = []  # as the scorers read them
         taken: list[Tensor | None] = [None] * scales
-        aims = [self._aims(s, plans, source.told).to(low) for s in range(scales)] if any(source.told) else []
+        aims: list[Tensor] = []
+        if any(source.told):  # in single precision whatever the model's: of equal windows, 1e-3 decides
+            aims = [self._aims(s, plans, source.told).to(low.device, torch.float32) for s in range(scales)]
+        spread = self._spread() if low.is_meta else []
         sums = None
         for step in range(options.rois):
             if sums is None or past or options.scorers == "step":
@@ -453,7 +465,7 @@ class CoroiConnector(Connector):
             picked = [self.select(mean, taken[s], aims[s] if aims else None) for s, mean in enumerate(means)]
             chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
             gates.append(torch.stack([value for _, value in picked], 1))
-            numbers.append(_listed(chosen, step))
+            numbers.append([spread[step]] * pictures if low.is_meta else chosen.tolist())
             if options.distinct:
                 taken = [self._taken(s, chosen[:, s], taken[s]) for s in range(scales)]
             looks = [(w.picture, self._look(w, plans[w.picture])) for w in self._windows(step, numbers[-1])]
@@ -520,12 +532,32 @@ class CoroiConnector(Connector):
             aims[p] = _shown(rows, side, top, bottom)[:, None] + _shown(columns, side, left, right)
         return torch.from_numpy(aims)
 
+    def _count(self, scale: int) -> int:
+        """How many windows a scale has."""
+        grid, side = self.tower.grid, self.sides[scale]
+        return (grid.height - side + 1) * (grid.width - side + 1)
+
+    def _spread(self) -> list[list[int]]:
+        """Windows for pricing, when scores have no values: their numbers, (n, m).
+
+        All that a scale has, as far as steps go, and each where it covers the most tokens that no other one
+        does, the largest first: the more tokens read a window, the more it costs.
+        """
+        bare = np.ones(self.tower.grid, dtype=int)
+        columns: list[list[int]] = [[] for _ in self.sides]
+        for s in sorted(range(len(self.sides)), key=lambda s: -self.sides[s]):
+            side, chosen = self.sides[s], columns[s]
+            for _ in range(min(self.options.rois, self._count(s))):
+                covers = sliding_window_view(bare, (side, side)).sum((2, 3))
+                covers.flat[chosen] = -1
+                chosen.append(int(covers.argmax()))
+                row, column = divmod(chosen[-1], covers.shape[1])
+                bare[row : row + side, column : column + side] = 0
+        return [[chosen[step % len(chosen)] for chosen in columns] for step in range(self.options.rois)]
+
     def _taken(self, scale: int, chosen: Tensor, before: Tensor | None) -> Tensor:
         """(P, windows) which ones of a scale were chosen."""
-        count = (self.tower.grid.height - self.sides[scale] + 1) * (
-            self.tower.grid.width - self.sides[scale] + 1
-        )
-        now = F.one_hot(chosen, count).bool()
+        now = F.one_hot(chosen, self._count(scale)).bool()
         return now if before is None else now | before
 
     def _windows(self, step: int, numbers: list[list[int]]) -> list[Window]:
@@ -613,16 +645,14 @@ class CoroiConnector(Connector):
         return grid.flatten()
 
     def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
-        """One per scale, for the drawing."""
+        """One per scale, for the drawing. They keep this picture and nothing else of the batch."""
         steps, per_picture = self.options.rois, len(regions)
+        pixels, norms, side = source.pictures[picture], source.norms[picture], self.tower.side
         chains = []
         for s, scale in enumerate(self.options.scales):
             mine = looks[picture * per_picture :][s * steps : (s + 1) * steps]
-
-            def pixels(mine: list[Look] = mine) -> Tensor:
-                return torch.stack([source.view(picture, look, self.tower.side) for look in mine])
-
-            chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], pixels))
+            views = partial(_views, pixels, norms, mine, side)
+            chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], views))
         return chains
 
 
@@ -633,9 +663,9 @@ def _shown(windows: int, side: int, first: float, last: float) -> np.ndarray:
     return both.clip(min=0) - 1e-3 * np.abs(starts + side / 2 - (first + last) / 2)
 
 
-def _listed(chosen: Tensor, step: int) -> list[list[int]]:
-    """(P, m) as lists. Without values, for pricing: a new window in each step, the most that it can cost."""
-    return [[step] * chosen.shape[1]] * len(chosen) if chosen.is_meta else chosen.tolist()
+def _views(pixels: Tensor, norms: Tensor, looks: Sequence[Look], side: Size) -> Tensor:
+    """Parts of one picture as the tower got them, (n, 3, h, w)."""
+    return torch.stack([view_of(pixels, norms, look, side) for look in looks])
 
 
 class Coroi(Method):
