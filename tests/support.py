@@ -31,7 +31,7 @@ def chat(question: str, *images: Any) -> list[dict[str, Any]]:
 def gap(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
-    return float((a.float() - b.float()).abs().max())
+    return float((a.detach().float() - b.detach().float()).abs().max())
 
 
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
             reader=Schedule(steps=2, batch=4, lr=1e-3),
             cell=Schedule(steps=4, batch=4, lr=1e-3),
             tower_scenes=8,
-            scenes=8,
+            scenes=16,
             test_scenes=8,
         )
         monkeypatch.setitem(SCALES, name, short)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import ConvNextModel
 from typer.testing import CliRunner
 
@@ -26,11 +27,13 @@ from foveate.lab.controls import CONTROLS, GivenRegion, controls
 from foveate.lab.conversing import make_student, under
 from foveate.lab.data import view_key
 from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
+from foveate.lab.levels import level_named
 from foveate.lab.packing import IGNORED
 from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import markdown
 from foveate.lab.run import run
 from foveate.lab.scales import SCALES
+from foveate.lab.scenes import make_scene
 from foveate.lab.student import Student
 from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
@@ -527,6 +530,27 @@ def test_parts_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(SCALES, "other", SCALES["nano"])
     with pytest.raises(FoveateError, match="foveate lab prepare --scale other"):
         load_parts("other", tmp_path)
+
+
+def test_scenes_on_a_photograph_of_ones_own(tmp_path: Path) -> None:
+    """The objects are the same, what is behind them is not; each is a picture to ask about."""
+    Image.new("RGB", (120, 100), (0, 0, 255)).save(tmp_path / "blue.png")
+    Image.new("RGB", (120, 80)).save(tmp_path / "small.png")
+    words = ["show", str(tmp_path / "scenes.png"), "--count", "2", "--pictures", str(tmp_path / "apart")]
+    for background in ([], ["--background", str(tmp_path / "blue.png")]):
+        assert CliRunner().invoke(app, [*words, *background], catch_exceptions=False).exit_code == 0
+    level, scale = level_named("easy"), SCALES["tiny"]
+    for i in range(2):
+        scene = make_scene(level, scale.view, scale.magnify, "test", 0, i)
+        with Image.open(tmp_path / "apart" / f"{i}.png") as shown:
+            picture = np.asarray(shown).astype(int)
+        outside = np.ones(picture.shape[:2], dtype=bool)
+        for thing in scene.things:
+            left, top, right, bottom = thing.box.rounded()
+            outside[top - 2 : bottom + 2, left - 2 : right + 2] = False
+        assert picture.shape == scene.picture.shape
+        assert np.median(picture[outside], axis=0)[2] > np.median(picture[outside], axis=0)[0] + 50
+    _refused([*words, "--background", str(tmp_path / "small.png")], "needs 90 x 90 pixels or more")
 
 
 def test_scenes_can_be_looked_at(tmp_path: Path) -> None:

@@ -211,15 +211,32 @@ def show(
     scale: ScaleName = "tiny",
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 6,
+    background: Annotated[
+        Path | None, typer.Option(help="A photograph behind the objects, in place of the lab's.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for each scene as a picture, to ask a model about.")
+    ] = None,
 ) -> None:
     """Draw scenes of a level: as they are, and as the tower's base view shows them."""
     if not out.absolute().parent.is_dir():
         raise FoveateError(f"{out}: there is no folder {out.parent}")
-    from foveate.lab.gallery import gallery
+    import numpy as np
+    from PIL import Image
+
+    from foveate.lab.gallery import gallery, scenes
     from foveate.lab.levels import level_named
     from foveate.lab.scales import scale_named
+    from foveate.pictures import read_picture
 
-    gallery(level_named(level), scale_named(scale), seed, count).save(out)
+    hard, sizes = level_named(level), scale_named(scale)
+    behind = [] if background is None else [np.asarray(read_picture(background))]
+    shown = scenes(hard, sizes, seed, count, behind)
+    gallery(hard, sizes, shown).save(out)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for i, scene in enumerate(shown):
+            Image.fromarray(scene.picture).save(pictures / f"{i}.png")
     Console().print(f"{count} scenes written to {out}")
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw
 
 from foveate.lab.levels import Level
 from foveate.lab.questions import ask_about
 from foveate.lab.scales import Scale
-from foveate.lab.scenes import make_scene
+from foveate.lab.scenes import Scene, make_scene
 
 SIDE = 432  # pixels that a scene is shown at
 LINE = 13  # pixels of a line of text
 
 
-def gallery(level: Level, scale: Scale, seed: int = 0, count: int = 6) -> Image.Image:
-    """A column per test scene: picture with boxes, base view, questions and answers."""
+def scenes(
+    level: Level, scale: Scale, seed: int = 0, count: int = 6, photographs: Sequence[np.ndarray] = ()
+) -> list[Scene]:
+    """Test scenes; with photographs (H, W, 3) of one's own in place of the lab's."""
+    return [make_scene(level, scale.view, scale.magnify, "test", seed, i, photographs) for i in range(count)]
+
+
+def gallery(level: Level, scale: Scale, shown: Sequence[Scene]) -> Image.Image:
+    """A column per scene: picture with boxes, base view, questions and answers."""
     columns = []
-    for i in range(count):
-        scene = make_scene(level, scale.view, scale.magnify, "test", seed, i)
+    for i, scene in enumerate(shown):
         asked = ask_about(scene, level.questions, np.random.default_rng(i))
         column = Image.new("RGB", (SIDE, 2 * SIDE + LINE * (sum(level.questions.values()) + 1)), "white")
         picture = Image.fromarray(scene.picture)
@@ -34,7 +42,7 @@ def gallery(level: Level, scale: Scale, seed: int = 0, count: int = 6) -> Image.
         for line, question in enumerate(asked):
             draw.text((4, 2 * SIDE + LINE * line), f"{question.text}  {question.answer}", fill="black")
         columns.append(column)
-    whole = Image.new("RGB", (count * (SIDE + 4), columns[0].height), "white")
+    whole = Image.new("RGB", (len(columns) * (SIDE + 4), columns[0].height), "white")
     for i, column in enumerate(columns):
         whole.paste(column, (i * (SIDE + 4), 0))
     return whole

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
+from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Materials, Split, materials
@@ -21,6 +23,7 @@ NOISE = 6.0  # standard deviation of the pixel noise, of 255
 GAP = 3  # pixels between objects
 CELL_MARGIN = 1 / 24  # of the side: no object's centre is nearer to a border between cells
 PLACING_TRIES = 80
+LEAST_BACKGROUND = 90  # side of the part of a photograph that is behind the objects
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,15 @@ class Scene:
         return CELLS[3 * row + column]
 
 
-def make_scene(level: Level, view: int, magnify: float, split: Split, seed: int, index: int) -> Scene:
+def make_scene(
+    level: Level,
+    view: int,
+    magnify: float,
+    split: Split,
+    seed: int,
+    index: int,
+    photographs: Sequence[np.ndarray] = (),
+) -> Scene:
     """Scene number `index`; the same arguments give the same scene.
 
     Args:
@@ -48,9 +59,16 @@ def make_scene(level: Level, view: int, magnify: float, split: Split, seed: int,
         split: whose photographs, digits and words are used.
         seed: of the whole set.
         index: within the set.
+        photographs: (H, W, 3) bytes each, in place of the split's.
+
+    Raises `FoveateError` for photographs that are too small.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    drawer = _Drawer(rng, materials(split), level, view * level.ratio, magnify)
+    rng, stock = np.random.default_rng([seed, SPLITS.index(split), index]), materials(split)
+    if photographs:
+        if min(min(photograph.shape[:2]) for photograph in photographs) < LEAST_BACKGROUND:
+            raise FoveateError(f"a background needs {LEAST_BACKGROUND} x {LEAST_BACKGROUND} pixels or more")
+        stock = replace(stock, photographs=tuple(photographs))
+    drawer = _Drawer(rng, stock, level, view * level.ratio, magnify)
     return drawer.scene()
 
 
@@ -87,7 +105,7 @@ class _Drawer:
         rng = self.rng
         photograph = self.stock.photographs[rng.integers(len(self.stock.photographs))]
         height, width = photograph.shape[:2]
-        side = int(rng.integers(90, min(height, width) + 1))
+        side = int(rng.integers(LEAST_BACKGROUND, min(height, width) + 1))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
         crop = photograph[top : top + side, left : left + side]
         if rng.random() < 0.5:
