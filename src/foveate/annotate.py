@@ -60,7 +60,7 @@ class Settings:
         fingerprint: of the data's text; pictures are known by name.
         images: name of the folder that picture paths start from; None: the data file's own.
         model: name of the model.
-        weights: of its configuration and weights, as `weights_of` makes it.
+        weights: fingerprint of its weights, by `weights_of`.
         dtype: of its weights.
         rule: how relevance becomes a region.
         batch: questions at once.
