@@ -31,12 +31,14 @@ from foveate.annotate import (
     quality,
     run,
     square,
+    weights_of,
 )
 from foveate.data.questions import Question, open_source, questions
 from foveate.data.regions import Regions
 from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
+from foveate.pictures import read_picture
 from foveate.relevance import RegionRule
 from foveate.tiny import tiny_model
 from foveate.vlm import VLM
@@ -455,7 +457,7 @@ def test_datasets_without_the_columns(tmp_path: Path) -> None:
     datasets.DatasetDict({"val": datasets.Dataset.from_dict(rows(1))}).save_to_disk(tmp_path / "other")
     with pytest.raises(FoveateError, match="has no split 'train': choose one of val"):
         open_source(tmp_path / "other")
-    with pytest.raises(FoveateError, match="cannot be read as a dataset"):
+    with pytest.raises(FoveateError, match=r"cannot be read as a dataset"):
         open_source(tmp_path)
 
 
@@ -473,6 +475,64 @@ def test_messages_of_parts(tmp_path: Path, extra: dict[str, Any]) -> None:
     assert left_out == 0
 
 
+def test_rows_with_several_pictures_are_left_out(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [[picture(8, 9, seed=i) for i in range(n)] for n in (2, 1, 0)]
+    features = datasets.Features({"images": [datasets.Image()], "question": datasets.Value("string")})
+    table = {"images": images, "question": ["What?"] * 3}
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
+    source = open_source(tmp_path / "set")
+    asked_of, left_out = questions(source)
+    assert [q.record for q in asked_of] == [1] and left_out == 2
+    assert read_picture(source.picture(1)).size == (9, 8)
+
+
+def test_rows_whose_texts_show_other_pictures_are_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    features = datasets.Features(
+        {
+            "images": [datasets.Image()],
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+        }
+    )
+    table = {"images": [[picture(8, 9), picture(9, 8)]], "conversations": [turns]}
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(FoveateError, match="record 0: 1 <image> in its texts for 2 pictures"):
+        questions(open_source(tmp_path / "set"))
+
+
+def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"image": [], "question": []}, features=features)
+    empty.save_to_disk(tmp_path / "set")
+    with pytest.raises(FoveateError, match=r"cannot be read as a dataset|no record of the data"):
+        questions(open_source(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("check", [0, 1, 5, 6, 500])
+def test_as_many_are_checked_as_were_asked_for(tmp_path: Path, data: Path, vlm: VLM, check: int) -> None:
+    source = open_source(data)
+    report = run(
+        settings(source, check=check), Annotator(vlm, source, RegionRule()), tmp_path / f"{check}.jsonl"
+    )
+    assert report["checked"] == min(check, report["regions"])
+
+
+def test_every_weight_counts_in_the_fingerprint() -> None:
+    model = tiny_model("llava").model
+    before = weights_of(model)
+    assert weights_of(tiny_model("llava").model) == before
+    for weight in (model.get_input_embeddings().weight, model.connector.projector[0].weight):
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1
+        assert weights_of(model) != before
+        with torch.no_grad():
+            weight.view(-1)[-1] -= 1
+    assert weights_of(model.half()) != before
+
+
 def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> None:
     """Broken bytes and no picture in a dataset, a picture that the processor refuses, half a character."""
     datasets = pytest.importorskip("datasets")
@@ -484,8 +544,8 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
     qwen, source = VLMS["qwen3_vl"](), open_source(tmp_path / "set")
     report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "a.jsonl")
-    assert (report["regions"], report["problems"]) == (1, 2)
-    assert "cannot be read" in report["first_problems"][0] and "no picture" in report["first_problems"][1]
+    assert (report["regions"], report["problems"], report["records_without_one_picture"]) == (1, 1, 1)
+    assert "cannot be read" in report["first_problems"][0]
 
     picture(2, 500).save(tmp_path / "thin.png")
     turns = [{"from": "human", "value": "<image>\nWhat?\ud83d"}, {"from": "gpt", "value": "That."}]
@@ -503,6 +563,7 @@ def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, dat
     annotator = Annotator(VLM(made.model, made.processor), source, RegionRule())
     with pytest.raises(FoveateError, match="SliME does not say where its visual tokens look"):
         run(settings(source), annotator, tmp_path / "a.jsonl")
+    assert not list(tmp_path.glob("a.*"))  # the file is free for another model
 
 
 def test_malformed_lines_of_a_file_of_regions(tmp_path: Path) -> None:

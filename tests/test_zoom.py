@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 import foveate
 from foveate.errors import FoveateError
@@ -319,6 +319,27 @@ def test_wrong_boxes_are_refused(box: Any) -> None:
         zoom("llava").ask(picture(60, 90), "What?", box=box)
 
 
+@pytest.mark.parametrize("box", ["abcd", 5, (None,) * 4], ids=str)
+def test_boxes_that_are_no_numbers_are_refused(box: Any) -> None:
+    with pytest.raises(FoveateError, match="give left, top, right, bottom"):
+        zoom("llava").ask(picture(60, 90), "What?", box=box)
+
+
+def test_a_proposer_that_proposes_nothing_of_the_kind_is_named() -> None:
+    with pytest.raises(FoveateError, match="returns a Proposal, not tuple"):
+        zoom("llava", lambda vlm, image, question: (0, 0, 5, 5)).ask(picture(60, 90), "What?")
+
+
+def test_what_generate_returns_is_not_the_callers_to_say() -> None:
+    ask = zoom("llava").ask
+    image, more = picture(60, 90), {"return_dict_in_generate": False, "output_logits": False}
+    plain = ask(image, "What?", no_zoom=True, max_new_tokens=3)
+    assert ask(image, "What?", no_zoom=True, max_new_tokens=3, **more).text == plain.text
+    several = GenerationConfig(num_return_sequences=2, num_beams=2)
+    with pytest.raises(FoveateError, match="num_return_sequences"):
+        ask(image, "What?", no_zoom=True, max_new_tokens=3, generation_config=several)
+
+
 def test_wrong_input_is_refused() -> None:
     llava = vlm("llava")
     with pytest.raises(FoveateError, match="unknown region proposer 'eyes': choose answer or relevance"):
@@ -349,6 +370,9 @@ def test_drawing(tmp_path: Path) -> None:
         assert written.size == drawing.size
     red = np.asarray(drawing)[..., 0].astype(int) - np.asarray(drawing)[..., 1]
     assert (red[:450, :650] > 100).any(), "no region is drawn on the picture"
+    long = zoom("llava").ask(picture(60, 900), "What?", box=(0, 10, 900, 40), max_new_tokens=3)
+    white = (np.asarray(long.show())[100:200, 700:] == np.asarray(long.show())[-1, -1]).all(-1)
+    assert white.mean() > 0.9, "a crop of 30 : 1 is drawn as one"
     unzoomed = zoom("llava").ask(picture(60, 90), "What?", no_zoom=True, max_new_tokens=3)
     assert unzoomed.show().width > 600
     with pytest.raises(FoveateError, match="pictures are written as"):

@@ -31,6 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image, ImageStat
 from rich.console import Console
@@ -48,6 +49,7 @@ from foveate.vlm import VLM, message
 
 ANSWER_TOKENS = 16  # of the answers that are compared
 WHOLE = 0.95  # a box of at least this part of the picture is counted as the whole picture
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> as wide
 NAMED = 20  # so many questions without a region are named in the report
 
 
@@ -104,11 +106,12 @@ class Settings:
 
 
 def weights_of(model: nn.Module) -> str:
-    """A fingerprint of a model: names, shapes and the first values of all its weights."""
+    """A fingerprint of a model: names, shapes and the sum of the bits of all its weights."""
     digest = blake2b(digest_size=8)
     for name, weight in model.state_dict().items():
-        first = weight.detach().flatten()[:16].double().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}".encode())
+        bits = weight.detach().contiguous().view(WORDS[weight.element_size()])
+        total = int(bits.sum(dtype=torch.int64))  # the same in any order, on any device
+        digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
     return digest.hexdigest()
 
 
@@ -126,6 +129,10 @@ class Annotator:
         self.vlm, self.source = vlm, source
         self.highlight = Highlighter(vlm, rule, detect)
 
+    def check(self) -> None:
+        """Raises `FoveateError` where no question at all can be annotated, whatever the data."""
+        self.highlight([Image.new("RGB", (64, 64))], ["What is this?"])
+
     def pictures(self, batch: Sequence[Question]) -> list[Image.Image | str]:
         """Each question's picture, or why it cannot be read."""
         read: list[Image.Image | str] = []
@@ -140,15 +147,11 @@ class Annotator:
     def annotate(
         self, batch: Sequence[Question], pictures: Sequence[Image.Image | str], checked: Sequence[bool]
     ) -> list[dict[str, Any]]:
-        """One record per question: its box, or the problem; if checked, with the answers compared.
-
-        Raises `FoveateError` where no question at all can be annotated, whatever the data.
-        """
+        """One record per question: its box, or the problem; if checked, with the answers compared."""
         try:
             return self._annotate(batch, pictures, checked)
         except FoveateError as error:
             if len(batch) == 1:
-                self.highlight([Image.new("RGB", (64, 64))], ["What is this?"])
                 return [_record(batch[0], str(error))]
         alone = [slice(i, i + 1) for i in range(len(batch))]
         return [self.annotate(batch[one], pictures[one], checked[one])[0] for one in alone]
@@ -277,7 +280,6 @@ def processes() -> Processes:
         return Alone()
     if find_spec("accelerate") is None:
         raise FoveateError("several processes need the package accelerate: pip install 'foveate[annotate]'")
-    import torch
     from accelerate import PartialState
 
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -312,7 +314,9 @@ def run(
         return report
     asked, left_out = questions(annotator.source, settings.about)
     batches = [asked[i : i + settings.batch] for i in range(0, len(asked), settings.batch)]
-    every = max(1, -(-len(asked) // settings.check)) if settings.check else 0
+    check = min(settings.check, len(asked))
+    compared = {i * len(asked) // check for i in range(check)}
+    annotator.check()
     with _begun(settings, paths) if first else nullcontext():
         workers.wait_for_everyone()
         done = _done(paths.parts)
@@ -331,7 +335,7 @@ def run(
                 if place + 1 < len(mine):
                     loading = ahead.submit(annotator.pictures, batches[mine[place + 1]])
                 at = n * settings.batch
-                checked = [every > 0 and (at + i) % every == 0 for i in range(len(batches[n]))]
+                checked = [at + i in compared for i in range(len(batches[n]))]
                 records = annotator.annotate(batches[n], pictures, checked)
                 line = json.dumps({"batch": n, "records": records}, ensure_ascii=False) + "\n"
                 file.write(line.encode("utf-8", "surrogatepass"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -267,7 +268,7 @@ class Foveate:
         return self.ask_all([(picture, question)], max_new_tokens=max_new_tokens, **generation)[0]
 
     def ask_all(
-        self, questions: Sequence[tuple[Picture, str]], *, max_new_tokens: int = 256, **generation: Any
+        self, questions: Iterable[tuple[Picture, str]], *, max_new_tokens: int = 256, **generation: Any
     ) -> list[Answer]:
         """Asks several questions at once, each about a picture of its own, in one batch.
 
@@ -279,6 +280,7 @@ class Foveate:
         Raises:
             FoveateError: as for `ask`; no question; a streamer for more than one.
         """
+        questions = list(questions)
         if not questions:
             raise FoveateError("there is no question: give pairs of a picture and a question")
         if len(questions) > 1 and generation.get("streamer") is not None:
@@ -605,7 +607,12 @@ def converse(
         questions: one for each chat.
         context: what the chats' last turn left.
         generation: arguments of transformers' `generate`.
+
+    Raises:
+        FoveateError: what is no question, answers of no token.
     """
+    if generation.get("max_new_tokens", 1) < 1:
+        raise FoveateError(f"max_new_tokens must be at least 1, it is {generation['max_new_tokens']}")
     for chat, question in zip(chats, questions, strict=True):
         chat.check(question)
     talks = [chat.talk() for chat in chats]
@@ -623,7 +630,8 @@ def converse(
         )
         live = list(asked)
         for row, reply in zip(live, replies, strict=True):
-            talks[row].messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+            said = reply.replace(foveate.processor.image_token, "")  # in a reply it stands for no picture
+            talks[row].messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
             try:
                 asked[row] = turns[row].send(reply)
             except StopIteration as stop:
@@ -662,6 +670,10 @@ def _bounded(generation: Mapping[str, Any], turns: Sequence[Turn]) -> dict[str, 
         arguments.pop("max_length", None)
     if all(turn.inner for turn in turns):
         arguments = {name: value for name, value in arguments.items() if name not in OF_ANSWERS}
+        if "generation_config" in arguments:
+            config = copy.deepcopy(arguments["generation_config"])
+            config.update(**dict.fromkeys(OF_ANSWERS))
+            arguments["generation_config"] = config
     return arguments
 
 

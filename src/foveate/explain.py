@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from foveate.geometry import Box, View, ViewPlan
 
@@ -172,10 +172,12 @@ def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int
     draw = ImageDraw.Draw(sheet)
     for i, (view, role) in enumerate(zip(views, roles, strict=True)):
         x, y = (i % columns) * (side + GAP), (i // columns) * (side + LINE + GAP)
-        sheet.paste(
-            view.resize((side, side), Image.Resampling.NEAREST if view.width < side else None), (x, y)
+        resample = Image.Resampling.NEAREST if max(view.size) < side else Image.Resampling.BICUBIC
+        shown = ImageOps.contain(view, (side, side), resample)
+        sheet.paste(shown, (x, y))
+        draw.rectangle(
+            (x, y, x + shown.width - 1, y + shown.height - 1), outline=COLOURS[i % len(COLOURS)], width=2
         )
-        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=COLOURS[i % len(COLOURS)], width=2)
         text = f"{i + 1}  {role}  {view.width} x {view.height}"
         draw.text((x, y + side + 2), text, FAINT, font=_font(14 if side > 150 else 10))
     return sheet

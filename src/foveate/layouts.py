@@ -63,6 +63,10 @@ FAMILY_KEYS: dict[str, dict[str, str]] = {
         r"^lm_head\.": "language_model.lm_head.",
     },
 }
+HF_PROJECTOR = {  # the two linear layers of transformers' LLaVA classes
+    r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
+    r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
+}
 PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # `mm_projector_type` of original checkpoints -> linear layers
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
 

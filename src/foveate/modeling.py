@@ -164,6 +164,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 

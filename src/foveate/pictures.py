@@ -58,7 +58,7 @@ def read_picture(picture: Picture | Any) -> Image.Image:
 
 
 def read_size(path: str | os.PathLike[str]) -> Size:
-    """Height and width of a picture's file as it is shown, without reading its pixels."""
+    """Height and width of a picture's file as it is shown; of most formats without reading the pixels."""
     path = Path(path)
     if not path.is_file():
         raise FoveateError(
@@ -66,6 +66,8 @@ def read_size(path: str | os.PathLike[str]) -> Size:
         )
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF":  # Pillow turns these itself, in part before they are loaded
+                image.load()
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             width, height = image.size
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -15,6 +15,8 @@ from foveate.errors import FoveateError
 from foveate.geometry import Size
 
 Messages = list[dict[str, Any]]
+PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # what confidence is read from
+ONE_ANSWER = "num_return_sequences: one answer to each question is what can be told apart"
 
 
 class Said(NamedTuple):
@@ -140,16 +142,16 @@ class VLM:
         if max_new_tokens < 1:
             raise FoveateError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
         if generation.get("num_return_sequences", 1) != 1:
-            raise FoveateError("num_return_sequences: one answer to each question is what can be told apart")
+            raise FoveateError(ONE_ANSWER)
         inputs = self.inputs(conversations)
         padding = self.processor.tokenizer.pad_token_id
         output = self.model.generate(
             **inputs,
-            **{"do_sample": False, "pad_token_id": padding, **generation},
+            **{"do_sample": False, "pad_token_id": padding, **generation, **PER_TOKEN},
             max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            output_logits=True,
         )
+        if len(output.sequences) != len(conversations):
+            raise FoveateError(ONE_ANSWER)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
         beams = output.get("beam_indices")  # (B, T) rows of the logits, -1 behind the end
         if beams is None:

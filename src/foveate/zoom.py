@@ -152,7 +152,11 @@ class Given:
     box: tuple[float, float, float, float] | Box
 
     def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
-        reading = checked_box([float(n) for n in self.box], Size(picture.height, picture.width))
+        try:
+            values = [float(n) for n in self.box]
+        except (TypeError, ValueError):
+            raise FoveateError(f"box {self.box!r}: give left, top, right, bottom in pixels") from None
+        reading = checked_box(values, Size(picture.height, picture.width))
         return Proposal(reading.box, reading.problem)
 
 
@@ -302,6 +306,8 @@ class Zoom:
         area, seen = Box(0, 0, *picture.size), picture
         for _ in range(turns):
             proposal = propose(self.vlm, seen, question)
+            if not isinstance(proposal, Proposal):
+                raise FoveateError(f"a proposer returns a Proposal, not {type(proposal).__name__}")
             region = None
             if proposal.box is not None:
                 shown = Size(seen.height, seen.width)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.pictures import read_picture
+from foveate.pictures import read_picture, read_size
 from foveate.processing import FoveateImageProcessor
 from foveate.tiny import tiny_model
 from tests.support import picture
@@ -94,6 +94,10 @@ def test_every_exif_orientation(orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(steps).save(tmp_path / "it.png", exif=exif)
+    for name in ("it.tif", "it.jpg"):
+        Image.fromarray(steps).save(tmp_path / name, exif=exif)
+        shown = read_picture(tmp_path / name)
+        assert read_size(tmp_path / name) == (shown.height, shown.width)
     upright = read_picture(tmp_path / "it.png")
     assert upright.size == ((8, 16) if orientation > 4 else (16, 8))
     corners = np.asarray(upright)[[0, 0, -1, -1], [0, -1, 0, -1], 0].reshape(2, 2)

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers import ConvNextModel
 from typer.testing import CliRunner
 
-from foveate.ask import load
+from foveate.ask import Chat, Foveate, load
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
 from foveate.lab import data as stores
@@ -337,19 +338,41 @@ def test_a_method_that_asks_twice_is_measured_in_conversations(bench: Bench, tmp
     assert bench.parts.reader.config.vocab_size == len(bench.parts.tokenizer)  # others start from it, too
 
 
+def test_the_whole_picture_for_want_of_a_box_is_no_find(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_student(cell("chain_of_spot"), bench)
+    for reply, found in (("no idea", 0), ("[[0, 0, 1000, 1000]]", 1)):
+
+        def says(self: Foveate, talks: Any, *args: Any, said: str = reply, **more: Any) -> list[str]:
+            return [said] * len(talks)
+
+        monkeypatch.setattr(Foveate, "say", says)
+        monkeypatch.setattr(Chat, "answer", answered)
+        graded = student.grade(bench.test, range(2))
+        assert {len(g.regions or []) for g in graded} == {found}
+
+
+def answered(self: Chat, question: str, talk: Any, end: Any, crops: Any) -> SimpleNamespace:
+    ledger = SimpleNamespace(visual_tokens=0)
+    return SimpleNamespace(text=end.text, ledger=ledger, notes=end.notes, regions=end.regions)
+
+
+@pytest.mark.parametrize("others", ["drop", "append"])
 @pytest.mark.parametrize(("spoilt", "right"), [(None, True), ("box", True), ("answer", False)])
 def test_a_conversation_that_is_told_the_region_is_measured_on_its_answer(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, spoilt: str | None, right: bool
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, spoilt: str | None, right: bool, others: str
 ) -> None:
     """By a model that says the lessons word for word, but for one token."""
-    student = make_student(replace(cell("chain_of_spot"), told=True), bench)
+    student = make_student(replace(cell("chain_of_spot", others=others), told=True), bench)
 
     def says(labels: torch.Tensor, **batch: torch.Tensor) -> SimpleNamespace:
         said = labels[:, 1:].clamp(min=0)
         for row, learnt in enumerate(labels[:, 1:] != IGNORED):
             places = learnt.nonzero()[:, 0]
+            answer = places[1:][places.diff() > 1][0]  # behind the box
             if spoilt is not None:
-                said[row, places[0 if spoilt == "box" else -2]] += 1
+                said[row, places[0] if spoilt == "box" else answer] += 1
         return SimpleNamespace(logits=F.pad(F.one_hot(said), (0, 0, 0, 1)))
 
     monkeypatch.setattr(student.model, "forward", says)

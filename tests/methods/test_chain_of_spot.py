@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
 from foveate.cost import Pricer, reference_config
@@ -29,6 +29,7 @@ from tests.conftest import ROOT
 from tests.methods.conftest import fresh
 from tests.support import picture
 from tests.train.support import stage, write_recipe
+from tests.vlms import VLMS
 
 RELEASED = {"wording": "released", "box_format": "unit_xyxy", "crop": "padded"}
 BOX = "[0.1, 0.5, 0.25, 0.75]"  # left, right, top, bottom of the padded square
@@ -115,6 +116,8 @@ def test_other_box_formats(name: str) -> None:
         ({"extend": -1.0}, "extend"),
         ({"parser": "authors"}, "belongs to crop: padded"),
         ({"region_tokens": 0}, "region_tokens"),
+        ({**RELEASED, "parser": "authors", "extend": 0.1}, "extend must be 0"),
+        ({"suffix": "See <image>."}, "suffix"),
         ({"wording": "ours"}, "paper, released"),
     ],
 )
@@ -247,8 +250,10 @@ def test_what_is_asked_of_the_answer_is_not_asked_of_the_region(
     made.ask(image, "What is it?", max_new_tokens=2, prefix_allowed_tokens_fn=lambda row, ids: first)
     made.ask(image, "What is it?", max_new_tokens=80, min_new_tokens=70)
     seen = {token for token in made.processor.tokenizer.encode(said[0], add_special_tokens=False)}
+    ends, reads = {"stop_strings": [said[0][2]]}, {"tokenizer": made.processor.tokenizer}
     for form in (
-        {"stop_strings": [said[0][2]], "tokenizer": made.processor.tokenizer},
+        {**ends, **reads},
+        {"generation_config": GenerationConfig(**ends, bad_words_ids=[[token] for token in seen]), **reads},
         {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(1)])},
         {"no_repeat_ngram_size": 1},
         {"repetition_penalty": 50.0},
@@ -258,8 +263,25 @@ def test_what_is_asked_of_the_answer_is_not_asked_of_the_region(
         {"sequence_bias": [[[token], -100.0] for token in seen]},
     ):
         made.ask(image, "What is it?", max_new_tokens=2, **form)
-    assert len(said[0]) > 10 and said == said[:1] * 12
+    assert len(said[0]) > 10 and said == said[:1] * 13
     assert len(made.processor.tokenizer.encode(one.text, add_special_tokens=False)) <= 1
+
+
+@pytest.mark.parametrize("reply", ["see <image>", "<image> [0.1, 0.5, 0.2, 0.8]"])
+def test_a_reply_that_names_the_mark_of_pictures_shows_none(
+    made: Foveate, monkeypatch: pytest.MonkeyPatch, reply: str
+) -> None:
+    say, said = Foveate.say, iter([[reply, "[0.1, 0.5, 0.2, 0.8]"], ["a dog", "a cat"]])
+
+    def says(*args: Any, **more: Any) -> list[str]:
+        say(*args, **more)
+        return next(said)
+
+    monkeypatch.setattr(Foveate, "say", says)
+    pairs = [(picture(60, 90, seed=i), "What is it?") for i in range(2)]
+    spotted, other = made.ask_all(pairs, max_new_tokens=3)
+    assert len(spotted.crops) == len(other.crops) == 1
+    assert bool(spotted.notes) == ("[" not in reply) and not other.notes
 
 
 def test_follow_up_questions(boxed: Foveate) -> None:
@@ -304,6 +326,16 @@ def test_a_llava_model_asks_in_two_turns(tmp_path: Path) -> None:
     assert load(tmp_path / "llava", device="cpu").model.config.method == "llava"
     with pytest.raises(FoveateError, match="adapter"):
         load(tmp_path / "llava", method="slime", device="cpu")
+
+
+def test_transformers_llava_asks_in_two_turns(tmp_path: Path) -> None:
+    theirs = VLMS["llava"]()
+    theirs.model.save_pretrained(tmp_path)
+    theirs.processor.save_pretrained(tmp_path)
+    named = load(tmp_path, method="chain_of_spot", device="cpu")
+    assert isinstance(named.model.method, ChainOfSpot)
+    assert len(named.ask(picture(40, 60), "What is it?", max_new_tokens=3).crops) == 1
+    assert load(tmp_path, device="cpu").model.config.method == "llava"
 
 
 def test_price() -> None:
@@ -411,6 +443,56 @@ def test_other_questions_may_be_appended(tmp_path: Path) -> None:
     assert all(f"answer 0{k}</s>" in text for k in range(3))
     assert text.count("Now answer the following questions based on the raw image: ") == 1
     assert made.measure(0)[0] == len(made[0]["input_ids"])
+
+
+def conversation() -> list[dict[str, Any]]:
+    asked = [{"type": "image", "image": ""}, {"type": "text", "text": "What?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}
+    return [{"role": "user", "content": asked}, answer]
+
+
+def test_lessons_show_what_asking_shows() -> None:
+    """Extension and least side work alike in both, whatever the crop is cut from."""
+    image, box = picture(100, 200), Box(40, 20, 80, 60)
+    for options in ({}, {"extend": 0.5}, {"least_side": 60}):
+        for crop in ("original", "padded"):
+            made = method(crop=crop, box_format="unit_xyxy", **options)
+            (lesson,) = made.lessons(conversation(), lambda: Size(100, 200), {0: box})
+            cut = lesson[2]["content"][1]["image"]
+            (_, second), _ = told(
+                lesson[1]["content"][0]["text"], image, crop=crop, box_format="unit_xyxy", **options
+            )
+            shown = cut.make(image)
+            assert Size(shown.height, shown.width) == cut.size
+            assert np.array_equal(np.asarray(shown), np.asarray(second.pictures[0]))
+
+
+@pytest.mark.parametrize("form", ["unit_xxyy", "unit_xyxy", "internvl", "qwen2_5_vl"])
+def test_boxes_are_taught_that_can_be_read(form: str) -> None:
+    """A pixel of a huge picture is less than three decimals can tell."""
+    for crop in ("original", "padded"):
+        made = method(box_format=form, crop=crop)
+        for box in (Box(100, 600, 101, 602), Box(3999, 0, 4000, 3000), Box(0, 2999.5, 4000, 3000)):
+            (lesson,) = made.lessons(conversation(), lambda: Size(3000, 4000), {0: box})
+            found = made.region(lesson[1]["content"][0]["text"], Size(3000, 4000)).box
+            assert found is not None and Box(*found.rounded()).contains(Box(*box.rounded()))
+
+
+def test_parts_of_a_text_are_told_apart() -> None:
+    messages = conversation()
+    messages[0]["content"].insert(0, {"type": "text", "text": "Look at this:"})
+    (lesson,) = method().lessons(messages, lambda: Size(60, 100), {0: Box(0, 0, 30, 30)})
+    assert "question: Look at this: What?," in lesson[0]["content"][-1]["text"]
+
+
+def test_questions_without_an_answer_are_not_counted_as_learnt(tmp_path: Path) -> None:
+    path = data(tmp_path)
+    records = json.loads(path.read_text())
+    records[0]["conversations"].pop()
+    path.write_text(json.dumps(records))
+    processor, regions = fresh("chain_of_spot").processor, Regions(squares(tmp_path, ALL))
+    made = Samples([read_conversations(path)], np.array([[0, 0]]), processor, [regions])
+    assert made.measure(0)[1] == ["record 0, question 2: it has 2 answered ones, counted from 0"]
 
 
 def test_samples_without_a_region_are_left_out_and_named(tmp_path: Path) -> None:
@@ -527,7 +609,7 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
     shown = out.getvalue()
     assert "7 regions in" in shown and "4 malformed entries left out: 'bad': the key" in shown
     assert "record 3, question 1: the box lies outside the picture; there is no record 99" in shown
-    assert "record 0, question 7: it has 3, counted from 0" in shown
+    assert "record 0, question 7: it has 3 answered ones, counted from 0" in shown
     assert "5 samples of up to" in shown and "1 left out because no region of theirs is known" in shown
     again = load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(again.model.method, ChainOfSpot)

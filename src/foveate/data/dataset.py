@@ -121,14 +121,14 @@ def _problems(
     messages: Sequence[Mapping[str, Any]], size: Callable[[], Size], known: Mapping[int | None, Box]
 ) -> list[str]:
     """What is wrong with the regions of a conversation's questions."""
-    asked, found = sum(message["role"] == "user" for message in messages), []
+    answered, found = sum(message["role"] == "assistant" for message in messages), []
     if known and (shown := len(_pictures(messages))) != 1:
         return [f"it shows {shown} pictures"] * len(known)
     for number, box in known.items():
         where = "the picture alone" if number is None else f"question {number}"
         problem = checked_box([float(n) for n in box], size()).problem
-        if number is not None and number >= asked:
-            found.append(f"{where}: it has {asked}, counted from 0")
+        if number is not None and number >= answered:
+            found.append(f"{where}: it has {answered} answered ones, counted from 0")
         elif problem is not None:
             found.append(f"{where}: {problem}")
     return found

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from foveate.chat import IMAGE_TOKEN
 from foveate.data.formats import read_conversations, to_messages
 from foveate.errors import FoveateError
 
@@ -83,11 +82,12 @@ class DatasetSource:
         if find_spec("datasets") is None:
             raise FoveateError("Hugging Face datasets need a package: pip install 'foveate[annotate]'")
         import datasets
+        import pyarrow as pa
 
         try:
             saved = Path(name).is_dir()
             found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:  # the last: one without rows
             raise FoveateError(f"{name} cannot be read as a dataset: {str(error).splitlines()[0]}") from error
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
@@ -103,6 +103,9 @@ class DatasetSource:
             )
         self.asked, self.images = asked, images or Path()
         self.rows, self.texts = found, found.remove_columns(self.pictures)
+        self.cells = found.select_columns([self.pictures]).with_format("arrow")
+        kind = found.features.arrow_schema.field(self.pictures).type
+        self.several = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         self.fingerprint = str(found._fingerprint)
 
     def __len__(self) -> int:
@@ -114,21 +117,26 @@ class DatasetSource:
         if self.asked == "question":
             if not isinstance(row["question"], str):
                 raise FoveateError("its question is no text")
-            parts = [{"type": "image", "image": ""}, {"type": "text", "text": row["question"]}]
-            return name, [{"role": "user", "content": parts}]
+            shown = [{"type": "image", "image": ""}] * self._shown(index)
+            return name, [{"role": "user", "content": [*shown, {"type": "text", "text": row["question"]}]}]
         turns = [_plain(turn) for turn in row[self.asked]] if isinstance(row[self.asked], list) else None
-        names = ["picture"] * sum(_shown(turn) for turn in turns or [])  # a path for each is wanted
+        names = ["picture"] * self._shown(index)  # a path for each is wanted
         return name, to_messages({self.asked: turns, "image": names, "images": names}, Path())
+
+    def _shown(self, index: int) -> int:
+        """How many pictures a row has, none of which is read."""
+        cell = self.cells[index][self.pictures][0]
+        if not cell.is_valid:
+            return 0
+        return len(cell) if self.several else 1
 
     def picture(self, index: int) -> Any:
         try:
             value = self.rows[index][self.pictures]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise FoveateError(f"its picture cannot be read: {error}") from error
-        if isinstance(value, list):
-            if not value:
-                raise FoveateError("it has no picture")
-            value = value[0]
+        if self.several:
+            (value,) = value
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         return self.images / value if isinstance(value, str) else value
@@ -143,15 +151,6 @@ def _plain(turn: Any) -> Any:
         for part in turn["content"]
     ]
     return {**turn, "content": parts}
-
-
-def _shown(turn: Any) -> int:
-    """How many pictures a turn shows."""
-    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-    if isinstance(content, str):
-        return content.count(IMAGE_TOKEN)
-    parts = [part for part in content or [] if isinstance(part, dict)]
-    return sum(p.get("type") == "image" or str(p.get("text")).count(IMAGE_TOKEN) for p in parts)
 
 
 def open_source(data: str | Path, images: str | Path | None = None, split: str = "train") -> Source:

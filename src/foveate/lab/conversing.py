@@ -78,7 +78,12 @@ class ConversingStudent(Student):
             [(picture, question.text) for picture, question in asked], max_new_tokens=LONGEST_ANSWER
         )
         return [
-            Graded(question, answer.text == question.answer, answer.ledger.visual_tokens, answer.regions)
+            Graded(
+                question,
+                answer.text == question.answer,
+                answer.ledger.visual_tokens,
+                [] if answer.notes else answer.regions,  # the whole picture for want of a box is no choice
+            )
             for (_, question), answer in zip(asked, answers, strict=True)
         ]
 
@@ -90,7 +95,7 @@ class ConversingStudent(Student):
             batch = self.collate([encode(self.processor, cut_out(lesson)) for lesson in lessons])
             output = self.model(**batch, use_cache=False)
             labels = batch["labels"][:, 1:]  # (B, T - 1)
-            wrong = (output.logits[:, :-1].argmax(-1) != labels) & _last_runs(labels != IGNORED)
+            wrong = (output.logits[:, :-1].argmax(-1) != labels) & _second_runs(labels != IGNORED)
             tokens = (batch["input_ids"] == self.model.config.image_token_id).sum(1)
             graded += [
                 Graded(question, not missed, int(count), None)
@@ -101,11 +106,10 @@ class ConversingStudent(Student):
         return graded
 
 
-def _last_runs(learnt: Tensor) -> Tensor:
-    """(B, T) bool -> the same with only the last run of True in each row: the answer's."""
-    later = learnt.flip(1)
-    starts = later & ~F.pad(later, (1, 0))[:, :-1]
-    return (later & (starts.cumsum(1) == 1)).flip(1)
+def _second_runs(learnt: Tensor) -> Tensor:
+    """(B, T) bool -> the same with only the second run of True in each row: the answer's, behind the box."""
+    starts = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
+    return learnt & (starts.cumsum(1) == 2)
 
 
 def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from foveate.geometry import (
     whole,
 )
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout
+from foveate.layouts import HF_PROJECTOR, Layout
 from foveate.methods.base import (
     Connector,
     Method,
@@ -169,8 +169,7 @@ AnyRes.layouts = (
         recognises=lambda config: config.get("model_type") == "llava_next",
         options=_hf_options,
         keys={
-            r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
-            r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
+            **HF_PROJECTOR,
             r"^(?:model\.)?image_newline$": "connector.newline",
         },
     ),

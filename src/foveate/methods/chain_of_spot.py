@@ -47,7 +47,7 @@ from foveate.chat import IMAGE_TOKEN
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, View, ViewPlan, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout, connector_options, known_projector
+from foveate.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
     Cut,
@@ -65,6 +65,7 @@ PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's s
 MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB
 LONGEST = 2**14  # side of such a crop
 FARTHEST = 2.0**31  # a coordinate: pictures of PIL end there
+FINEST = 1000  # what box formats count in, over the whole picture, or finer
 CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
 
 
@@ -113,6 +114,10 @@ class ChainOfSpotOptions(MethodOptions):
             raise FoveateError("extend must be at least 0, least_side and region_tokens at least 1")
         if self.parser == "authors" and (self.crop, self.box_format) != ("padded", "unit_xyxy"):
             raise FoveateError("parser: authors belongs to crop: padded and box_format: unit_xyxy")
+        if self.parser == "authors" and self.extend:
+            raise FoveateError("parser: authors takes boxes as they are: extend must be 0")
+        if IMAGE_TOKEN in self.suffix:
+            raise FoveateError(f"suffix: {IMAGE_TOKEN} stands for a picture: leave it out")
 
 
 class ChainOfSpotConnector(Connector):
@@ -182,14 +187,12 @@ class ChainOfSpot(Method):
             return authors_region(text, picture)
         if self.options.crop == "original":
             return read_box(text, box_format(self.options.box_format), Frame.padded(picture))
-        side, offset = max(picture), padded_square(picture, max(picture)).source
-        box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(Size(side, side)))
+        square = Size(max(picture), max(picture))
+        box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(square))
         if box is None:
             return Reading(None, problem)
-        least = min(self.options.least_side, side)
-        if self.options.extend or min(box.width, box.height) < least:
-            box = fitted(box, Size(side, side), extend=self.options.extend, minimum=least)
-        box = _moved(box, offset.left, offset.top)
+        offset = padded_square(picture, max(picture)).source
+        box = _moved(self._fitted_in_square(box, square), offset.left, offset.top)
         if not _overlap(Box(*box.rounded()), picture):
             return Reading(None, "the box lies outside the picture")
         return Reading(box)
@@ -207,6 +210,13 @@ class ChainOfSpot(Method):
 
     def _fitted(self, box: Box, picture: Size) -> Box:
         return fitted(box, picture, extend=self.options.extend, minimum=self.options.least_side)
+
+    def _fitted_in_square(self, box: Box, square: Size) -> Box:
+        """As `_fitted`, in pixels of the padded square; a box that is large enough keeps its fractions."""
+        least = min(self.options.least_side, square.width)
+        if not self.options.extend and min(box.width, box.height) >= least:
+            return box
+        return fitted(box, square, extend=self.options.extend, minimum=least)
 
     # Training: section 3.3.
 
@@ -265,8 +275,14 @@ class ChainOfSpot(Method):
         self, path: Any, picture: Size, box: Box, pairs: Sequence[tuple[str, str]], k: int
     ) -> list[dict[str, Any]]:
         wording, (question, answer) = WORDINGS[self.options.wording], pairs[k]
-        where = write_box(box, box_format(self.options.box_format), Frame.padded(picture))
+        side = max(picture)
+        finest = math.ceil(2 * side / FINEST)  # whose sides are not the same number when they are written
+        written = box if min(box.width, box.height) >= finest else fitted(box, picture, minimum=finest)
+        where = write_box(written, box_format(self.options.box_format), Frame.padded(picture))
         if self.options.crop == "padded":
+            offset = padded_square(picture, side).source
+            inside = self._fitted_in_square(_moved(box, -offset.left, -offset.top), Size(side, side))
+            box = _moved(inside, offset.left, offset.top)
             left, top, right, bottom = _in_square(box, picture)
             size = Size(max(bottom - top, 1), max(right - left, 1))
         else:
@@ -367,7 +383,7 @@ def _brief(text: str, most: int = 60) -> str:
 
 
 def _words(message: Mapping[str, Any]) -> str:
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    return " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
 
 
 def _said(role: str, *parts: Any) -> dict[str, Any]:
@@ -376,6 +392,14 @@ def _said(role: str, *parts: Any) -> dict[str, Any]:
 
 
 ChainOfSpot.layouts = (
+    Layout(
+        name="llava-hf/llava-1.5-*",
+        family="hf",
+        only_named=True,
+        recognises=lambda config: config.get("model_type") == "llava" and "vision_config" in config,
+        options=lambda config, preprocessor: {},
+        keys=HF_PROJECTOR,
+    ),
     Layout(
         name="Zuyan/llava-CoS-*",
         family="original",

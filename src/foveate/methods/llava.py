@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout, connector_options, known_projector
+from foveate.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
 
 
@@ -77,10 +77,7 @@ Llava.layouts = (
         family="hf",
         recognises=lambda config: config.get("model_type") == "llava" and "vision_config" in config,
         options=_hf_options,
-        keys={
-            r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
-            r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
-        },
+        keys=HF_PROJECTOR,
     ),
     Layout(
         name="liuhaotian/llava-v1.5-*",

@@ -111,6 +111,10 @@ def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGenerat
             raise FoveateError(f"{where}.data.{i}: {title} learns where to look: give the file as regions")
         if source.regions is not None and not model.method.learns_regions:
             raise FoveateError(f"{where}.data.{i}: {title} as set here learns no regions: leave them out")
+        if source.regions is not None and not source.prompts:
+            raise FoveateError(
+                f"{where}.data.{i}: regions are those of questions, and prompts: false leaves them out"
+            )
 
 
 def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int, int]:
