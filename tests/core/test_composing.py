@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers import CLIPImageProcessorPil as ClipImageProcessor
 
-from foveate import FoveateError, FoveateForConditionalGeneration, compose
+from foveate import FoveateError, FoveateForConditionalGeneration, compose, load
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from tests.support import chat, gap, greedy, pictures, rows
@@ -254,4 +254,19 @@ def test_generation_stops_where_the_template_ends_an_answer(template: str, end: 
     stops = made.model.generation_config.eos_token_id
     assert made.processor.tokenizer.convert_tokens_to_ids(end) in (
         stops if isinstance(stops, list) else [stops]
+    )
+
+
+def test_tokens_can_be_added(tmp_path: Path) -> None:
+    made = tiny_model("llava")
+    words = made.model.get_input_embeddings().weight.shape[0]
+    made.model.resize_token_embeddings(words + 3, mean_resizing=False)
+    assert made.model.get_output_embeddings().weight.shape[0] == words + 3
+    made.save(tmp_path)
+    again = load(tmp_path, device="cpu")
+    assert again.model.config.text_config.vocab_size == words + 3
+    (picture,) = pictures((30, 20))
+    assert (
+        again.ask(picture, "What?", max_new_tokens=3).text
+        == made.ask(picture, "What?", max_new_tokens=3).text
     )
