@@ -118,6 +118,69 @@ def test_an_interrupted_cell_ends_where_an_uninterrupted_one_does(
     assert all(gap(a[key], b[key]) < 1e-6 for key in a)
 
 
+BASE = StageSpec(0.5, ("connector", "language_model"), regions=True, method="llava")
+STARTED = (BASE, StageSpec(0.5, ("connector", "language_model")))
+
+
+def test_rows_that_start_from_the_same_model_train_it_once(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any number of steps, and to the same weights as a row that trains it for itself."""
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    seen: list[int] = []
+
+    def trained(folder: str, row: Cell) -> dict[str, torch.Tensor]:
+        seen.clear()
+        into = replace(bench, folder=tmp_path / folder)
+        result = train_cell(row, into, lambda step, *_: seen.append(step))
+        assert len(result["losses"]) == 3
+        return torch.load(into.cells("nano") / row.key / "weights.pt", weights_only=True)
+
+    first, second = (
+        replace(cell("chain_of_spot", steps=6, **options), stages=STARTED)
+        for options in ({}, {"region_from": "centre"})
+    )
+    trained("shared", first)
+    assert seen == [1, 2, 3, 4, 5, 6]
+    after = trained("shared", second)
+    assert seen == [4, 5, 6]
+    alone = trained("alone", second)
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(after[key], alone[key]) for key in alone)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_where_to_look_may_be_learnt_beside_the_questions(bench: Bench, captions: bool) -> None:
+    """In the words of the row's method, about objects, whatever regions the row learns later."""
+    row = replace(cell("chain_of_spot", region_from="centre"), stages=STARTED)
+    student = make_student(row, bench)
+    base = under(student, student.stages()[0]._replace(captions=captions))
+    assert base.method.title == "LLaVA-1.5"
+    asked = next(q for q in bench.train.questions[0] if q.region is not None)
+    box = [round(float(n) * 1000 / bench.train.size.width) for n in asked.region or ()]
+    said = [(q.text, q.answer) for q in base.bench.train.captions[0]]
+    words = f"To answer the question: {asked.text}, where is the region of interest in the image?"
+    assert (words, "<box>[[{}, {}, {}, {}]]</box>".format(*box)) in said
+    about = sum(q.region is not None for q in bench.train.questions[0])
+    assert len(said) == about + (len(bench.train.captions[0]) if captions else 0)
+    assert base.bench.train.pictures is bench.train.pictures
+    learnt = base.loss(base.bench.train, [0, 1], captions=True)
+    assert learnt.isfinite() and learnt != base.loss(base.bench.train, [0, 1])
+    llava = make_student(replace(cell("llava"), stages=STARTED), bench)
+    with pytest.raises(FoveateError, match=r"LLaVA-1\.5 does not ask where to look: regions must be false"):
+        under(llava, llava.stages()[0])
+
+
+def test_names_of_cells_stay() -> None:
+    """A folder of results is of use with later versions."""
+    paper = (
+        StageSpec(0.25, ("connector.projector",), captions=True, options={"chain": False}),
+        StageSpec(0.75, ("connector", "language_model")),
+    )
+    made = Cell("coroi", 0, "words", "tiny", 1000, {"layers": [0, 1]}, paper, batch=16)
+    assert made.key == "coroi-words-1000-seed0-batch16-6fde55"
+
+
 def test_a_finished_cell_is_not_trained_again(bench: Bench) -> None:
     first = train_cell(cell("llava"), bench)
     steps: list[int] = []

@@ -21,6 +21,8 @@ from foveate.lab.questions import chance, in_scene_guess
 from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
 
+LATER = ("method", "regions")  # of a stage: where these are not used, names are as before there were any
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -63,7 +65,7 @@ class Cell:
         name = f"{self.method}-{self.level}-{self.steps}-seed{self.seed}"
         if self.batch:
             name += f"-batch{self.batch}"
-        stages = [{k: v for k, v in asdict(stage).items() if v is not None} for stage in self.stages]
+        stages = [{k: v for k, v in asdict(stage).items() if v or k not in LATER} for stage in self.stages]
         if self.told:
             name += "-told"
         if not self.options and not stages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,14 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
+from foveate.lab.levels import level_named
+from foveate.lab.questions import Question
 from foveate.lab.student import Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
 from foveate.methods.base import Method
 
+REGION = "region"  # a kind of question beside those that are measured
 LONGEST_ANSWER = 8  # tokens; words have five letters
 
 
@@ -47,6 +50,19 @@ class ConversingStudent(Student):
     def ready(self) -> str | None:
         """Nothing is cached: crops differ from question to question."""
         return None
+
+    def pointing(self, data: Examples, captions: bool) -> Examples:
+        kind, ratio = type(self.method), level_named(self.cell.level).ratio
+        method = kind(self.method.tower, kind.options_for(ratio))
+        nothing, said = Image.new("RGB", (1, 1)), []
+        for questions, captioned in zip(data.questions, data.captions, strict=True):
+            about = [(q.text, q.answer, q.region) for q in questions if q.region is not None]
+            asked = _dialogue(nothing, [(text, answer) for text, answer, _ in about])
+            regions: dict[int | None, Box] = {k: region for k, (*_, region) in enumerate(about)}
+            lessons = method.lessons(asked, lambda: data.size, regions) if about else []
+            first = [Question(REGION, _text(lesson[0]), _text(lesson[1]), None, ()) for lesson in lessons]
+            said.append([*(captioned if captions else []), *first])
+        return replace(data, captions=said)
 
     def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
         lessons = []
@@ -112,6 +128,10 @@ def _second_runs(learnt: Tensor) -> Tensor:
     return learnt & (starts.cumsum(1) == 2)
 
 
+def _text(message: Mapping[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
 def _dialogue(picture: Image.Image, asked: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """Questions and answers about one picture as messages."""
     messages: list[dict[str, Any]] = []
@@ -132,20 +152,27 @@ def make_student(cell: Cell, bench: Bench) -> Student:
     return student
 
 
-def under(student: Student, stage: Stage) -> Student:
-    """A student with this one's weights and the stage's options or method; itself where it has neither.
+def under(student: Student, stage: Stage, fresh: bool = False) -> Student:
+    """A student with this one's weights and the stage's options, method or data; itself where it has none.
 
-    Raises `FoveateError` for a method that asks twice where the cell's own does not: its words are more.
+    A `fresh` one of another method has weights of its own, those that the method has from this seed.
+
+    Raises `FoveateError` for a method that asks twice where the cell's own does not: its words are more; for
+    regions where it does not ask for them.
     """
-    if not stage.options and stage.method is None:
+    if not stage.options and stage.method is None and not stage.regions:
         return student
+    bench = student.bench
+    if stage.regions:
+        bench = replace(bench, train=student.pointing(bench.train, stage.captions))
     cell = replace(student.cell, options={**student.cell.options, **stage.options})
     if stage.method is not None:
         cell = replace(student.cell, method=stage.method, options=stage.options, told=False)
         if _converses(cell.method) and not _converses(student.cell.method):
             raise FoveateError(f"stages: {student.method.title} cannot start from {stage.method}")
-    other = _student(cell, student.bench)
-    other.take(student)
+    other = _student(cell, bench)
+    if not fresh or stage.method is None:
+        other.take(student)
     return other
 
 

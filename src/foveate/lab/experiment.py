@@ -22,6 +22,8 @@ class StageSpec:
         part: of the cell's steps.
         trains: modules that train, with dots: `connector`, `connector.adapter`, `language_model`.
         captions: whether captions are learnt beside the questions.
+        regions: whether the boxes of the objects that are asked about are learnt, too: what the row's method,
+            without options, teaches in the first turn of its conversations.
         options: the method's options, changed in this stage.
         method: that stands in for the row's own in this stage, with these options; what it learns is handed
             over as far as both have it. So a method starts from a trained LLaVA.
@@ -30,6 +32,7 @@ class StageSpec:
     part: float
     trains: tuple[str, ...]
     captions: bool = False
+    regions: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
 

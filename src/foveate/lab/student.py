@@ -32,7 +32,7 @@ WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen
 
 
 class Stage(NamedTuple):
-    """Steps on questions, with captions or without, in which some modules train.
+    """Steps on questions, with captions and regions or without, in which some modules train.
 
     `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
     their own. `options` change the method's; `method` stands in for it.
@@ -41,6 +41,7 @@ class Stage(NamedTuple):
     steps: int
     trains: tuple[str, ...]
     captions: bool
+    regions: bool
     lr: float
     options: Mapping[str, Any]
     method: str | None
@@ -127,6 +128,13 @@ class Student:
         for features in self.features.values():
             features.ready(self.plan)
         return next((f.fallback for f in self.features.values() if f.fallback), None)
+
+    def pointing(self, data: Examples, captions: bool) -> Examples:
+        """The same with questions for regions as captions, beside them or instead.
+
+        Raises `FoveateError` where the method does not ask where to look.
+        """
+        raise FoveateError(f"stages: {self.method.title} does not ask where to look: regions must be false")
 
     def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
         """Of all questions about these pictures."""
@@ -241,6 +249,7 @@ class Student:
                 end - begin,
                 spec.trains,
                 spec.captions,
+                spec.regions,
                 scale.cell.lr * (1.0 if "language_model" in spec.trains else WARM_UP_LR),
                 spec.options,
                 spec.method,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,9 @@ def train_cell(
 def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
     """Trains through all stages. Returns CPU seconds and the mean loss of every `SAVE_EVERY` steps."""
     cell, bench = student.cell, student.bench
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
+    start, shared = _start(cell, bench)
+    kept = next((path for path in (checkpoint, start) if path.is_file()), None)
+    saved = torch.load(kept, weights_only=True) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
     if saved:
@@ -100,12 +103,16 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
     order = batches(len(bench.train.pictures), cell.batch or bench.scale.cell.batch, cell.seed)
     for _ in range(first):
         next(order)
-    clock, recent, end = time.process_time(), list[float](), 0
+    clock, recent, end = time.process_time(), list[float](saved["recent"] if saved else ()), 0
+
+    def seconds() -> float:
+        return spent + time.process_time() - clock
+
     for stage in student.stages():
         begin, end = end, end + stage.steps
         if first >= end:
             continue
-        learner = under(student, stage)
+        learner = under(student, stage, fresh=first == begin == 0)
         learner.model.train()
         optimise = learner.optimiser(stage)
         rates = warm_cosine(optimise, stage.steps)
@@ -113,7 +120,8 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
         for step in range(max(first, begin) + 1, end + 1):
-            loss = learner.loss(bench.train, next(order), stage.captions)
+            captions = stage.captions or stage.regions
+            loss = learner.loss(learner.bench.train, next(order), captions)
             optimise.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
@@ -125,10 +133,20 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                _save(checkpoint, learner, optimise, rates, step, losses, spent + time.process_time() - clock)
+                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds())
         if learner is not student:
             student.take(learner)
-    return spent + time.process_time() - clock, losses
+        if end == shared:
+            _save(start, learner, optimise, rates, end, losses, recent, seconds())
+    return seconds(), losses
+
+
+def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
+    """Where the method that a cell starts from is kept, for rows that start from the same, and its steps."""
+    stages = tuple(itertools.takewhile(lambda stage: stage.method is not None, cell.stages))
+    shared = replace(cell, options={}, told=False, stages=stages)
+    steps = round(sum(stage.part for stage in stages) * cell.steps)
+    return bench.cells(cell.scale) / f"{shared.key}-start.pt", steps
 
 
 def _save(
@@ -138,6 +156,7 @@ def _save(
     rates: torch.optim.lr_scheduler.LambdaLR,
     step: int,
     losses: list[float],
+    recent: list[float],
     seconds: float,
 ) -> None:
     part = path.with_suffix(".part")
@@ -147,6 +166,7 @@ def _save(
         "rates": rates.state_dict(),
         "step": step,
         "losses": losses,
+        "recent": recent,
         "seconds": seconds,
     }
     torch.save(state, part)
