@@ -192,7 +192,7 @@ class ChainOfSpot(Method):
         if box is None:
             return Reading(None, problem)
         offset = padded_square(picture, max(picture)).source
-        box = _moved(self._fitted_in_square(box, square), offset.left, offset.top)
+        box = _moved(self._fitted_in_square(box, square, self.options.least_side), offset.left, offset.top)
         if not _overlap(Box(*box.rounded()), picture):
             return Reading(None, "the box lies outside the picture")
         return Reading(box)
@@ -211,10 +211,9 @@ class ChainOfSpot(Method):
     def _fitted(self, box: Box, picture: Size) -> Box:
         return fitted(box, picture, extend=self.options.extend, minimum=self.options.least_side)
 
-    def _fitted_in_square(self, box: Box, square: Size) -> Box:
+    def _fitted_in_square(self, box: Box, square: Size, least: int) -> Box:
         """As `_fitted`, in pixels of the padded square; a box that is large enough keeps its fractions."""
-        least = min(self.options.least_side, square.width)
-        if not self.options.extend and min(box.width, box.height) >= least:
+        if not self.options.extend and min(box.width, box.height) >= min(least, square.width):
             return box
         return fitted(box, square, extend=self.options.extend, minimum=least)
 
@@ -281,7 +280,8 @@ class ChainOfSpot(Method):
         where = write_box(written, box_format(self.options.box_format), Frame.padded(picture))
         if self.options.crop == "padded":
             offset = padded_square(picture, side).source
-            inside = self._fitted_in_square(_moved(box, -offset.left, -offset.top), Size(side, side))
+            inside = _moved(box, -offset.left, -offset.top)
+            inside = self._fitted_in_square(inside, Size(side, side), 1)  # the authors' may be of any size
             box = _moved(inside, offset.left, offset.top)
             left, top, right, bottom = _in_square(box, picture)
             size = Size(max(bottom - top, 1), max(right - left, 1))
