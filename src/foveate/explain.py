@@ -164,7 +164,7 @@ def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Im
 
 
 def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int) -> Image.Image:
-    """All views side by side in rows, as the vision tower got them, numbered like the regions."""
+    """All views side by side in rows, none of them stretched, numbered like the regions."""
     columns = next(n for n in range(1, len(views) + 1) if n * n >= len(views) or n == 6)
     side = (width - (columns - 1) * GAP) // columns
     rows = -(-len(views) // columns)
@@ -179,7 +179,7 @@ def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int
             (x, y, x + shown.width - 1, y + shown.height - 1), outline=COLOURS[i % len(COLOURS)], width=2
         )
         text = f"{i + 1}  {role}  {view.width} x {view.height}"
-        draw.text((x, y + side + 2), text, FAINT, font=_font(14 if side > 150 else 10))
+        draw.text((x, y + shown.height + 2), text, FAINT, font=_font(14 if side > 150 else 10))
     return sheet
 
 
