@@ -416,7 +416,9 @@ class Foveate:
             pixels = torch.cat([torch.from_numpy(v) for v in views]).to(self.model.device, self.model.dtype)
             _share(ledgers, "prepare", self._now() - start)
             start = self._now()
-            found |= zip(new, self.model.encode_views(pixels).split(counts), strict=True)
+            parts = self.model.encode_views(pixels).split(counts)
+            # Copies: a part of the batch's tensor would keep all of it from being freed.
+            found |= {key: part.clone() for key, part in zip(new, parts, strict=True)}
             _share(ledgers, "encode", self._now() - start)
             for picture, count in zip(new.values(), counts, strict=True):
                 picture.talk.ledger.encoded_views += count

@@ -38,7 +38,8 @@ class Source:
         norms: (P, 2, 3) mean and standard deviation per channel, of pixels in 0..1.
         encode: views (V, 3, h, w), normalised -> (V, N, C).
         memory: per picture the features (N, C) of what was looked at before, what was asked for last at the
-            end; filled, and never emptied. Pictures that are the same may share one.
+            end; filled, and never emptied. Pictures that are the same may share one. Each entry has storage
+            of its own, so that one that is forgotten frees it.
         told: per picture the region that matters, in its pixels, or None. Who is told has nothing to choose:
             it shows what there is to win by choosing better.
 
@@ -59,6 +60,7 @@ class Source:
         told: Sequence[Box | None] | None = None,
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
+        self.outlived = memory is not None  # by what it remembers
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
         self.told: list[Box | None] = [None] * len(self.pictures) if told is None else list(told)
         self.looked: list[set[Look]] = [set() for _ in self.pictures]
@@ -100,7 +102,7 @@ class Source:
         if new:
             views = torch.stack([self.view(picture, look, side) for (_, look), picture in new.items()])
             for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
-                self.memory[picture][look] = features
+                self.memory[picture][look] = features.clone() if self.outlived else features
                 self.encoded[picture] += 1
         for picture, look in wanted:  # to the end
             self.memory[picture][look] = self.memory[picture].pop(look)

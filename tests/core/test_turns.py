@@ -105,6 +105,14 @@ def test_questions_side_by_side(method: str, both: Any) -> None:
     ]
 
 
+def test_a_remembered_picture_keeps_nothing_of_others(both: Any) -> None:
+    kept, _ = both("llava")
+    images = [picture(60, 100), picture(33, 33, seed=1)]
+    kept.ask_all([(image, "What?") for image in images], **WORDS)
+    for features in map(kept.features, images):
+        assert features.untyped_storage().nbytes() == features.nbytes
+
+
 def test_conversations_that_end_at_different_turns(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, _ = both("toy")
     method = type(kept.model.method)

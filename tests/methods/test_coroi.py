@@ -139,6 +139,7 @@ def test_a_source_remembers_and_calls_once() -> None:
     assert torch.equal(first[0], first[1])
     assert torch.equal(again, first[[2, 0]])
     assert list(memory) == [other, one]  # what was asked for last is the last to be forgotten
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in memory.values())
 
 
 def test_pictures_and_what_belongs_to_them_must_agree() -> None:

@@ -21,7 +21,11 @@ STEPS = 6
 
 @pytest.mark.parametrize(
     ("method", "trains"),
-    [("anyres", ["connector", "language_model"]), ("llava", ["vision_tower", "connector"])],
+    [
+        ("anyres", ["connector", "language_model"]),
+        ("coroi", ["connector", "language_model"]),
+        ("llava", ["vision_tower", "connector"]),
+    ],
 )
 def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 12)

@@ -21,6 +21,7 @@ that change most:
                                  literally, never learns; a gate on the residual, 1 in value, lets it
     pixels original              the text enlarges the 336-pixel picture, which adds no detail; here a window
                                  is cut from the original, resized to the scale
+    distinct true                a chain chooses no window twice; the text does not say
     zero_init true               the value norms start at zero: a fresh model is its LLM, to the bit
 """
 
@@ -215,7 +216,8 @@ class Scorer(nn.Module):
 def integral(scores: Tensor) -> Tensor:
     """(..., h, w) -> (..., h + 1, w + 1) sums of all that is above and left, in double precision.
 
-    So precise that windows which are equal stay equal: of them the first one is chosen.
+    So precise that windows which are equal stay equal: of them the first one is chosen. (In single precision
+    on MPS, which has no other: there a later one may win.)
     """
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
     return F.pad(scores.to(exact).cumsum(-2).cumsum(-1), (1, 0, 1, 0))
@@ -262,9 +264,10 @@ class Round:
 
 @dataclass
 class Regions:
-    """What the injectors get: features (W, N, C) of all windows, and per injector its rounds.
+    """What the injectors get: features (R, N, C) of the windows that differ, and per injector its rounds.
 
-    There is one list of rounds where all injectors have the same.
+    C is the tower's width or, with `injection_reads: projected`, the LLM's. There is one list of rounds where
+    all injectors have the same.
     """
 
     features: Tensor
@@ -363,7 +366,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Chosen:
-    """All windows of a batch, with their features and gates in the same order."""
+    """All windows of a batch, repeated ones too, with their features and gates in the same order."""
 
     windows: list[Window]  # picture after picture, scale after scale, step after step
     features: Tensor  # (W, N, C)
@@ -520,7 +523,8 @@ class CoroiConnector(Connector):
     def _aims(self, scale: int, plans: Sequence[ViewPlan], told: Sequence[Box | None]) -> Tensor:
         """What stands in for the scores where a region is told, (P, rows, columns); NaN elsewhere.
 
-        The most of the region that a window shows, and of windows that show as much, the nearest middle.
+        How much of the region's height and of its width a window shows, added up, and of windows that show
+        as much, the nearest middle: no window shows more of the region than the first one that is chosen.
         """
         side, grid = self.sides[scale], self.tower.grid
         rows, columns = grid.height - side + 1, grid.width - side + 1
