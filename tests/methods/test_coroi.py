@@ -1138,6 +1138,7 @@ def test_wrong_options_are_named() -> None:
         ({"scales": [2, 2]}, "scales must be different whole numbers from 2 on"),
         ({"rois": 0}, "rois must be at least 1, not 0"),
         ({"assignment": "in_turn", "layers": [0, 1, 2], "scales": [2], "rois": 2}, "2 windows for 3 layers"),
+        ({"gradient": "centred", "rois": 1}, "rois must be at least 2, not 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"heads": 0}, "must be at least 1"),
         ({"heads": 5}, "heads 5 must divide the LLM's width 48"),

@@ -158,7 +158,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes.annotate(
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
-    axes.set(xlabel="visual tokens", ylabel="fine questions, % right", xscale="log", ylim=(0, 100))
+    axes.set(
+        xlabel="visual tokens, rows with the same number side by side",
+        ylabel="fine questions, % right",
+        xscale="log",
+        ylim=(0, 100),
+    )
     ticks: list[int] = []
     for tokens in sorted(beside):
         if not ticks or tokens > LABELLED * ticks[-1]:

@@ -112,6 +112,8 @@ class CoroiOptions(MethodOptions):
             )
         if self.rois < 1:
             raise FoveateError(f"rois must be at least 1, not {self.rois}")
+        if self.gradient == "centred" and self.rois < 2:
+            raise FoveateError("gradient centred compares a scale's windows: rois must be at least 2, not 1")
         if self.temperature <= 0:
             raise FoveateError(f"temperature must be above 0, not {self.temperature}")
         if self.heads < 1 or (self.scorer_heads is not None and self.scorer_heads < 1):
