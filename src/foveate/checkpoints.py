@@ -13,7 +13,7 @@ from zipfile import is_zipfile
 
 from foveate.chat import load_tokenizer
 from foveate.errors import FoveateError
-from foveate.layouts import Json, Layout, convert_key
+from foveate.layouts import Json, Layout, convert_key, report_keys
 from foveate.methods import METHODS, method_class
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -428,21 +428,6 @@ def _tower_keys(vision_config: Any) -> set[str]:
 
     with torch.device("meta"):
         return {f"vision_tower.model.{key}" for key in AutoModel.from_config(vision_config).state_dict()}
-
-
-def report_keys(
-    folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
-) -> None:
-    """Raises `FoveateError` that names keys a checkpoint lacks, has too many of or in another shape."""
-    problems = []
-    kinds = {"lacks": missing, "has unexpected": unexpected, "has another shape of": mismatched}
-    for what, keys in kinds.items():
-        names = sorted(keys)
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{what} {', '.join(names[:4])}{more}")
-    if problems:
-        raise FoveateError(f"the checkpoint in {folder} {'; it '.join(problems)}")
 
 
 def read_template(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from foveate import checkpoints
 from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer, separator_token
 from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
+from foveate.layouts import report_keys
 from foveate.methods import DEFAULT, method_class
 from foveate.modeling import FoveateForConditionalGeneration
 from foveate.options import build_options, merged
@@ -137,5 +138,5 @@ def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.
     # a pooling head is never read, and many towers are released without one
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     mismatched = [key for key, *_ in info["mismatched_keys"]]
-    checkpoints.report_keys(folder, missing, mismatched=mismatched)
+    report_keys(folder, missing, mismatched=mismatched)
     return model

@@ -17,6 +17,7 @@ from foveate import checkpoints
 from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
 from foveate.geometry import Box, ViewPlan
+from foveate.layouts import report_keys
 from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
 from foveate.options import merged
@@ -152,7 +153,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if (folder / "generation_config.json").is_file():  # above all the tokens that end an answer
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         mismatched = [key for key, *_ in info["mismatched_keys"]]
-        checkpoints.report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
+        report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
         return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
 from foveate.geometry import Size
+from foveate.layouts import report_keys
 
 Messages = list[dict[str, Any]]
 PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # what confidence is read from
@@ -202,7 +203,6 @@ def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreT
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from foveate.ask import DTYPES, choose_dtype
-    from foveate.checkpoints import report_keys
 
     try:
         network, info = AutoModelForImageTextToText.from_pretrained(

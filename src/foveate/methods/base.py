@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, ViewPlan
+from foveate.layouts import Layout, report_keys
 from foveate.options import build_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from foveate.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -276,8 +275,6 @@ class Method(ABC):
         Raises:
             FoveateError: weights that are missing.
         """
-        from foveate.checkpoints import report_keys
-
         if pretrained is None:
             return
         place = dict(tower.named_children()).get("model")

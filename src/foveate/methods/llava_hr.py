@@ -52,7 +52,7 @@ from foveate import checkpoints
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout, connector_options, known_projector
+from foveate.layouts import Layout, connector_options, known_projector, report_keys
 from foveate.methods.base import (
     Connector,
     Insight,
@@ -759,7 +759,7 @@ def convnext_weights(shape: ConvNextShape, own: Mapping[str, Tensor]) -> dict[st
             f"{list(widths.values())}: set both in convnext"
         )
     wrong = [key for key in given if key in own and given[key].numel() != own[key].numel()]
-    checkpoints.report_keys(folder, own.keys() - given.keys(), given.keys() - own.keys(), wrong)
+    report_keys(folder, own.keys() - given.keys(), given.keys() - own.keys(), wrong)
     # some of timm's models have 1 x 1 convolutions where others have linear layers
     return {key: tensor.view_as(own[key]) for key, tensor in given.items()}
 
