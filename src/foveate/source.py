@@ -60,7 +60,7 @@ class Source:
         told: Sequence[Box | None] | None = None,
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
-        self.outlived = memory is not None  # by what it remembers
+        self._lasts = memory is not None  # beyond this batch, whose tensor it must not keep
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
         self.told: list[Box | None] = [None] * len(self.pictures) if told is None else list(told)
         self.looked: list[set[Look]] = [set() for _ in self.pictures]
@@ -102,7 +102,7 @@ class Source:
         if new:
             views = torch.stack([self.view(picture, look, side) for (_, look), picture in new.items()])
             for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
-                self.memory[picture][look] = features.clone() if self.outlived else features
+                self.memory[picture][look] = features.clone() if self._lasts else features
                 self.encoded[picture] += 1
         for picture, look in wanted:  # to the end
             self.memory[picture][look] = self.memory[picture].pop(look)
