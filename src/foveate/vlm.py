@@ -220,6 +220,10 @@ def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreT
 
 def _loads_by_itself(model_type: str | None) -> bool:
     """Whether transformers' own class is taken at once. Not for `llava`: other layouts go by it, too."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type != "llava"
+    from foveate.config import FoveateConfig
+
+    if model_type in ("llava", FoveateConfig.model_type) or model_type not in CONFIG_MAPPING:
+        return False
+    return CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

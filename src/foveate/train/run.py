@@ -304,7 +304,7 @@ def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
     processes.wait_for_everyone()
     trainer.save_model(str(unfinished))
     if processes.is_main_process:
-        (unfinished / "training_args.bin").unlink()
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own, a pickle
         prepared.processor.save_pretrained(unfinished)
         unfinished.rename(result)
         for checkpoint in folder.glob("checkpoint-*"):
