@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,28 @@ def golden_folder(config: pytest.Config) -> Path | None:
     """The folder of golden vectors; None where there is none."""
     given = config.getoption("--golden") or ROOT.parent / "shared" / "golden"
     return given.resolve() if given.is_dir() else None
+
+
+class Announcements(logging.Handler):
+    """What transformers says, in its log, that it will take away."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.heard.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated() -> Iterator[None]:
+    """Fails where transformers announces the end of something that was used; warnings are errors already."""
+    handler, log = Announcements(), logging.getLogger("transformers")
+    log.addHandler(handler)
+    yield
+    log.removeHandler(handler)
+    assert not handler.heard, "\n".join(handler.heard)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
 from foveate.options import merged
 from foveate.source import Source
+from foveate.versions import names_versions
 
 
 @dataclass
@@ -81,6 +82,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = [upstream.CACHE]  # noqa: RUF012
 
+    @names_versions
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
         geometry = TowerGeometry.of(config.vision_config)
@@ -104,6 +106,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
     @classmethod
+    @names_versions
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None,
@@ -270,6 +273,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             source = Source.unpacked(source_pixels, image_sizes, source_norms, self.encode_views)
         return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask, source)
 
+    @names_versions
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -351,6 +355,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **{upstream.CACHE: outputs.get(upstream.CACHE)},
         )
 
+    @names_versions
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; tokens that the connector drops leave the sequence before the prefill.

@@ -134,7 +134,7 @@ class Context:
         sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # of several answers the first
         ends = _ends(model, generation)
         written = [_until(row.tolist(), ends, len(prompts) > 1) for row in sequences[:, past + width :]]
-        self._keep(output[upstream.CACHE], sequences, prompts, columns, written, past + width)
+        self._keep(output.get(upstream.CACHE), sequences, prompts, columns, written, past + width)
         return [
             Reply(new, sum(seen), sum(c >= 0 for c in row[:first]))
             for new, seen, row, first in zip(written, visible, columns, known, strict=True)

@@ -5,9 +5,10 @@ on, and `tests/core/test_upstream.py` has one test for each that fails by its na
 because transformers finds it by its name in our classes, is tested there too:
 
     forward(mm_encoder_outputs=...), EncodedPictures.pooler_output    `model.FoveateForConditionalGeneration`
-    replace_image_token                                               `FoveateProcessor`
+    replace_image_token, get_text_with_replacements                   `FoveateProcessor`
     _get_train_sampler, get_decay_parameter_names                     `train.trainer.StageTrainer`
     transformers.models.auto.*                                        `registration`
+    the fingerprint of a data set                                     `data.questions`
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 # The LLM's key and value cache was called `past_key_values` up to transformers 5.23 and is `cache` since: the
 # field of outputs, the argument of `forward` and `generate`, and the key that accelerate must not move.
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
+
+
+def _cache_name() -> str:
+    for field in fields(CausalLMOutputWithPast):
+        if field.name in CACHE_NAMES:
+            return field.name
+    raise ImportError(f"transformers' outputs have no field named {' or '.join(CACHE_NAMES)}")
+
+
+CACHE = _cache_name()
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
