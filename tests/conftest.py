@@ -12,7 +12,7 @@ import torch
 from tests.measuring import Measured, Measures, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURES = pytest.StashKey[Measures]()
+MEASURE = "measure"  # the property of a test's report that holds a comparison
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--golden")
     if given is not None and not given.is_dir():
         raise pytest.UsageError(f"--golden {given}: no such folder")
-    config.stash[MEASURES] = Measures()
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -63,11 +62,14 @@ def _nothing_deprecated() -> Iterator[None]:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
-    """measure(what, error, tolerance): noted for the table at the end, and asserted."""
+    """measure(what, error, tolerance): noted for the table at the end, and asserted.
+
+    The note travels in the test's report, which reaches the table from other processes, too.
+    """
     case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
 
     def note(what: str, error: float, tolerance: float) -> None:
-        request.config.stash[MEASURES].add(Measured(case, what, error, tolerance))
+        request.node.user_properties.append((MEASURE, (case, what, error, tolerance)))
         assert error <= tolerance, f"{case}: {what} differs by {error:.2e}, more than {tolerance:.0e}"
 
     return note
@@ -80,5 +82,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if isinstance(report.longrepr, tuple) and "test_golden" in report.nodeid
     }
     absent = {node.partition("[")[2].removesuffix("]"): reason for node, reason in reasons.items()}
-    for line in summarise(config.stash[MEASURES], absent):
+    measures = Measures()
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == MEASURE:
+                    measures.add(Measured(*value))
+    for line in summarise(measures, absent):
         terminalreporter.write_line(line)

@@ -48,7 +48,7 @@ def oldest() -> list[str]:
             if group == "dev" or bound is None:
                 lines.add(name)
             else:
-                lines.add(f"{name}=={CPU_TORCH if name == 'torch' else bound[1]}.*")
+                lines.add(f"{name}=={CPU_TORCH if name == 'torch' else bound[1]}")
     return sorted(lines)
 
 

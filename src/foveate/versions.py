@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, requires, version
 from typing import ParamSpec, TypeVar
 
 MOVED = (TypeError, AttributeError, ImportError)  # what a name that has moved raises
@@ -36,6 +35,8 @@ def add_version_note(error: BaseException) -> None:
 
 def untested() -> str | None:
     """Which transformers is installed and which were tested; None where it is one of those."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
     from packaging.requirements import Requirement
     from packaging.version import Version
 

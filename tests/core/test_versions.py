@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def moved() -> None:
 
 
 def notes_of(version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    real = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: version if name == "transformers" else real(name))
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name == "transformers" else real(name))
     with pytest.raises(TypeError, match="memory") as caught:
         versions.names_versions(versions.names_versions(moved))()
     return getattr(caught.value, "__notes__", [])
