@@ -51,6 +51,15 @@ def largest_gap(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return max(gap(x, y) for x, y in zip(a, b, strict=True))
 
 
+def checkpoint_activations(model: Any, on: bool = True) -> None:
+    """Computes activations anew in the backward pass, or not; transformers 5.23 has renamed how to ask."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
 @torch.no_grad()
 def greedy(model: Any, inputs: dict[str, Any], tokens: int = 8, **kwargs: Any) -> list[list[int]]:
     """New tokens of greedy decoding, per sample; the end-of-sequence token does not stop it."""

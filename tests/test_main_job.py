@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import foveate
 from foveate import Foveate, Zoom
@@ -54,7 +54,9 @@ def test_chat_keeps_its_context(embedded: Foveate) -> None:
 
 
 def test_beams(embedded: Foveate) -> None:
-    assert embedded.ask(SIGNS, "what digit is on the red shape?", num_beams=3).text == "9"
+    question = "what digit is on the red shape?"
+    assert embedded.ask(SIGNS, question, num_beams=3).text == "9"
+    assert embedded.ask(SIGNS, question, generation_config=GenerationConfig(num_beams=3)).text == "9"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -129,7 +129,9 @@ class Context:
             input_ids=ids,
             attention_mask=mask,
             mm_encoder_outputs={"image": _compact(encoded)} if encoded else {},
-            **{"do_sample": False, **generation, "return_dict_in_generate": True, upstream.CACHE: cache},
+            **upstream.generation_arguments(
+                generation, return_dict_in_generate=True, **{upstream.CACHE: cache}
+            ),
         )
         sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # of several answers the first
         ends = _ends(model, generation)

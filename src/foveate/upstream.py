@@ -8,11 +8,13 @@ because transformers finds it by its name in our classes, is tested there too:
     replace_image_token, get_text_with_replacements                   `FoveateProcessor`
     _get_train_sampler, get_decay_parameter_names                     `train.trainer.StageTrainer`
     transformers.models.auto.*                                        `registration`
+    gradient_checkpointing, _gradient_checkpointing_func              a tower that checkpoints by itself
     the fingerprint of a data set                                     `data.questions`
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -41,6 +43,17 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, by whichever of its names; None where there is none."""
     given = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in given if cache is not None), None)
+
+
+# `generate` takes either a configuration or arguments; both together are to be removed.
+def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
+    """Arguments for `generate`: greedy decoding unless they say else; `ours` stand above `given`."""
+    config = given.get("generation_config")
+    if config is None:
+        return {"do_sample": False, **given, **ours}
+    config = copy.deepcopy(config)
+    rest = {name: value for name, value in {**given, **ours}.items() if name != "generation_config"}
+    return {**config.update(**rest), "generation_config": config}
 
 
 # The tensors of a cache: `layers`, each with `keys` and `values` (B, heads, T, head width).

@@ -14,6 +14,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from foveate.errors import FoveateError
 from foveate.geometry import Size
 from foveate.layouts import report_keys
+from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
 
 Messages = list[dict[str, Any]]
@@ -151,8 +152,9 @@ class VLM:
         padding = self.processor.tokenizer.pad_token_id
         output = self.model.generate(
             **inputs,
-            **{"do_sample": False, "pad_token_id": padding, **generation, **PER_TOKEN},
-            max_new_tokens=max_new_tokens,
+            **generation_arguments(
+                {"pad_token_id": padding, **generation}, **PER_TOKEN, max_new_tokens=max_new_tokens
+            ),
         )
         if len(output.sequences) != len(conversations):
             raise FoveateError(ONE_ANSWER)

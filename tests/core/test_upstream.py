@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
     ProcessorMixin,
@@ -26,7 +27,7 @@ from foveate import registration, upstream
 from foveate.modeling import EncodedPictures, FoveateOutput
 from foveate.tiny import tiny_model, tiny_text
 from foveate.vlm import _loads_by_itself
-from tests.support import chat, gap, picture
+from tests.support import chat, checkpoint_activations, gap, picture
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,33 @@ def test_cache_is_handed_in_by_that_name(llm: LlamaForCausalLM) -> None:
 def test_cache_keys_and_values(read: Any) -> None:
     """Per layer 2 x (2 rows, 2 heads, 4 tokens, 12 wide) in float32."""
     assert upstream.cache_bytes(read[upstream.CACHE]) == 4 * 2 * (2 * 2 * 4 * 12) * 4
+
+
+def test_generate_takes_a_configuration_or_arguments() -> None:
+    assert upstream.generation_arguments({"num_beams": 2}, cache=1) == {
+        "do_sample": False,
+        "num_beams": 2,
+        "cache": 1,
+    }
+    config = GenerationConfig(do_sample=True, num_beams=2)
+    made = upstream.generation_arguments(
+        {"generation_config": config, "num_beams": 3, "streamer": 4}, cache=1
+    )
+    both = made.pop("generation_config")
+    assert made == {"streamer": 4, "cache": 1}  # what is no part of a configuration
+    assert (both.do_sample, both.num_beams, config.num_beams) == (True, 3, 2)
+
+
+def test_checkpointing_is_told_to_modules_by_their_attribute(llm: LlamaForCausalLM) -> None:
+    class Tower(nn.Module):
+        gradient_checkpointing = False
+
+    model = LlamaForCausalLM(tiny_text())
+    model.tower = Tower()
+    checkpoint_activations(model)
+    assert model.tower.gradient_checkpointing and callable(model.tower._gradient_checkpointing_func)
+    checkpoint_activations(model, False)
+    assert not model.tower.gradient_checkpointing
 
 
 def test_cache_that_holds_all(read: Any) -> None:

@@ -50,7 +50,7 @@ from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from tests.conftest import ROOT
 from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
-from tests.support import chat, gap, greedy, picture, rows
+from tests.support import chat, checkpoint_activations, gap, greedy, picture, rows
 from tests.train.support import stage, write_recipe
 
 PAPER = TowerGeometry(336, 14)
@@ -873,7 +873,7 @@ def test_checkpointing_and_lora() -> None:
         m = made()
         model = m.model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model(**training_batch(m.processor)).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -36,7 +36,7 @@ from foveate.options import build_options
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from tests.methods.conftest import TINY_OPTIONS, fresh
-from tests.support import gap, picture
+from tests.support import checkpoint_activations, gap, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = TINY_OPTIONS["llava_hr"]["convnext"]
@@ -392,14 +392,14 @@ def test_checkpointing_switches_both_towers_and_changes_nothing() -> None:
     model.train()
     plain = gradients()
     assert ran == {"convnext": 1, "vit": 1}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     checkpointed = gradients()
     assert ran == {"convnext": 2, "vit": 2}
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
     model.eval()
     gradients()
     assert ran == {"convnext": 1, "vit": 1}  # not at inference
-    model.train().gradient_checkpointing_disable()
+    checkpoint_activations(model.train(), False)
     gradients()
     assert ran == {"convnext": 1, "vit": 1}
 
