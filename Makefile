@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test newest oldest docs embedded clean
+.PHONY: demo install test slow newest oldest docs embedded clean
 
 # A question about a photograph of 16 megapixels, answered by the model that comes with the package.
 demo: .venv/core
@@ -21,13 +21,17 @@ install: .venv/installed
 
 # Lint, types, docs, then the tests: the last line is pytest's. One thread per process: on two cores, the
 # threads of several processes would wait for each other.
-test: export OMP_NUM_THREADS ?= 1
+test slow: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# The tests that `make test` leaves out.
+slow: install
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m slow
 
 # What moves with the versions of other libraries: with the newest of everything, whatever the bounds say, and
 # with the lower bounds; each in an environment of its own, made anew.
