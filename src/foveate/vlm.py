@@ -44,7 +44,10 @@ class VLM:
         if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token_id"):
             raise FoveateError(f"{name} is no processor of a VLM: give the one that AutoProcessor loads")
         if processor.chat_template is None:
-            raise FoveateError(f"{name} has no chat template: set processor.chat_template")
+            raise FoveateError(
+                f"{name} has no chat template: set processor.chat_template, or put chat_template.jinja into "
+                "the model's folder"
+            )
         self.model, self.processor = model, processor
 
     @classmethod

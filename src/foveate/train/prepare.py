@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
     select(model, stage, where)
     if not MARKED.search(str(processor.chat_template)):
         raise FoveateError(
-            f"{where}: the chat template of {recipe.model.load} does not mark the assistant's text; "
+            f"{where}: {recipe.model.load} has no chat template that marks the assistant's text; "
             f"set template to one of {', '.join(TEMPLATES)}"
         )
     devices = PartialState().num_processes
