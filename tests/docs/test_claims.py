@@ -119,7 +119,7 @@ def test_names_exist(page: str) -> None:
     for code in CODE.findall(prose(page)):
         if re.fullmatch(r"foveate(\.\w+)+", code):
             resolve(code)
-        if re.fullmatch(r"(src|docs|tests|recipes|benchmarks)/[\w./-]+", code):
+        if re.fullmatch(r"(src|docs|tests|benchmarks)/[\w./-]+", code):
             assert (ROOT / code).exists(), f"{page}: there is no {code}"
 
 

@@ -38,6 +38,7 @@ class Prepared:
         stage: its settings.
         options: all options of the method in this stage.
         processor: with these options and the stage's chat template.
+        skeleton: the model on the meta device, with what trains in this stage marked.
         samples: what it trains on, those that are too long left out.
         lengths: (S,) tokens of each sample.
         left_out: number of samples that are too long.
@@ -49,6 +50,7 @@ class Prepared:
     stage: Stage
     options: dict[str, Any]
     processor: FoveateProcessor
+    skeleton: FoveateForConditionalGeneration
     samples: Samples
     lengths: np.ndarray
     left_out: int
@@ -95,6 +97,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         stage=stage,
         options=model.method.describe_options(),
         processor=processor,
+        skeleton=model,
         samples=samples,
         lengths=lengths,
         left_out=left_out,
