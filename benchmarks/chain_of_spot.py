@@ -1,17 +1,17 @@
 """Chain-of-Spot: the second turn on top of the first, against reading and encoding everything anew.
 
-    python -m benchmarks.chain_of_spot [--rounds 5] [--threads 2] [--width 256] [--new-tokens 8]
+    python -m benchmarks.chain_of_spot [--rounds 5] [--threads 2] [--layers 32] [--width 256] [--new-tokens 8]
 
-The LLM has the 32 layers of a 7B model, the tower the 24 layers and 576 tokens a view of CLIP ViT-L/14-336;
-both are narrow and have random weights. The first turn's answer is a fixed box, since a random model writes
-none. Both forms run alternately on the same model and give the same tokens. Prints a Markdown table of the
-second turn alone, from the picture of the crop to the last token of the answer: medians with their range, in
-seconds on the clock and in seconds of processor time, which other work on the machine does not lengthen.
+The LLM has the 32 layers of a 7B model, the tower the 24 layers (three for four of the LLM's) and 576 tokens
+a view of CLIP ViT-L/14-336; both are narrow and have random weights. The first turn's answer is a fixed box,
+since a random model writes none. Both forms run alternately on the same model and give the same tokens.
+Prints a Markdown table of the second turn alone, from the picture of the crop to the last token of the
+answer: medians with their range, in seconds on the clock and in seconds of processor time, which other work
+on the machine does not lengthen.
 """
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -23,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import set_seed
 
+from benchmarks.arguments import Whole, arguments
 from foveate import Foveate
 from foveate.ask import Talk, content
 from foveate.composing import compose
@@ -34,13 +35,19 @@ BOX = "[0.125, 0.71, 0.2, 0.83]"
 QUESTION = "What is written on the sign to the left of the door?"
 
 
-def build(width: int) -> Foveate:
-    """32 layers of LLM and 24 of tower, `width` channels wide."""
+def build(layers: int, width: int) -> Foveate:
+    """`layers` of LLM and three quarters as many of tower, `width` channels wide."""
     set_seed(0)
-    wide = {"hidden_size": width, "num_attention_heads": max(width // 64, 1)}
-    text = tiny_text(**wide, num_hidden_layers=32, intermediate_size=width * 11 // 4, num_key_value_heads=1)
+    wide = {"hidden_size": width, "num_attention_heads": width // 64}
+    text = tiny_text(
+        **wide, num_hidden_layers=layers, intermediate_size=width * 11 // 4, num_key_value_heads=1
+    )
     vision = tiny_vision(
-        **wide, num_hidden_layers=24, intermediate_size=width * 4, image_size=336, initializer_factor=1.0
+        **wide,
+        num_hidden_layers=layers * 3 // 4,
+        intermediate_size=width * 4,
+        image_size=336,
+        initializer_factor=1.0,
     )
     return compose(vision, text, "chain_of_spot", {}, tokenizer=tiny_tokenizer(), template="chatml")
 
@@ -65,14 +72,14 @@ def say(foveate: Foveate, talk: Talk, context: Context, turn: Turn, limits: dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=8)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    made, rng = build(given.width), np.random.default_rng(0)
+    given = arguments(
+        __doc__,
+        rounds=5,
+        layers=Whole(32, least=4, step=4, help="of the LLM"),
+        width=Whole(256, step=64, help="channels of LLM and tower"),
+        new_tokens=Whole(8, help="of the second turn's answer"),
+    )
+    made, rng = build(given.layers, given.width), np.random.default_rng(0)
     forms = {
         "kept": Foveate(made.model, made.processor),
         "read anew": Foveate(made.model, made.processor, remembered_pictures=0, keep_context=False),
@@ -89,8 +96,8 @@ def main() -> None:
         assert len(answers) == 1, "the two forms answer differently"
     console = Console(width=140)
     console.print(
-        f"{platform.machine()}, torch {torch.__version__}, {given.threads} threads, width {given.width}, "
-        f"{given.rounds} rounds, {given.new_tokens} new tokens; both turns: "
+        f"{platform.machine()}, torch {torch.__version__}, {given.threads} threads, {given.layers} layers, "
+        f"width {given.width}, {given.rounds} rounds, {given.new_tokens} new tokens; both turns: "
         + "; ".join(
             f"{name}: {talk.ledger.prompt_tokens} tokens read, {talk.ledger.encoded_views} views encoded"
             for name, talk in talks.items()

@@ -1,6 +1,7 @@
 """CoRoI's chain: all scales and pictures in step, against one window at a time.
 
-    python -m benchmarks.coroi [--rounds 3] [--threads 2] [--layers 24] [--pictures 1] [--pixels 3000 4000]
+    python -m benchmarks.coroi [--rounds 3] [--threads 2] [--layers 24] [--width 1024] [--pictures 1]
+        [--pixels 3000 4000]
 
 Random weights in the shape of CLIP ViT-L/14-336, a question of 16 tokens, lambda 2, 3, 4 and n = 4, from a
 picture's bytes to the features of its 12 windows, none of which comes twice (`distinct`): the most that a
@@ -15,7 +16,6 @@ the machine does not lengthen), and how much of both is spent outside of the tow
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -27,13 +27,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from benchmarks.arguments import Whole, arguments
 from foveate.encoders import VisionTower
 from foveate.geometry import Size, ViewPlan
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import Chosen, Coroi, CoroiConnector, LowView, Scorer
 from foveate.source import Source
 
-SIDE, WIDTH, TEXT = 336, 1024, 4096
+SIDE = 336
 Clocks = tuple[float, float]  # seconds on the clock, seconds of processor time
 
 
@@ -108,26 +109,27 @@ def spread(seconds: list[float]) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--pixels", type=int, nargs=2, default=(3000, 4000), help="height and width")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=3,
+        layers=Whole(24, least=2, help="of the tower, of which the last does not run"),
+        width=Whole(1024, step=64, help="channels of the tower; the LLM has four times as many"),
+        pictures=Whole(1),
+        pixels=Whole((3000, 4000), help="height and width of each picture"),
+    )
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": arguments.layers}
-    config = CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14)
+    width, text = given.width, 4 * given.width
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": given.layers}
+    config = CLIPVisionConfig(**shape, num_attention_heads=width // 64, image_size=SIDE, patch_size=14)
     tower = Timed(VisionTower(config, -2).eval())
     method = Coroi(TowerGeometry.of(config))
-    connector = method.build_connector(Widths(WIDTH, TEXT, 2)).eval()
-    size = Size(*arguments.pixels)
-    pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for _ in range(arguments.pictures)]
-    plans: list[ViewPlan] = [method.plan(*size)] * arguments.pictures
-    query = Query(torch.randn(arguments.pictures, 16, TEXT), torch.ones(arguments.pictures, 16))
-    norms = torch.full((arguments.pictures, 2, 3), 0.5)
-    low = tower(torch.randn(arguments.pictures, 3, SIDE, SIDE))
+    connector = method.build_connector(Widths(width, text, 2)).eval()
+    size = Size(*given.pixels)
+    pictures = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for _ in range(given.pictures)]
+    plans: list[ViewPlan] = [method.plan(*size)] * given.pictures
+    query = Query(torch.randn(given.pictures, 16, text), torch.ones(given.pictures, 16))
+    norms = torch.full((given.pictures, 2, 3), 0.5)
+    low = tower(torch.randn(given.pictures, 3, SIDE, SIDE))
     slow = OneByOne(connector, tower)
 
     def in_step() -> tuple[list[tuple[int, int]], Tensor]:
@@ -142,7 +144,7 @@ def main() -> None:
     records: dict[str, list[tuple[Clocks, Clocks]]] = {name: [] for name in sides}
     passes: dict[str, tuple[int, int]] = {}
     results = {}
-    for turn in range(1 + arguments.rounds):
+    for turn in range(1 + given.rounds):
         for name, run in sides.items():
             tower.clear()
             before = clocks()
@@ -157,10 +159,10 @@ def main() -> None:
     if not same or gap > 1e-3:  # of features of about 1; torch and Foveate resize with other rounding
         raise SystemExit(f"the two forms differ: same windows {same}, features by {gap:.1e}")
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, tower of "
-        f"{arguments.layers} layers, of which {arguments.layers - 1} run, {arguments.pictures} picture(s) of "
-        f"{size.width} x {size.height}, {arguments.rounds} rounds after one warm-up; same windows: {same}, "
-        f"largest difference of features {gap:.1e}\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, tower of "
+        f"{given.layers} layers, of which {given.layers - 1} run, {width} wide, "
+        f"{given.pictures} picture(s) of {size.width} x {size.height}, {given.rounds} rounds after "
+        f"one warm-up; same windows: {same}, largest difference of features {gap:.1e}\n"
     )
     console.print(
         "| form | calls | views | s (range) | outside s | share | CPU s (range) | outside CPU s | share |"

@@ -1,6 +1,6 @@
 """INF-LLaVA: only what reaches the output, against its full form.
 
-    python -m benchmarks.inf_llava [--rounds 3] [--threads 2] [--layers 24]
+    python -m benchmarks.inf_llava [--rounds 3] [--threads 2] [--layers 24] [--width 1024]
 
 Two comparisons at n = 3, with random weights in the shape of CLIP ViT-L/14-336:
 
@@ -15,7 +15,6 @@ seconds on the clock and in seconds of processor time, which other work on the m
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -27,6 +26,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from benchmarks.arguments import Whole, arguments
 from foveate.encoders import VisionTower
 from foveate.geometry import Size
 from foveate.methods.base import TowerGeometry, Widths
@@ -34,7 +34,7 @@ from foveate.methods.inf_llava import InfConnector, InfLlava
 from foveate.processing import cut
 from tests.methods import inf_llava_full as full
 
-SIDE, GRID, WIDTH, TILES = 336, 24, 1024, Size(3, 3)
+SIDE, GRID, TILES = 336, 24, Size(3, 3)
 Record = list[tuple[float, float]]
 
 
@@ -86,20 +86,21 @@ def row(name: str, records: dict[str, Record], gap: float) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--layers", type=int, default=24)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=3,
+        layers=Whole(24, least=2, help="of the tower"),
+        width=Whole(1024, step=64, help="channels of the tower; the LLM has four times as many"),
+    )
+    width = given.width
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4096, "num_hidden_layers": arguments.layers}
-    config = CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14)
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": given.layers}
+    config = CLIPVisionConfig(**shape, num_attention_heads=width // 64, image_size=SIDE, patch_size=14)
     method = InfLlava(TowerGeometry.of(config))
-    connector = method.build_connector(Widths(WIDTH, 4096)).eval()
+    connector = method.build_connector(Widths(width, 4 * width)).eval()
     theirs, ours = CLIPVisionModel(config).eval(), VisionTower(config, -2).eval()
-    given = theirs.state_dict()
-    ours.model.load_state_dict({key: given[key] for key in ours.model.state_dict()})
+    weights = theirs.state_dict()
+    ours.model.load_state_dict({key: weights[key] for key in ours.model.state_dict()})
     picture, plan = torch.randn(1, 3, 3 * SIDE, 3 * SIDE), method.plan(3 * SIDE, 3 * SIDE)
     reference, scheme = FullForm(theirs, connector), method.scheme(TILES)
 
@@ -108,7 +109,7 @@ def main() -> None:
         views = torch.stack([torch.from_numpy(cut(pixels, view).copy()) for view in plan.views])
         return connector(ours(views), [plan], None).tokens
 
-    local, strided = (torch.randn(1, 9, GRID, GRID, WIDTH) for _ in range(2))
+    local, strided = (torch.randn(1, 9, GRID, GRID, width) for _ in range(2))
     every = [*scheme.every("local"), *scheme.every("global")]
     needed = torch.cat([local, strided], 1)[:, [every.index(view) for view in scheme.views]].flatten(2, 3)
 
@@ -120,9 +121,9 @@ def main() -> None:
 
     console = Console(width=220, highlight=False, markup=False)
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, tower of "
-        f"{arguments.layers} layers, {arguments.rounds} rounds, {len(plan.views)} passes of "
-        f"{arguments.layers - 1} layers against 19 of {arguments.layers}\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, tower of "
+        f"{given.layers} layers, {width} wide, {given.rounds} rounds, {len(plan.views)} passes of "
+        f"{given.layers - 1} layers against 19 of {given.layers}\n"
     )
     console.print(
         "| what | Foveate s (range) | full form s (range) | ratio "
@@ -130,9 +131,9 @@ def main() -> None:
     )
     console.print("|---|---|---|---|---|---|---|---|")
     alone = {"Foveate": enhanced, "full form": enhanced_in_full}
-    console.print(row("enhancement alone", *compare(alone, arguments.rounds)))
+    console.print(row("enhancement alone", *compare(alone, given.rounds)))
     whole = {"Foveate": encoded, "full form": lambda: reference(picture)}
-    console.print(row("one picture", *compare(whole, arguments.rounds)))
+    console.print(row("one picture", *compare(whole, given.rounds)))
 
 
 if __name__ == "__main__":

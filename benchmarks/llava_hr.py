@@ -1,6 +1,6 @@
 """LLaVA-HR's encoder with SDPA against the same with materialised attention maps: time and peak memory.
 
-    python benchmarks/llava_hr.py [--rounds 5] [--threads 2] [--side 1024] [--layers 24]
+    python -m benchmarks.llava_hr [--rounds 5] [--threads 2] [--side 1024] [--layers 24]
 
 CLIP ViT-L/14 and ConvNeXt-L with random weights, one picture, float32, both sides alternately in one process.
 Prints Markdown: medians with their range for the whole encoder, and for the ViT where the two sides differ.
@@ -10,7 +10,6 @@ Peak memory is the process's resident memory above what it held before, as Linux
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import platform
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import Whole, arguments
 from foveate.cost import reference_config
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import DualTower, LlavaHR
@@ -62,23 +62,22 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=5,
+        side=Whole(1024, step=64, help="of the picture, pixels"),
+        layers=Whole(24, least=4, help="of the ViT"),
+    )
     torch.manual_seed(0)
-    tower, console = encoder(arguments.side, arguments.layers), Console(soft_wrap=True, highlight=False)
-    pixels = torch.randn(1, 3, arguments.side, arguments.side)
+    tower, console = encoder(given.side, given.layers), Console(soft_wrap=True, highlight=False)
+    pixels = torch.randn(1, 3, given.side, given.side)
     pair = tower.pair_of(pixels)
     config = tower.model.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     maps = heads * pair.grid**4 * 4 / 1e6
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, "
-        f"{pair.low} and {pair.high} pixels, {arguments.rounds} rounds; the attention maps of one layer are "
+        f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, "
+        f"{pair.low} and {pair.high} pixels, {given.rounds} rounds; the attention maps of one layer are "
         f"{maps:.0f} MB\n"
     )
     with torch.inference_mode():
@@ -99,9 +98,9 @@ def main() -> None:
     console.print("| what | SDPA s (range) | maps s (range) | SDPA MB (range) | maps MB (range) | MB less |")
     console.print("|---|---|---|---|---|---|")
     calls = {
-        "whole encoder, inference": (whole, arguments.rounds),
-        "its ViT, inference": (seen, arguments.rounds),
-        f"its ViT, kept for training ({layers} layers)": (kept, max(arguments.rounds // 2, 1)),
+        "whole encoder, inference": (whole, given.rounds),
+        "its ViT, inference": (seen, given.rounds),
+        f"its ViT, kept for training ({layers} layers)": (kept, max(given.rounds // 2, 1)),
     }
     for what, (call, rounds) in calls.items():
         results: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}

@@ -1,6 +1,6 @@
 """Foveate against transformers' own LLaVA classes: the same weights, pixels and questions, timed alternately.
 
-    python benchmarks/peers.py [--rounds 7] [--threads 2] [--layers 24]
+    python -m benchmarks.peers [--rounds 7] [--threads 2] [--layers 24] [--width 1024] [--pixels 3000 4000]
 
 Prints a Markdown table of medians with their range, and the ratio of the medians. The vision tower has the
 shape of CLIP ViT-L/14-336, the LLM is small, so that the vision side, where the two differ, is what is seen.
@@ -8,7 +8,6 @@ shape of CLIP ViT-L/14-336, the LLM is small, so that the vision side, where the
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 import foveate
+from benchmarks.arguments import Whole, arguments
 from foveate.tiny import tiny_text, tiny_tokenizer
 
 SIDE = 336
@@ -43,12 +43,13 @@ SIZES = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width":
 PROMPT = "USER: <image>\nWhat is written on the sign? ASSISTANT:"
 
 
-def peers(layers: int) -> dict[str, tuple[Any, Any]]:
+def peers(layers: int, width: int) -> dict[str, tuple[Any, Any]]:
     """Method -> transformers' model and processor, with random weights."""
     tokenizer = tiny_tokenizer()
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers}
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": width // 64}
     parts = {
-        "vision_config": CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14),
+        "vision_config": CLIPVisionConfig(**shape, image_size=SIDE, patch_size=14),
         "text_config": tiny_text(),
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
     }
@@ -88,26 +89,28 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--layers", type=int, default=24)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=7,
+        layers=Whole(24, least=2, help="of the tower, of which the last is not read"),
+        width=Whole(1024, step=64, help="channels of the tower"),
+        pixels=Whole((3000, 4000), help="height and width of the picture"),
+    )
+    height, width = given.pixels
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console(width=200, highlight=False, markup=False)
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, tower of {arguments.layers} layers, "
-        f"{arguments.rounds} rounds, picture 4000 x 3000\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, tower of {given.layers} layers, {given.width} wide, "
+        f"{given.rounds} rounds, picture {width} x {height}\n"
     )
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels).resize((4000, 3000), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     console.print("| what | Foveate s (range) | transformers s (range) | ratio |")
     console.print("|---|---|---|---|")
-    for name, (model, processor) in peers(arguments.layers).items():
+    for name, (model, processor) in peers(given.layers, given.width).items():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(Path(folder))
             processor.save_pretrained(Path(folder))
@@ -138,7 +141,7 @@ def main() -> None:
         }
         for what, (mine, theirs) in calls.items():
             with torch.no_grad():
-                a, b = compare(mine, theirs, arguments.rounds)
+                a, b = compare(mine, theirs, given.rounds)
             cells = [f"{statistics.median(t):.3f} ({min(t):.3f} - {max(t):.3f})" for t in (a, b)]
             ratio = statistics.median(b) / statistics.median(a)
             console.print(f"| {name}: {what} | {cells[0]} | {cells[1]} | {ratio:.2f} |")

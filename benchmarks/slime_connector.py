@@ -1,6 +1,6 @@
 """SliME's connector against a form that takes tile after tile and broadcasts the cosine.
 
-    python benchmarks/slime_connector.py [--rounds 7] [--threads 2]
+    python -m benchmarks.slime_connector [--rounds 7] [--threads 2] [--width 1024] [--words 200]
 
 Features in, LLM tokens out, at the paper's sizes: a global view and 7 tiles of 576 tokens, 1024 -> 4096
 channels, 144 queries a tile, 200 text tokens, gamma 0.95. The other form is written as the authors' code
@@ -13,7 +13,6 @@ memory needs Linux with glibc.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import platform
 import statistics
@@ -26,10 +25,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from benchmarks.arguments import Whole, arguments
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import QueryFormer, Slime, SlimeConnector
 
-WORDS, GAMMA = 200, 0.95
+GAMMA = 0.95
 
 
 def attention_of(former: QueryFormer) -> nn.MultiheadAttention:
@@ -87,17 +87,19 @@ def measure(call: Callable[[], Tensor], before: float) -> tuple[float, float]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=7,
+        width=Whole(1024, step=128, help="channels of the tower; the LLM has four times as many"),
+        words=Whole(200, help="text tokens of the question"),
+    )
+    width, text, words = given.width, 4 * given.width, given.words
     torch.manual_seed(0)
     method = Slime(TowerGeometry(336, 14), {"gamma": GAMMA})
     plan = method.plan(336, 7 * 336)
-    connector = method.build_connector(Widths(1024, 4096)).eval()
-    features = torch.randn(len(plan.views), 576, 1024)
-    query = Query(torch.randn(1, WORDS, 4096), torch.ones(1, WORDS, dtype=torch.long))
+    connector = method.build_connector(Widths(width, text)).eval()
+    features = torch.randn(len(plan.views), 576, width)
+    query = Query(torch.randn(1, words, text), torch.ones(1, words, dtype=torch.long))
     plain = PerTile(connector, torch.from_numpy(connector.token_sources(plan)[577:] - 576))
 
     def ours() -> Tensor:
@@ -114,14 +116,14 @@ def main() -> None:
     assert one.shape == other.shape
     gap = float((one - other).abs().max())
     records: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for _ in range(arguments.rounds):
+    for _ in range(given.rounds):
         for name, call in sides.items():
             records[name].append(measure(call, before))
     console = Console(width=200, highlight=False, markup=False)
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, "
-        f"{arguments.rounds} rounds, {len(plan.views) - 1} tiles, {len(one)} tokens kept; "
-        f"largest difference {gap:.1e}\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, "
+        f"{width} to {text} channels, {words} text tokens, {given.rounds} rounds, "
+        f"{len(plan.views) - 1} tiles, {len(one)} tokens kept; largest difference {gap:.1e}\n"
     )
     console.print("| form | seconds (range) | peak MB (range) |")
     console.print("|---|---|---|")

@@ -1,6 +1,6 @@
 """How much prefill and KV cache SliME's router saves, for several values of gamma.
 
-    python benchmarks/slime_prefill.py [--rounds 7] [--threads 2]
+    python -m benchmarks.slime_prefill [--rounds 7] [--threads 2] [--layers 8] [--pixels 3000 4000]
 
 The visual tokens of a 4000 x 3000 picture come from random features of CLIP ViT-L/14-336's size; the LLM has
 Llama's shape, 8 layers of 512 channels, with random weights. Each round generates one token with every gamma
@@ -9,7 +9,6 @@ in turn. Prints a Markdown table of medians with their range.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from benchmarks.arguments import Whole, arguments
 from foveate import upstream
 from foveate.config import FoveateConfig
 from foveate.modeling import FoveateForConditionalGeneration
@@ -26,7 +26,7 @@ GAMMAS = (1.0, 0.95, 0.75, 0.5)
 WORDS, PLACEHOLDER = 64, 999
 
 
-def model(gamma: float) -> FoveateForConditionalGeneration:
+def model(gamma: float, layers: int) -> FoveateForConditionalGeneration:
     """The same weights for every gamma; the tower has one layer, since it is not run."""
     torch.manual_seed(0)
     tower = CLIPVisionConfig(
@@ -35,7 +35,7 @@ def model(gamma: float) -> FoveateForConditionalGeneration:
     text = LlamaConfig(
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         vocab_size=1000,
         pad_token_id=0,
@@ -54,14 +54,15 @@ def model(gamma: float) -> FoveateForConditionalGeneration:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    size = torch.tensor([[3000, 4000]])
+    given = arguments(
+        __doc__,
+        rounds=7,
+        layers=Whole(8, help="of the LLM"),
+        pixels=Whole((3000, 4000), help="height and width of the picture"),
+    )
+    size = torch.tensor([given.pixels])
     question = torch.randint(10, 900, (1, WORDS), generator=torch.Generator().manual_seed(1))
-    models = {gamma: model(gamma) for gamma in GAMMAS}
+    models = {gamma: model(gamma, given.layers) for gamma in GAMMAS}
     plan = models[1.0].plans(size)[0]
     features = torch.randn(len(plan.views), 576, 1024, generator=torch.Generator().manual_seed(2))
     prompt = torch.cat([torch.full((1, plan.tokens), PLACEHOLDER), question], dim=1)
@@ -86,13 +87,13 @@ def main() -> None:
         return seconds, cache.get_seq_length(), upstream.cache_bytes(cache) / 1e6
 
     found = {gamma: [prefill(gamma)] for gamma in GAMMAS}  # the warm-up
-    for _ in range(arguments.rounds):
+    for _ in range(given.rounds):
         for gamma in GAMMAS:
             found[gamma].append(prefill(gamma))
     console = Console(width=200, highlight=False, markup=False)
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, "
-        f"{arguments.rounds} rounds, {plan.tokens} visual tokens and {WORDS} of text\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, "
+        f"{given.layers} layers, {given.rounds} rounds, {plan.tokens} visual tokens and {WORDS} of text\n"
     )
     console.print("| gamma | positions | KV cache MB | prefill s (range) | of gamma 1 |")
     console.print("|---:|---:|---:|---|---:|")

@@ -1,6 +1,6 @@
 """How many views at a time a vision tower should take on a CPU.
 
-    python -m benchmarks.tower [--views 10] [--layers 6] [--rounds 3] [--threads 2]
+    python -m benchmarks.tower [--views 10] [--layers 6] [--width 1024] [--rounds 3] [--threads 2]
 
 `VisionTower` is called once for all views of a batch. At inference on a CPU it passes them on a few at a
 time, by the bytes of its widest activation (`foveate.encoders.WIDEST`). This runs one batch with other
@@ -10,7 +10,6 @@ with their range: seconds on the clock, and of processor time those spent by the
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -20,30 +19,32 @@ import torch
 from rich.console import Console
 from transformers import CLIPVisionConfig
 
+from benchmarks.arguments import Whole, arguments
 from foveate import encoders
 
-SIDE, WIDTH = 336, 1024
+SIDE = 336
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    given = arguments(
+        __doc__,
+        rounds=3,
+        views=Whole(10),
+        layers=Whole(6, help="of the tower"),
+        width=Whole(1024, step=64, help="channels of the tower"),
+    )
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": arguments.layers}
-    config = CLIPVisionConfig(**shape, num_attention_heads=16, image_size=SIDE, patch_size=14)
+    width = given.width
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": given.layers}
+    config = CLIPVisionConfig(**shape, num_attention_heads=width // 64, image_size=SIDE, patch_size=14)
     tower = encoders.VisionTower(config, -1).eval()
-    views = torch.randn(arguments.views, 3, SIDE, SIDE)
-    view = 4 * WIDTH * tower.patches * views.element_size()
+    views = torch.randn(given.views, 3, SIDE, SIDE)
+    view = 4 * width * tower.patches * views.element_size()
     limits = {"as is": encoders.WIDEST}
-    limits |= {f"{count}": count * view for count in (arguments.views, 5, 3, 2, 1)}
+    limits |= {f"{count}": count * view for count in (given.views, 5, 3, 2, 1)}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in limits}
-    for round_ in range(1 + arguments.rounds):
+    for round_ in range(1 + given.rounds):
         for name, limit in limits.items():
             encoders.WIDEST = limit
             start, before = time.perf_counter(), os.times().system
@@ -53,8 +54,8 @@ def main() -> None:
 
     console = Console(width=160, highlight=False, markup=False)
     console.print(
-        f"{platform.machine()}, {arguments.threads} threads, float32, torch {torch.__version__}, "
-        f"{arguments.views} views, {arguments.layers} layers, {arguments.rounds} rounds\n"
+        f"{platform.machine()}, {given.threads} threads, float32, torch {torch.__version__}, "
+        f"{given.views} views, {given.layers} layers, {width} wide, {given.rounds} rounds\n"
     )
     console.print("| views at a time | s (range) | system s (range) |\n|---|---|---|")
     for name, record in seconds.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from foveate import detectors
 from foveate.annotate import (
     Annotator,
     Paths,
@@ -403,12 +401,6 @@ def test_wrong_options_are_refused(tmp_path: Path, data: Path, model: Path) -> N
     ):
         result = foveate(*command(data, tmp_path / "regions.jsonl", model, *more))
         assert result.code == 2 and sentence in result.stderr, result.stderr
-
-
-def test_a_detector_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detectors, "find_spec", lambda name: None)
-    with pytest.raises(FoveateError, match=re.escape("pip install 'foveate[detector]'")):
-        detectors.load_detector("faster_rcnn")
 
 
 # Hugging Face datasets.

@@ -20,7 +20,6 @@ from foveate.encoders import VisionTower
 from tests.command import Result, foveate
 from tests.support import picture
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).parent / "foveate"
 
 
@@ -397,7 +396,7 @@ def test_wrong_changes_of_a_recipe_write_nothing(
 ) -> None:
     monkeypatch.chdir(photo.parent)
     before = sorted(photo.parent.rglob("*"))
-    refused(foveate("train", ROOT / "recipes" / "tiny.yaml", "output=run", change), *words)
+    refused(foveate("train", "tiny", "output=run", change), *words)
     assert sorted(photo.parent.rglob("*")) == before
 
 

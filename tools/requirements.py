@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("train", "lab", "annotate", "dev")
+EXTRAS = ("train", "lab", "annotate", "original", "dev")
 CPU_TORCH = "2.13"  # the oldest that pip has built for CPUs alone; older ones are tried where there is CUDA
 OF_TORCH = re.compile(r"nvidia|cuda|triton")  # torch itself says which of these it needs
 

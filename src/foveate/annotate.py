@@ -27,7 +27,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from hashlib import blake2b
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -41,7 +40,7 @@ from torch import nn
 from foveate.ask import choose_device
 from foveate.data.questions import Question, Source, open_source, questions
 from foveate.detectors import Detector, load_detector
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, require
 from foveate.geometry import Box, Size
 from foveate.pictures import read_picture
 from foveate.relevance import Highlighter, RegionRule
@@ -279,8 +278,7 @@ def processes() -> Processes:
     """The processes of this run: as many as torchrun or accelerate launched, on one machine or several."""
     if "WORLD_SIZE" not in os.environ:
         return Alone()
-    if find_spec("accelerate") is None:
-        raise FoveateError("several processes need the package accelerate: pip install 'foveate[annotate]'")
+    require("accelerate", "annotate", "work shared by several processes")
     from accelerate import PartialState
 
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, installed, missing_extra
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
@@ -55,7 +55,12 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        lacking = [package for package in ("sentencepiece", "google.protobuf") if not installed(package)]
+        if lacking and any(Path(folder).glob("*.model")):
+            raise missing_extra(lacking[0], "original", f"the tokenizer in {folder}") from error
+        if isinstance(error, ImportError):
+            raise
         raise FoveateError(
             f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
         ) from error

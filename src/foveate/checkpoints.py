@@ -35,9 +35,9 @@ class Released:
     preprocessor: Json = field(default_factory=dict)
 
     @property
-    def template(self) -> str:
-        """Name of the chat template that checkpoints of this kind were trained with."""
-        if self.layout.template is not None:
+    def template(self) -> str | None:
+        """Name of the chat template that such checkpoints were trained with; None where nothing tells it."""
+        if self.layout.template is not None or self.layout.family == "hf":
             return self.layout.template
         if self.config.get("vocab_size") == LLAMA3_VOCABULARY:
             return "llama3"
@@ -437,6 +437,9 @@ def read_template(folder: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = read_json(folder / name).get("chat_template")
+        if isinstance(template, list):  # several with names, as older tokenizers save them
+            named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if isinstance(template, str):
             return template
     return None

@@ -16,6 +16,7 @@ from rich.table import Table
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
 from foveate.options import build_options, merged, parse_pairs
+from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
 if TYPE_CHECKING:
@@ -264,16 +265,22 @@ def convert(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help=f"A YAML file, or one that comes with Foveate: {', '.join(shipped('recipe'))}."),
+    ],
     changes: Annotated[
         list[str] | None, typer.Argument(help="Changes as key=value, for example stages.pretrain.lr=1e-4.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, model and data, and show what would train.")
+    ] = False,
 ) -> None:
     """Train by a recipe. Started again after an interruption, it goes on where it was."""
     _quiet()
     from foveate.train.run import train as run
 
-    run(recipe, changes or [], console=Console())
+    run(recipe, changes or [], console=Console(), dry_run=dry_run)
 
 
 @app.command()

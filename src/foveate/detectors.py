@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from PIL import Image
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, require
 from foveate.geometry import Box
 
 Detector = Callable[[Image.Image], Sequence[Box]]
@@ -23,8 +22,7 @@ def load_detector(name: str, device: str = "cpu") -> Detector:
     """
     if name not in DETECTORS:
         raise FoveateError(f"unknown detector {name!r}: choose one of {', '.join(DETECTORS)}")
-    if find_spec("torchvision") is None:
-        raise FoveateError(f"detector {name} needs the package torchvision: pip install 'foveate[detector]'")
+    require("torchvision", "detector", f"detector {name}")
     import torch
     from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
     from torchvision.transforms.functional import to_tensor

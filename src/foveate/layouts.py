@@ -36,7 +36,8 @@ class Layout:
             alone does not tell the layout; such layouts are tried before the others.
         only_named: nothing tells these checkpoints from those of another method: they are read as this
             method's only where it is named.
-        template: chat template that these checkpoints were trained with; None: that of their LLM.
+        template: chat template that these checkpoints were trained with; None: their folder's own, and for
+            `original` ones that of their LLM.
     """
 
     name: str

@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
 from foveate import checkpoints
-from foveate.chat import IMAGE_TOKEN, chat_template, load_tokenizer, normalise_messages, picture_queries
+from foveate.chat import (
+    IMAGE_TOKEN,
+    TEMPLATES,
+    chat_template,
+    load_tokenizer,
+    normalise_messages,
+    picture_queries,
+)
 from foveate.errors import FoveateError
 from foveate.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.methods import DEFAULT, method_class
@@ -242,8 +249,10 @@ class FoveateProcessor(ProcessorMixin):
     def _of_released(cls, released: checkpoints.Released) -> FoveateProcessor:
         config = checkpoints.convert_config(released)
         tokenizer, _ = load_tokenizer(released.folder)
-        own = checkpoints.read_template(released.folder) if released.layout.family == "hf" else None
-        template = own or chat_template(released.template)  # originals bring their LLM's, without pictures
+        # what originals bring is their LLM's, without pictures
+        template = checkpoints.read_template(released.folder) if released.layout.family == "hf" else None
+        if template is None and released.template is not None:
+            template = chat_template(released.template)
         return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
 
     # transformers calls this for each picture of a text, and puts what it returns in place of `<image>`.
@@ -324,7 +333,10 @@ class FoveateProcessor(ProcessorMixin):
             queries = [query for messages in conversations for query in picture_queries(messages)]
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "queries": queries}
         if self.chat_template is None and kwargs.get("chat_template") is None:
-            raise FoveateError("the model's folder has no chat_template.jinja: name a template")
+            raise FoveateError(
+                "the model's folder has no chat_template.jinja: name the template that it was trained with, "
+                f"one of {', '.join(TEMPLATES)}"
+            )
         try:
             return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
         except TemplateError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, missing_extra
 from foveate.geometry import Size
 from foveate.layouts import report_keys
 from foveate.upstream import generation_arguments
@@ -45,7 +45,10 @@ class VLM:
         if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token_id"):
             raise FoveateError(f"{name} is no processor of a VLM: give the one that AutoProcessor loads")
         if processor.chat_template is None:
-            raise FoveateError(f"{name} has no chat template: set processor.chat_template")
+            raise FoveateError(
+                f"{name} has no chat template: set processor.chat_template, or put chat_template.jinja into "
+                "the model's folder"
+            )
         self.model, self.processor = model, processor
 
     @classmethod
@@ -218,7 +221,10 @@ def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreT
         )
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise FoveateError(f"{folder} cannot be loaded as a VLM: {str(error).splitlines()[0]}") from error
+        if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+            raise missing_extra("torchvision", "detector", f"the processor in {folder}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise FoveateError(f"{folder} cannot be loaded as a VLM: {reason}") from error
     report_keys(folder, info["missing_keys"], (), [key for key, *_ in info["mismatched_keys"]])
     return network.to(device).eval(), processor
 

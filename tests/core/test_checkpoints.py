@@ -19,6 +19,9 @@ from foveate import FoveateConfig, FoveateError, FoveateForConditionalGeneration
 from foveate.checkpoints import recognise
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.vlm import VLM
+from tests.docs.stand_ins import hf_llava, hf_llava_next
+from tests.support import picture
 
 # The keys by which released checkpoints differ, with the values of their config.json.
 ORIGINAL = {
@@ -187,6 +190,33 @@ def test_original_layout_with_the_tower_inside(tmp_path: Path) -> None:
     within = FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower).state_dict()
     for key, value in apart.items():
         assert torch.equal(within[key], value + 1 if key.startswith("vision_tower.") else value)
+
+
+@pytest.mark.parametrize("write", [hf_llava, hf_llava_next])
+def test_transformers_layouts_without_a_chat_template(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """Only asking needs one, and a named one does; nothing is guessed of the LLM."""
+    photo, folder = picture(60, 90), tmp_path / "model"
+    set_seed(0)
+    write(folder)
+    expected = load(folder, device="cpu").ask(photo, "What is it?", max_new_tokens=4).text
+    file = folder / "chat_template.jinja"
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": file.read_text()}]
+    file.unlink()
+    FoveateForConditionalGeneration.from_pretrained(folder)
+    without = load(folder, device="cpu")
+    without.save(tmp_path / "ours")
+    for made in (without, load(tmp_path / "ours", device="cpu")):
+        assert made.processor(images=photo, text="<image> What is it?")["pixel_values"].shape[0] > 0
+        with pytest.raises(FoveateError, match=r"no chat_template\.jinja: name the template .* vicuna_v1"):
+            made.ask(photo, "What is it?")
+    with pytest.raises(FoveateError, match="has no chat template: set processor"):
+        VLM.load(folder, "cpu")
+    chosen = load(folder, device="cpu", template="vicuna_v1")
+    assert chosen.ask(photo, "What is it?", max_new_tokens=4).text == expected
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**settings, "chat_template": named})
+    of_several = load(folder, device="cpu")
+    assert of_several.ask(photo, "What is it?", max_new_tokens=4).text == expected
 
 
 def test_bin_files_of_every_age(tmp_path: Path) -> None:

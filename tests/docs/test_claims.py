@@ -19,6 +19,7 @@ from foveate.cli import app
 from foveate.cost import Pricer, reference_config
 from foveate.geometry import Size
 from foveate.methods import METHODS, method_class
+from foveate.shipped import shipped
 from tests.docs.blocks import PAGES, ROOT, blocks_of
 
 TWELVE_MEGAPIXELS = Size(height=3000, width=4000)
@@ -119,7 +120,7 @@ def test_names_exist(page: str) -> None:
     for code in CODE.findall(prose(page)):
         if re.fullmatch(r"foveate(\.\w+)+", code):
             resolve(code)
-        if re.fullmatch(r"(src|docs|tests|recipes|benchmarks)/[\w./-]+", code):
+        if re.fullmatch(r"(src|docs|tests|benchmarks)/[\w./-]+", code):
             assert (ROOT / code).exists(), f"{page}: there is no {code}"
 
 
@@ -191,6 +192,24 @@ def test_layouts_and_templates_are_listed() -> None:
     assert listed == {(name, layout.name) for name in METHODS for layout in method_class(name).layouts}
     for template in TEMPLATES:
         assert f"`{template}`" in text
+
+
+def test_recipes_are_listed() -> None:
+    listed = [row[0].strip("`") for row in rows(read("docs/training.md"), "Recipe")]
+    assert sorted(listed) == shipped("recipe")
+
+
+def test_what_is_said_about_installing_works_in_a_clone() -> None:
+    """No index has the package: extras are those of the folder, and pyproject.toml has them."""
+    groups = read("pyproject.toml").partition("[project.optional-dependencies]")[2].partition("[project.")[0]
+    extras = set(re.findall(r"^(\w+) = \[", groups, re.MULTILINE))
+    said: set[str] = set()
+    for path in (*PAGES, *(p.relative_to(ROOT).as_posix() for p in (ROOT / "src").rglob("*.py"))):
+        assert not re.search(r"pip install '?foveate\b(?!-)", read(path)), path
+        for named in re.findall(r"pip install -e '\.\[([\w,]+)\]'", read(path)):
+            said |= set(named.split(","))
+    assert {"train", "lab", "annotate", "detector"} <= said <= extras
+    assert {row[0].strip("`") for row in rows(read("docs/install.md"), "Extra")} == extras - {"docs", "dev"}
 
 
 def test_columns_of_inspect_are_explained() -> None:

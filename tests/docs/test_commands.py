@@ -40,12 +40,12 @@ ELSEWHERE = {
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.
 ONLY_READ = (
-    "recipes/llava.yaml",
-    "recipes/anyres.yaml",
-    "recipes/slime.yaml",
-    "recipes/inf_llava.yaml",
-    "recipes/coroi.yaml",
-    "recipes/chain_of_spot.yaml",
+    "llava",
+    "anyres",
+    "slime",
+    "inf_llava",
+    "coroi",
+    "chain_of_spot",
 )
 EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # behind a print: what it prints
 
@@ -74,7 +74,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Page:
-    """One page's folder, with the repository's pictures and recipes in it, and its Python variables."""
+    """One page's folder, with the repository's pictures in it, and its Python variables."""
 
     def __init__(self, folder: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -82,9 +82,7 @@ class Page:
         self.monkeypatch = monkeypatch
         self.variables: dict[str, Any] = {"__name__": "__main__"}
         (folder / "docs").symlink_to(ROOT / "docs")
-        (folder / "recipes").symlink_to(ROOT / "recipes")
         (folder / "examples").symlink_to(ROOT / "examples")
-        (folder / "experiments").symlink_to(ROOT / "experiments")
         monkeypatch.chdir(folder)
 
     def run(self, block: Block) -> None:
@@ -118,7 +116,7 @@ class Page:
             load_recipe(words[2], words[3:])
             return
         if "train" in words:  # with fewer steps
-            stages = yaml.safe_load(Path(words[words.index("train") + 1]).read_text())["stages"]
+            stages = load_recipe(words[words.index("train") + 1]).stages
             words += [f"stages.{stage}.steps=2" for stage in stages]
         if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
             result = run_foveate(*words[1:])

@@ -27,7 +27,7 @@ def test_tables_are_those_of_the_report(report: Path) -> None:
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
 def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None:
-    experiment = read_experiment(ROOT / "experiments" / f"{report.stem}.yaml")
+    experiment = read_experiment(report.stem)
     expected = [
         asdict(Cell.of(experiment, variant, seed))
         for variant in experiment.variants

@@ -12,8 +12,9 @@ from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student, under
 from foveate.lab.experiment import Experiment, Variant, read_experiment
 from foveate.lab.parts import Parts
+from foveate.shipped import find, shipped
 
-FILES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+FILES = [find("experiment", name) for name in shipped("experiment")]
 ROWS = [(file.stem, variant) for file in FILES for variant in read_experiment(file).variants]
 
 

@@ -21,11 +21,11 @@ from foveate.data.regions import Regions
 from foveate.geometry import Box, Size
 from foveate.methods.base import Cut, Reply, TowerGeometry, Turn
 from foveate.methods.chain_of_spot import MOST_PIXELS, PADDING, ChainOfSpot
+from foveate.shipped import find
 from foveate.tiny import tiny_model
 from foveate.train.prepare import prepare
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from tests.conftest import ROOT
 from tests.methods.conftest import fresh
 from tests.support import picture
 from tests.train.support import stage, write_recipe
@@ -620,7 +620,7 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
 
 
 def test_recipe_is_the_paper_s() -> None:
-    made = load_recipe(ROOT / "recipes" / "chain_of_spot.yaml")
+    made = load_recipe("chain_of_spot")
     spot = made.stages["spot"]
     assert (spot.trains, spot.lr, spot.batch, spot.epochs) == (["language_model"], 2e-5, 1024, 1)
     assert spot.max_length == 2048 - 2 + 2 * 576
@@ -629,12 +629,12 @@ def test_recipe_is_the_paper_s() -> None:
 
 def test_recipe_s_alternatives_load() -> None:
     """The commands in its header."""
-    text = (ROOT / "recipes" / "chain_of_spot.yaml").read_text().split("\noutput:")[0]
+    text = find("recipe", "chain_of_spot").read_text().split("\noutput:")[0]
     text = text.replace("\\\n#", " ").replace("#", " ")
     commands = [
         line.split() for line in text.splitlines() if "foveate train" in line and "torchrun" not in line
     ]
-    found = [load_recipe(ROOT / words[2], words[3:]) for words in commands]
+    found = [load_recipe(words[2], words[3:]) for words in commands]
     assert len(found) == 6
     options = [one.model.options for one in found]
     assert {one.get("region_from", "question") for one in options} == {

@@ -48,7 +48,6 @@ from foveate.source import Look, Source
 from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from tests.conftest import ROOT
 from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
 from tests.support import chat, checkpoint_activations, gap, greedy, picture, rows
 from tests.train.support import stage, write_recipe
@@ -956,7 +955,7 @@ def test_both_stages_train(tmp_path: Path) -> None:
 
 def test_the_recipe_is_the_papers() -> None:
     """Sections 3.3 and 4.1."""
-    recipe = load_recipe(ROOT / "recipes" / "coroi.yaml")
+    recipe = load_recipe("coroi")
     pretrain, finetune = recipe.stages.values()
     assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
     assert (pretrain.options, finetune.options) == ({"chain": False}, {})
@@ -981,7 +980,7 @@ def test_the_recipe_is_the_papers() -> None:
     ):
         assert data in named
     large = load_recipe(
-        ROOT / "recipes" / "coroi.yaml",
+        "coroi",
         ["model.text=NousResearch/Nous-Hermes-2-Yi-34B", "model.template=chatml", "stages.finetune.lr=1e-5"],
     )
     assert large.stages["finetune"].lr == 1e-5

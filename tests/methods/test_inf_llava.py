@@ -27,6 +27,7 @@ from foveate.geometry import Size, View
 from foveate.methods import inf_llava
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import CUTS, Axis, InfConnector, InfLlava, gathered, pooling
+from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
@@ -36,7 +37,6 @@ from tests.methods.test_invariants import CLOSE, prepare
 from tests.support import chat, gap, greedy, picture
 from tests.train.support import losses, stage, write_recipe
 
-ROOT = Path(__file__).parents[2]
 PAPER = TowerGeometry(336, 14)
 ALL = [(n, n) for n in (1, 2, 3, 4, 5)] + [(2, 3), (3, 2), (1, 4), (5, 2)]  # rows and columns of views
 
@@ -600,7 +600,7 @@ def test_the_price_leaves_dead_views_out() -> None:
 def test_both_stages_from_a_fresh_start(tmp_path: Path) -> None:
     """The recipe's stages on toy data: each changes its part alone, and the loss falls."""
     data = write_toy_data(tmp_path / "toy", 24)
-    recipe = load_recipe(ROOT / "recipes/inf_llava.yaml")
+    recipe = load_recipe("inf_llava")
     assert list(recipe.stages) == ["pretrain", "finetune"]
     stages = {
         name: stage(given.trains, data, steps=4, options=given.options, template=given.template)
@@ -656,21 +656,21 @@ def test_detail_reaches_the_llm_with_small_views() -> None:
 
 
 def test_the_recipe_has_the_papers_values_and_both_mixtures() -> None:
-    recipe = load_recipe(ROOT / "recipes/inf_llava.yaml")
+    recipe = load_recipe("inf_llava")
     pretrain, finetune = recipe.stages.values()
     assert [(s.lr, s.batch, s.epochs) for s in (pretrain, finetune)] == [(1e-3, 256, 1), (2e-5, 128, 1)]
     assert (pretrain.trains, finetune.trains) == (["connector"], ["connector", "language_model"])
     assert (pretrain.schedule, pretrain.template, finetune.template) == ("cosine", "plain", None)
     assert "595K" in pretrain.data[0].path
     assert "665k" in finetune.data[0].path
-    text = (ROOT / "recipes/inf_llava.yaml").read_text()
+    text = find("recipe", "inf_llava").read_text()
     lines = re.findall(
         r"^#     (.*)$", text.partition("What differs")[0].partition("INF-LLaVA*")[2], re.MULTILINE
     )
     command = " ".join(line.rstrip("\\").strip() for line in lines)
     changes = re.findall(r"(stages\.\w+\.data)='(\[.*?\])'", command)
     assert [key for key, _ in changes] == ["stages.pretrain.data", "stages.finetune.data"]
-    star = load_recipe(ROOT / "recipes/inf_llava.yaml", [f"{key}={value}" for key, value in changes])
+    star = load_recipe("inf_llava", [f"{key}={value}" for key, value in changes])
     first, second = ([source.path for source in s.data] for s in star.stages.values())
     assert [re.search(r"558k|Caption-LAION|Caption-VFLAN", path) is not None for path in first] == [True] * 3
     assert len(second) == 4

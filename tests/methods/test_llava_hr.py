@@ -33,12 +33,12 @@ from foveate.methods import llava_hr
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import ConvNext, ConvNextShape, DualTower, LlavaHR, LlavaHROptions, MRAdapter
 from foveate.options import build_options
+from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from tests.methods.conftest import TINY_OPTIONS, fresh
 from tests.support import checkpoint_activations, gap, picture
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = TINY_OPTIONS["llava_hr"]["convnext"]
 CLIP = TowerGeometry(336, 14)
 
@@ -798,7 +798,7 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
 
 
 def test_recipe_is_the_papers() -> None:
-    recipe = load_recipe(ROOT / "recipes" / "llava_hr.yaml")
+    recipe = load_recipe("llava_hr")
     first, second = recipe.stages.values()
     assert (first.trains, second.trains) == (
         ["connector", "vision_tower.fusion"],
@@ -818,9 +818,9 @@ def test_recipe_is_the_papers() -> None:
 
 def test_the_larger_model_is_a_change_behind_the_recipe() -> None:
     """The command in the recipe's header."""
-    header = (ROOT / "recipes" / "llava_hr.yaml").read_text(encoding="utf-8").split("LLaVA-HR-X")[1]
+    header = find("recipe", "llava_hr").read_text(encoding="utf-8").split("LLaVA-HR-X")[1]
     convnext = header.split("'")[1].replace("\n#", "\n")
     assert convnext.startswith("{weights: timm/convnext_xxlarge")
-    recipe = load_recipe(ROOT / "recipes" / "llava_hr.yaml", [f"model.options.convnext={convnext}"])
+    recipe = load_recipe("llava_hr", [f"model.options.convnext={convnext}"])
     shape = options(**recipe.model.options).convnext
     assert (shape.depths, shape.widths, shape.norm_eps) == ((3, 4, 30, 3), (384, 768, 1536, 3072), 1e-5)

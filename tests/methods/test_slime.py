@@ -24,6 +24,7 @@ from foveate.data.toy import write_toy_data
 from foveate.geometry import Size
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import Slime
+from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
@@ -34,7 +35,6 @@ from tests.methods.test_seams import VISION, calls
 from tests.support import chat, gap, greedy, picture
 from tests.train.support import stage, write_recipe
 
-ROOT = Path(__file__).parents[2]
 PAPER = TowerGeometry(336, 14)
 
 
@@ -426,7 +426,7 @@ def test_the_price_is_the_most_it_can_cost() -> None:
 def test_every_stage_trains_its_part_alone(tmp_path: Path) -> None:
     """The four runs, from a fresh start: exactly the named part changes, and the last one learns."""
     data = write_toy_data(tmp_path / "toy", 24)
-    recipe = load_recipe(ROOT / "recipes/slime.yaml")
+    recipe = load_recipe("slime")
     assert list(recipe.stages) == ["adapter-mlp", "adapter-former", "compressor", "joint"]
     stages = {
         name: stage(given.trains, data, steps=3, options=given.options, freezes=given.freezes)
@@ -463,13 +463,13 @@ def test_every_stage_trains_its_part_alone(tmp_path: Path) -> None:
 
 def test_the_paper_s_other_models() -> None:
     """The changes in the recipe's head, as commands: values of Table 7, and LoRA as the authors' script."""
-    text = (ROOT / "recipes/slime.yaml").read_text()
+    text = find("recipe", "slime").read_text()
     found = {}
     for name, command in re.findall(r"# *(Llama3-\S+)[^\n]*:\n#\n((?:# {5}[^\n]*\n)+)", text):
         words = shlex.split(re.sub(r"^# {5}", "", command, flags=re.MULTILINE).replace("\\\n", ""))
-        assert words[:3] == ["foveate", "train", "recipes/slime.yaml"]
-        found[name] = load_recipe(ROOT / "recipes/slime.yaml", words[3:])
-    vicuna = load_recipe(ROOT / "recipes/slime.yaml")
+        assert words[:3] == ["foveate", "train", "slime"]
+        found[name] = load_recipe("slime", words[3:])
+    vicuna = load_recipe("slime")
     rates = {
         name: [s.lr for s in recipe.stages.values()]
         for name, recipe in {"Vicuna-7B": vicuna, **found}.items()

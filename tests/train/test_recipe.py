@@ -16,11 +16,11 @@ import yaml
 from foveate import FoveateError
 from foveate.methods import METHODS, method_class
 from foveate.options import build_options, type_name
+from foveate.shipped import find, shipped
 from foveate.train.recipe import Lora, ModelSpec, Recipe, Source, Stage, difference, load_recipe, to_dict
-from tests.conftest import ROOT
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-TINY = ROOT / "recipes" / "tiny.yaml"
+RECIPES = [find("recipe", name) for name in shipped("recipe")]
+TINY = find("recipe", "tiny")
 
 
 def keys(node: yaml.Node, kind: Any) -> Iterator[tuple[type, str, int]]:
@@ -102,7 +102,7 @@ def test_every_baseline_has_a_recipe() -> None:
 
 def test_llava_is_trained_as_published() -> None:
     """Values of scripts/v1_5/pretrain.sh and finetune.sh of haotian-liu/LLaVA."""
-    pretrain, finetune = load_recipe(ROOT / "recipes" / "llava.yaml").stages.values()
+    pretrain, finetune = load_recipe("llava").stages.values()
     assert (pretrain.trains, finetune.trains) == (["connector"], ["connector", "language_model"])
     assert (pretrain.lr, finetune.lr) == (1e-3, 2e-5)
     assert (pretrain.batch, finetune.batch) == (256, 128)
@@ -203,8 +203,19 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FoveateError, match="no recipe at"):
+    with pytest.raises(FoveateError, match=r"no recipe at .*none\.yaml: give a YAML file, or"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_name_is_a_recipe_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert load_recipe("tiny") == load_recipe(TINY)
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").write_text(SMALL)
+    assert load_recipe("tiny").output == "runs/x"
+    with pytest.raises(FoveateError, match=r"no recipe at slim: .*: anyres, chain_of_spot, .*, slime, tiny$"):
+        load_recipe("slim")
 
 
 def test_what_differs_between_recipes(tmp_path: Path) -> None:

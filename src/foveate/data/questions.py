@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from foveate.data.formats import read_conversations, to_messages
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, require
 
 WHOLE_PICTURE = "Describe the picture."  # asked where a region must not depend on any question
 
@@ -79,8 +78,8 @@ class DatasetSource:
     """
 
     def __init__(self, name: str, split: str, images: Path | None) -> None:
-        if find_spec("datasets") is None:
-            raise FoveateError("Hugging Face datasets need a package: pip install 'foveate[annotate]'")
+        for package in ("datasets", "pyarrow"):
+            require(package, "annotate", "a Hugging Face dataset")
         import datasets
         import pyarrow as pa
 

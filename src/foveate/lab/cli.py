@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from foveate.errors import FoveateError
 from foveate.options import parse_pairs
+from foveate.shipped import shipped
 
 app = typer.Typer(
     help="Compare methods in minutes on a CPU, on pictures of which everything is known.",
@@ -61,7 +62,11 @@ def prepare(
 def run(
     context: typer.Context,
     experiment: Annotated[
-        Path | None, typer.Argument(help="YAML file with variants, level, scale, seeds, steps and batch.")
+        Path | None,
+        typer.Argument(
+            help="YAML file with variants, level, scale, seeds, steps and batch, or one that comes with "
+            f"Foveate: {', '.join(shipped('experiment'))}."
+        ),
     ] = None,
     methods: Annotated[
         str | None,
@@ -133,7 +138,7 @@ def export(
     method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
     experiment: Annotated[
         Path | None,
-        typer.Option(help="Instead of a method: the file with the experiment that `run` has read."),
+        typer.Option(help="Instead of a method: the experiment that `run` has read, a file or a name."),
     ] = None,
     row: Annotated[str | None, typer.Option(help="Label of the file's variant.")] = None,
     seed: int = 0,

@@ -11,6 +11,7 @@ from foveate.errors import FoveateError
 from foveate.lab.levels import level_named
 from foveate.lab.scales import scale_named
 from foveate.options import build_options
+from foveate.shipped import find
 from foveate.train.recipe import read_yaml
 
 
@@ -104,8 +105,12 @@ class Experiment:
         return self.steps or scale_named(self.scale).cell.steps
 
 
-def read_experiment(path: Path) -> Experiment:
-    """Raises `FoveateError` for unreadable files, unknown keys and wrong values."""
+def read_experiment(experiment: str | Path) -> Experiment:
+    """Reads a YAML file, or by name one of Foveate's experiments.
+
+    Raises `FoveateError` for unreadable files, unknown keys and wrong values.
+    """
+    path = find("experiment", experiment)
     return build_options(Experiment, read_yaml(path, "variants, level, seeds"), where=str(path))
 
 

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.errors import FoveateError
+from foveate.errors import require
 
 Split: TypeAlias = Literal["tower", "train", "test"]
 SPLITS: tuple[Split, ...] = ("tower", "train", "test")  # tower and train differ in scenes, not in materials
@@ -82,7 +82,7 @@ class Materials:
 @lru_cache(maxsize=len(SPLITS))
 def materials(split: Split) -> Materials:
     """Raises `FoveateError` where scikit-learn or matplotlib is not installed."""
-    _require("sklearn")
+    check_packages()
     from sklearn.datasets import load_digits, load_sample_image
 
     test = split == "test"
@@ -99,7 +99,10 @@ def materials(split: Split) -> Materials:
 @lru_cache(maxsize=256)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A DejaVu font at `size` pixels."""
-    folder = Path(_require("matplotlib")).parent / "mpl-data" / "fonts" / "ttf"
+    check_packages()
+    package = find_spec("matplotlib")
+    assert package is not None and package.origin is not None
+    folder = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
     return ImageFont.truetype(folder / f"{name}.ttf", size)
 
 
@@ -113,8 +116,7 @@ def letter_mask(letter: str, font_name: str, size: int) -> Image.Image:
     return mask
 
 
-def _require(package: str) -> str:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise FoveateError("the lab needs scikit-learn and matplotlib: pip install 'foveate[lab]'")
-    return spec.origin
+def check_packages() -> None:
+    """Raises `FoveateError` where scikit-learn or matplotlib is not installed."""
+    for package in ("sklearn", "matplotlib"):
+        require(package, "lab", "the lab")

@@ -9,6 +9,7 @@ from foveate.errors import FoveateError
 from foveate.lab.cell import Cell, check_methods, make_bench
 from foveate.lab.controls import controls
 from foveate.lab.experiment import Experiment
+from foveate.lab.materials import check_packages
 from foveate.lab.parts import load_parts
 from foveate.lab.report import write_report
 from foveate.lab.training import train_cell
@@ -38,8 +39,10 @@ def run(
         The Markdown file of the report.
 
     Raises:
-        FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk.
+        FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
+            packages that are missing.
     """
+    check_packages()  # not only when the report's plot is drawn
     level, scale = experiment.level, experiment.scale
     with controls():
         check_methods([variant.method for variant in experiment.variants])

@@ -12,7 +12,7 @@ Authors' code: none is public; this is written from the paper.
     the residual is added behind layer k           RoiInjector           section 3.2
     layers k_j = floor(j L / 8) - 1, j = 2 to 7    decoder_layers        appendix
     576 tokens, or 2880                            Coroi.plan            section 4.1, "Model Variants"
-    two stages                                     recipes/coroi.yaml    section 3.3
+    two stages                                     train/recipes/coroi   section 3.3
 
 The paper leaves much open. Each choice is an option; docs/methods/coroi.md lists them with the reasons. Those
 that change most:

@@ -9,7 +9,7 @@ Authors' code: yfzhang114/SliME at 5c89ec9 (Apache-2.0).
     N_q queries read a tile                 QueryFormer          section 2.2, "Local Feature Compression"
     scores, cumulative threshold gamma      Router               section 2.2, "Text-Guided Router"
     global | separator | local, in raster   SlimeConnector       figure 2 (d)
-    three stages, four runs                 recipes/slime.yaml   section 2.2, "Alternating Training Scheme"
+    three stages, four runs                 train/recipes/slime  section 2.2, "Alternating Training Scheme"
 
 Paper and authors' code differ. Each difference is an option; defaults are what the released checkpoints need:
 

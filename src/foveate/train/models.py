@@ -55,7 +55,7 @@ def skeleton(
                 template=template,
                 options=options,
             )
-            return FoveateForConditionalGeneration(config), processor
+            return _with_attention(FoveateForConditionalGeneration(config), spec), processor
         if spec.tiny:
             made = _tiny(spec, options, 0, template)
         else:
@@ -71,7 +71,14 @@ def skeleton(
                 vision_feature_layer=spec.vision_feature_layer,
                 preprocessor=checkpoints.read_preprocessor(vision),
             )
-    return made.model, made.processor
+    return _with_attention(made.model, spec), made.processor
+
+
+def find_weights(spec: ModelSpec) -> None:
+    """Raises `FoveateError` where the files of a recipe's weights are missing or cut; reads no tensor."""
+    for name in (spec.load, spec.vision_tower, spec.vision, spec.text):
+        if name is not None:
+            checkpoints.weight_files(checkpoints.local_folder(name))
 
 
 def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditionalGeneration:

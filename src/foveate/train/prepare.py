@@ -38,6 +38,7 @@ class Prepared:
         stage: its settings.
         options: all options of the method in this stage.
         processor: with these options and the stage's chat template.
+        skeleton: the model on the meta device, with what trains in this stage marked.
         samples: what it trains on, those that are too long left out.
         lengths: (S,) tokens of each sample.
         left_out: number of samples that are too long.
@@ -49,6 +50,7 @@ class Prepared:
     stage: Stage
     options: dict[str, Any]
     processor: FoveateProcessor
+    skeleton: FoveateForConditionalGeneration
     samples: Samples
     lengths: np.ndarray
     left_out: int
@@ -73,7 +75,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
     select(model, stage, where)
     if not MARKED.search(str(processor.chat_template)):
         raise FoveateError(
-            f"{where}: the chat template of {recipe.model.load} does not mark the assistant's text; "
+            f"{where}: {recipe.model.load} has no chat template that marks the assistant's text; "
             f"set template to one of {', '.join(TEMPLATES)}"
         )
     devices = PartialState().num_processes
@@ -95,6 +97,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         stage=stage,
         options=model.method.describe_options(),
         processor=processor,
+        skeleton=model,
         samples=samples,
         lengths=lengths,
         left_out=left_out,

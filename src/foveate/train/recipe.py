@@ -18,6 +18,7 @@ import yaml
 
 from foveate.errors import FoveateError
 from foveate.options import build_options
+from foveate.shipped import find
 
 # Settings that leave the result as it is: a run that goes on may change them.
 WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
@@ -157,12 +158,13 @@ class Recipe:
                 raise FoveateError(f"stage {name!r}: use only letters, digits, - and _ in a stage's name")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies changes such as `stages.pretrain.lr=1e-4`.
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML file, or by name one of Foveate's recipes, and applies changes such as `output=runs/mine`.
 
     Raises `FoveateError` for unreadable files, unknown keys, missing ones and wrong values.
     """
-    values = read_yaml(Path(path), "output, model, stages")
+    path = find("recipe", recipe)
+    values = read_yaml(path, "output, model, stages")
     for override in overrides:
         _override(values, override)
     return build_options(Recipe, values, where=str(path))
@@ -223,8 +225,6 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: Path, keys: str) -> dict[str, Any]:
     """The values of a file that should hold such `keys`. Raises `FoveateError`."""
-    if not path.is_file():
-        raise FoveateError(f"no recipe at {path}: give a YAML file")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, require
+from foveate.shipped import find
 from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
 from foveate.versions import names_versions
 
@@ -41,17 +41,19 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool | None = None,
     console: Console | None = None,
+    dry_run: bool = False,
 ) -> Path:
     """Trains by a recipe and returns the folder of the run; the model is in its subfolder `model`.
 
     Everything is checked before anything is written. Under torchrun or accelerate, every process calls this.
 
     Args:
-        recipe_path: the YAML file.
+        recipe_path: the YAML file, or the name of one that comes with Foveate.
         overrides: changes such as `stages.pretrain.lr=1e-4`.
         resume: True goes on with the run in the output folder, False refuses if there is one, None goes on
             if there is one.
         console: for the table of what trains and the progress; nothing is shown without one.
+        dry_run: only checks, and shows what would train; weights are found, but not read.
 
     Raises:
         FoveateError: a recipe, model or data that is wrong, an output folder of something else, packages or
@@ -68,11 +70,20 @@ def train(
     if (output / "model").is_dir():
         console.print(f"the run in {output} is complete: nothing to do")
         return output
+    from foveate.train.models import find_weights
     from foveate.train.prepare import prepare
 
     with console.status("checking model and data"):
         stages = [prepare(recipe, name) for name in names]
-        model = _start(recipe, stages[0])
+        if dry_run:
+            find_weights(recipe.model)
+        model = None if dry_run else _start(recipe, stages[0])
+    if model is None:
+        for stage in stages:
+            _show(stage, stage.skeleton, console)
+        done = f"all is well with {find('recipe', recipe_path)}; nothing was written"
+        console.print(done, highlight=False, markup=False, soft_wrap=True)
+        return output
     processes.wait_for_everyone()  # all have looked at the output folder before it is written to
     if processes.is_main_process:
         _write_recipe(recipe)
@@ -87,8 +98,7 @@ def train(
 def _check_packages(recipe: Recipe) -> None:
     lora = any(stage.lora for stage in recipe.stages.values())
     for package in ("accelerate", "tensorboard", *(["peft"] if lora else [])):
-        if find_spec(package) is None:
-            raise FoveateError(f"training needs the package {package}: pip install 'foveate[train]'")
+        require(package, "train", "training")
 
 
 def _check_output(recipe: Recipe, resume: bool | None) -> None:
@@ -166,8 +176,7 @@ def _train_stage(
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)
-    console.print(_table(prepared, model))
-    console.print(_amounts(prepared), highlight=False, markup=False)
+    _show(prepared, model, console)
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
         console.print(f"going on from {checkpoint}")
@@ -189,6 +198,11 @@ def _start(recipe: Recipe, prepared: Prepared) -> FoveateForConditionalGeneratio
     if before < 0:
         return first_model(recipe, prepared.options)
     return load_model(_result(recipe, names[before]), recipe.model, prepared.options)
+
+
+def _show(prepared: Prepared, model: FoveateForConditionalGeneration, console: Console) -> None:
+    console.print(_table(prepared, model))
+    console.print(_amounts(prepared), highlight=False, markup=False)
 
 
 def _table(prepared: Prepared, model: FoveateForConditionalGeneration) -> Table:

@@ -1,0 +1,37 @@
+"""Recipes and experiments that come with Foveate, found by their names."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from foveate.errors import FoveateError
+
+Kind = Literal["recipe", "experiment"]
+PLACES: dict[Kind, tuple[str, str]] = {"recipe": ("train", "recipes"), "experiment": ("lab", "experiments")}
+
+
+def shipped(kind: Kind) -> list[str]:
+    """The names of all that come with Foveate, in alphabetical order."""
+    return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
+
+
+def find(kind: Kind, given: str | Path) -> Path:
+    """The file of a recipe or an experiment, given as a path or by its name; a file at the path wins.
+
+    Raises `FoveateError` that lists the names where there is neither.
+    """
+    if Path(given).is_file():
+        return Path(given)
+    if str(given) in shipped(kind):
+        return _folder(kind) / f"{given}.yaml"
+    raise FoveateError(
+        f"no {kind} at {given}: give a YAML file, or the name of one in {_folder(kind)}: "
+        f"{', '.join(shipped(kind))}"
+    )
+
+
+def _folder(kind: Kind) -> Path:
+    package, folder = PLACES[kind]
+    return Path(str(resources.files("foveate") / package / folder))
