@@ -39,13 +39,15 @@ def golden_folder(config: pytest.Config) -> Path | None:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
-    """measure(what, error, tolerance): noted for the table at the end, and asserted."""
+def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """measure(what, error, tolerance): noted for the table at the end, and asserted; a fourth argument says
+    what is wrong where an error is no number of use."""
     case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
 
-    def note(what: str, error: float, tolerance: float) -> None:
+    def note(what: str, error: float, tolerance: float, wrong: str = "") -> None:
         request.config.stash[MEASURES].add(Measured(case, what, error, tolerance))
-        assert error <= tolerance, f"{case}: {what} differs by {error:.2e}, more than {tolerance:.0e}"
+        wrong = wrong or f"differs by {error:.2e}, more than {tolerance:.0e}"
+        assert error <= tolerance, f"{case}: {what} {wrong}"
 
     return note
 
