@@ -164,7 +164,7 @@ def normed(module: Module, config: Mapping[str, Any]) -> Module:
     """The module with the epsilon that a case states for its layer norms, if it states one."""
     for part in module.modules():
         if isinstance(part, nn.LayerNorm):
-            part.eps = config.get("ln_eps", part.eps)
+            part.eps = config.get("ln_eps", config.get("layer_norm_eps", part.eps))
     return module
 
 

@@ -27,7 +27,7 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
-from foveate.source import Source
+from foveate.source import Look, Source
 from tests.parity.golden import Comparison, Family, normed
 
 CLOSE, PIXELS = 1e-5, 1e-3  # of activations of about 1, and of pixels up to 255
@@ -73,6 +73,25 @@ def gradient(state: Mapping[str, Tensor], key: str) -> str:
     return "weighted" if key in state else "straight_through"
 
 
+def situated(
+    compare: Comparison,
+    name: str,
+    module: CoroiConnector,
+    look: Look,
+    window: Window,
+    about: Mapping[str, Any],
+) -> None:
+    """Which window it is, and where it lies in the low-resolution picture and in the enlarged one."""
+    side, scale = module.sides[window.scale], module.options.scales[window.scale]
+    box = [int(n) for n in look.box]
+    own: dict[str, Any] = {"window": [side, side], "row": window.row, "col": window.column}
+    own |= {"lr_box_xyxy": box, "hr_box_xyxy": [scale * n for n in box]}
+    tokens = module._cells(window.row, window.column, side).tolist()
+    own |= {"lr_token_positions": tokens, "first_last_token": [tokens[0], tokens[-1]]}
+    expected = {key: about[key] for key in own if key in about}
+    compare.equal(name, {key: own[key] for key in expected}, expected)
+
+
 def windows(compare: Comparison) -> None:
     """Of each map: first row and column of the best window, its average, and what it covers."""
     case = compare.case
@@ -87,13 +106,8 @@ def windows(compare: Comparison) -> None:
             if (expected := about["windows"].get(str(scale))) is None:
                 continue
             name, number = f"map {about['map']} at {side} tokens", about["map"]
-            row, column = divmod(int(chosen[number]), values.shape[-1])
-            found = module._look(Window(0, s, 0, row, column), plan)
-            compare.equal(name, (row, column), (expected["row"], expected["col"]))
-            compare.equal(f"{name}, box", [int(n) for n in found.box], expected["lr_box_xyxy"])
-            if "lr_token_positions" in expected:
-                cells = module._cells(row, column, side).tolist()
-                compare.equal(f"{name}, tokens", cells, expected["lr_token_positions"])
+            window = Window(0, s, 0, *divmod(int(chosen[number]), values.shape[-1]))
+            situated(compare, name, module, module._look(window, plan), window, expected)
             average = torch.tensor(expected["mean"], dtype=values.dtype)
             compare.close(f"{name}, average", values[number].max(), average, CLOSE)
 
@@ -148,10 +162,9 @@ def crops(compare: Comparison) -> None:
     for about in table:
         s = module.options.scales.index(about["lam"])
         values = pooled(integral(case.tensors[f"score_lam{about['lam']}"][None]), module.sides[s])
-        row, column = divmod(int(module.select(values, None)[0]), values.shape[-1])
-        compare.equal(f"window at {about['lam']}", (row, column), (about["row"], about["col"]))
-        look = module._look(Window(0, s, 0, row, column), method.plan(*picture.shape[:2]))
-        compare.equal(f"box at {about['lam']}", [int(n) for n in look.box], about["lr_box_xyxy"])
+        window = Window(0, s, 0, *divmod(int(module.select(values, None)[0]), values.shape[-1]))
+        look = module._look(window, method.plan(*picture.shape[:2]))
+        situated(compare, f"window at {about['lam']}", module, look, window, about)
         expected = case.tensors[f"out.crop_lam{about['lam']}"]
         for upsampled in (False, True):  # the same, as the picture has the low-resolution size
             # Where a scale does not divide the grid, the clip is smaller than the tower's side.
@@ -179,7 +192,8 @@ def inject(compare: Comparison) -> None:
             "heads": config["heads_variant"] if name.endswith("heads") else 1,
             "overlap": "sequence" if name.endswith("sequential") else "add",
         }
-        _, module = connector(tower, (r["lam"] for r in rois), **options)
+        widths = (features.shape[-1], hidden.shape[-1])
+        _, module = connector(tower, (r["lam"] for r in rois), *widths, **options)
         scales = module.options.scales
         every = [Window(r["sample"], scales.index(r["lam"]), r["roi"], r["row"], r["col"]) for r in rois]
         chosen = Chosen(every, features, torch.ones(len(rois)))
@@ -286,8 +300,10 @@ def chain(compare: Comparison) -> None:
             s, steps = module.options.scales.index(about["lam"]), about["chain"]
             numbers = [i for i, window in enumerate(got.windows) if window.scale == s][: len(steps)]
             name = f"{history} at {about['lam']}"
-            found = [(got.windows[i].row, got.windows[i].column) for i in numbers]
-            compare.equal(name, found, [(step["row"], step["col"]) for step in steps])
+            plan = method.plan(*picture.shape[:2])
+            for n, (i, step) in enumerate(zip(numbers, steps, strict=True)):
+                look = module._look(got.windows[i], plan)
+                situated(compare, f"{name}, step {n}", module, look, got.windows[i], step)
             expected = torch.tensor([step["mean"] for step in steps])
             compare.close(f"{name}, averages", averages[: len(steps), s], expected, CLOSE)
             if "last_roi_mean" in about:

@@ -17,16 +17,19 @@ from transformers import CLIPVisionConfig
 from foveate import FoveateForConditionalGeneration
 from foveate.checkpoints import fill_connector, read_preprocessor, stage_files
 from foveate.layouts import convert_key
-from foveate.methods.base import TowerGeometry, Widths
+from foveate.methods.base import Widths
 from foveate.methods.llava_hr import (
     DualTower,
     FinalFusion,
     LlavaHR,
+    LlavaHRConnector,
     LlavaHROptions,
     MRAdapter,
+    Pair,
     as_map,
     as_tokens,
 )
+from foveate.options import build_options
 from foveate.processing import CLIP_MEAN, CLIP_STD, FoveateImageProcessor, image_processor_for
 from tests.parity.checkpoints import embedded, load, model_folder, prompt, stage_folder, tower_folder, words
 from tests.parity.golden import Case, Comparison, Family, Tensors
@@ -148,21 +151,18 @@ def encoder(compare: Comparison) -> None:
     state = dict(case.part("state"))
     adapted = any(key.startswith("align_stages_latent.") for key in state)
     stem = state["slow_vision_tower.vision_tower.stem.0.weight"]  # (C, 3, p, p)
-    options = {
-        "resolutions": [[about["fast_size"], about["input_image_size"]]],
-        "convnext": {
-            "depths": convnext["depths"],
-            "widths": convnext["dims"],
-            "patch": stem.shape[-1],
-            "norm_eps": convnext["norm_eps"],
-        },
+    shape = {"depths": convnext["depths"], "widths": convnext["dims"], "norm_eps": convnext["norm_eps"]}
+    given = {
+        "convnext": {**shape, "patch": stem.shape[-1]},
         "groups": GROUPS,
         "blocks": None if adapted else [],
         "projector_depth": sum(re.fullmatch(r"mm_projector\.\d+\.weight", key) is not None for key in state),
     }
-    method = LlavaHR(TowerGeometry.of(vision), options)
-    tower = method.build_tower(vision, -2).eval()
-    connector = method.build_connector(Widths(clip["hidden"], about["llm_hidden"]))
+    options = build_options(LlavaHROptions, given, compare.case.id)
+    # Made apart from the method, which refuses grids of which neither divides the other: theirs enlarges any.
+    pair = Pair(about["fast_size"], about["input_image_size"], about["fast_size"] // clip["patch"])
+    tower = DualTower(vision, -1, options, [pair]).eval()
+    connector = LlavaHRConnector(Widths(clip["hidden"], about["llm_hidden"]), options.projector_depth)
     projector = {key: state.pop(key) for key in list(state) if key.startswith("mm_projector.")}
     fill(tower, state, "model.vision_tower.", "vision_tower.")
     fill(connector, projector, "model.", "connector.")
@@ -239,8 +239,9 @@ def checkpoint(compare: Comparison) -> None:
     }
     for name, result in results.items():
         compare.those(tensors, {name: result}, tolerance(case, name))
-    expected = tensors["greedy_tokens"].tolist()
-    compare.equal("greedy_tokens", greedy(model, inputs, len(expected))[0], expected)
+    if "greedy_tokens" in tensors:
+        expected = tensors["greedy_tokens"].tolist()
+        compare.equal("greedy_tokens", greedy(model, inputs, len(expected))[0], expected)
     alone = tensors.part("text_only")
     if "logits" in alone:
         logits = model(input_ids=alone["input_ids"]).logits[0]
