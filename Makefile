@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test docs embedded clean
+.PHONY: demo install test newest oldest docs embedded clean
 
 # A question about a photograph of 16 megapixels, answered by the model that comes with the package.
 demo: .venv/core
@@ -10,13 +10,13 @@ demo: .venv/core
 
 install: .venv/installed
 
-.venv/core: pyproject.toml
+.venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed: .venv/core
-	$(BIN)/pip install --quiet --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 # Lint, types, docs, then the tests: the last line is pytest's. One thread per process: on two cores, the
@@ -28,6 +28,19 @@ test: install
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/pytest
+
+# What moves with the versions of other libraries: with the newest of everything, whatever the bounds say, and
+# with the lower bounds; each in an environment of its own, made anew.
+newest oldest: export OMP_NUM_THREADS ?= 1
+newest: export PIP_CONSTRAINT = /dev/null
+newest oldest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/python tools/requirements.py $@ > .venv-$@/requirements.txt
+	.venv-$@/bin/pip install --quiet --requirement .venv-$@/requirements.txt
+	.venv-$@/bin/pip install --quiet --no-deps --editable .
+	.venv-$@/bin/pip list
+	.venv-$@/bin/pytest tests/core tests/parity/test_transformers.py tests/methods/test_invariants.py \
+		tests/test_main_job.py
 
 # The documentation on http://127.0.0.1:8000, built anew whenever a page changes.
 docs: install
@@ -41,4 +54,4 @@ embedded: install
 	$(BIN)/foveate lab export build/embedded --method anyres --level signs --scale small
 
 clean:
-	rm -rf .venv site build
+	rm -rf .venv .venv-newest .venv-oldest site build

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from foveate import upstream
 from foveate.config import FoveateConfig
 from foveate.modeling import FoveateForConditionalGeneration
 
@@ -81,9 +82,8 @@ def main() -> None:
             return_dict_in_generate=True,
         )
         seconds = time.perf_counter() - start
-        cache = output.past_key_values
-        numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-        return seconds, cache.get_seq_length(), 4 * numbers / 1e6
+        cache = output[upstream.CACHE]
+        return seconds, cache.get_seq_length(), upstream.cache_bytes(cache) / 1e6
 
     found = {gamma: [prefill(gamma)] for gamma in GAMMAS}  # the warm-up
     for _ in range(arguments.rounds):

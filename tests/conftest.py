@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from tests.measuring import Measured, Measures, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURES = pytest.StashKey[Measures]()
+# Properties of a test's report, which reaches the table at the end from other processes, too.
+MEASURE = "measure"  # a comparison
+UNREAD = "unread"  # a case, and what of it was not compared
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--golden")
     if given is not None and not given.is_dir():
         raise pytest.UsageError(f"--golden {given}: no such folder")
-    config.stash[MEASURES] = Measures()
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -38,14 +40,38 @@ def golden_folder(config: pytest.Config) -> Path | None:
     return given.resolve() if given.is_dir() else None
 
 
+class Announcements(logging.Handler):
+    """What transformers says, in its log, that it will take away."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.heard.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deprecated() -> Iterator[None]:
+    """Fails where transformers announces the end of something that was used; warnings are errors already."""
+    handler, log = Announcements(), logging.getLogger("transformers")
+    log.addHandler(handler)
+    yield
+    log.removeHandler(handler)
+    assert not handler.heard, "\n".join(handler.heard)
+
+
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """measure(what, error, tolerance): noted for the table at the end, and asserted; a fourth argument says
-    what is wrong where an error is no number of use."""
+    """measure(what, error, tolerance): noted for the table at the end, and asserted.
+
+    A fourth argument says what is wrong where the error is no number of use.
+    """
     case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
 
     def note(what: str, error: float, tolerance: float, wrong: str = "") -> None:
-        request.config.stash[MEASURES].add(Measured(case, what, error, tolerance))
+        request.node.user_properties.append((MEASURE, (case, what, error, tolerance)))
         wrong = wrong or f"differs by {error:.2e}, more than {tolerance:.0e}"
         assert error <= tolerance, f"{case}: {what} {wrong}"
 
@@ -59,5 +85,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if isinstance(report.longrepr, tuple) and "test_golden" in report.nodeid
     }
     absent = {node.partition("[")[2].removesuffix("]"): reason for node, reason in reasons.items()}
-    for line in summarise(config.stash[MEASURES], absent):
+    measures = Measures()
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == MEASURE:
+                    measures.add(Measured(*value))
+                elif name == UNREAD:
+                    case, keys = value
+                    measures.unread[case] = list(keys)
+    for line in summarise(measures, absent):
         terminalreporter.write_line(line)

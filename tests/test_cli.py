@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,23 +65,16 @@ def ask(*arguments: object) -> Result:
 
 
 def test_help_is_instant() -> None:
-    """Under half a second, imports of Python and typer included: nothing heavy is loaded for it."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert "inspect" in done.stdout
-    assert statistics.median(times) < 0.5, times
-
-
-def test_help_loads_no_torch() -> None:
+    """Nothing heavy is loaded for it, counted in modules: seconds depend on what else the machine does."""
     code = (
-        "import sys\nfrom foveate.cli import app\n"
-        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "sys.exit(len({'torch', 'transformers', 'PIL'} & sys.modules.keys()))"
+        "import sys\nfrom foveate.cli import main\nsys.argv = ['foveate', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    print(*sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    python = [sys.executable, "-c", code]
+    *shown, loaded = subprocess.run(python, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert any("inspect" in line for line in shown)
+    assert not {"torch", "transformers", "numpy", "PIL"} & {*loaded.split()}
+    assert len(loaded.split()) < 500
 
 
 @pytest.mark.parametrize("command", ["ask", "chat", "inspect", "compose", "convert", "train"])

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from foveate.registration import register
+from foveate.versions import names_versions
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate, load
@@ -51,7 +52,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        return getattr(names_versions(import_module)(_PUBLIC[name]), name)
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")
 
 

@@ -45,6 +45,7 @@ from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
 from foveate.pictures import read_picture
 from foveate.relevance import Highlighter, RegionRule
+from foveate.versions import names_versions
 from foveate.vlm import VLM, message
 
 ANSWER_TOKENS = 16  # of the answers that are compared
@@ -511,6 +512,7 @@ def _write(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
+@names_versions
 def annotate_data(
     data: str | Path,
     out: str | Path,

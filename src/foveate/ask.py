@@ -28,6 +28,7 @@ from foveate.pictures import Picture, read_picture, write_drawing
 from foveate.processing import FoveateProcessor
 from foveate.source import Look, Source
 from foveate.turns import Context, Prompt, can_go_on
+from foveate.versions import names_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +64,7 @@ OF_ANSWERS = (
 REMEMBERED_LOOKS = 48  # parts of a picture whose features are kept for further questions
 
 
+@names_versions
 def load(
     model: str | Path | None = None,
     *,
@@ -314,6 +316,7 @@ class Foveate:
     def pricer(self) -> Pricer:
         return Pricer(self.model.config, self.model.dtype)
 
+    @names_versions
     @torch.inference_mode()
     def say(self, talks: Sequence[Talk], context: Context, **generation: Any) -> list[str]:
         """One turn of conversations side by side: the model's reply to each.
@@ -491,8 +494,9 @@ class Chat:
         self._seen: list[Seen] = []
         self._context = Context()
 
-    def ask(self, question: str, **generation: Any) -> Answer:
+    def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
         """As `Foveate.ask`."""
+        generation["max_new_tokens"] = max_new_tokens
         return converse(self.foveate, [self], [question], self._context, generation)[0]
 
     def turns(self, question: str) -> Generator[Turn, str, Reply]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
 from foveate.options import build_options, merged, parse_pairs
+from foveate.versions import MOVED, add_version_note
 
 if TYPE_CHECKING:
     from foveate.ask import Answer, Foveate
@@ -338,6 +339,9 @@ def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
     try:
         app(prog_name="foveate")
+    except MOVED as error:
+        add_version_note(error)
+        raise
     except FoveateError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
         console.print("error:", style="red", end=" ")

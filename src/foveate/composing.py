@@ -20,6 +20,7 @@ from foveate.methods import DEFAULT, method_class
 from foveate.modeling import FoveateForConditionalGeneration
 from foveate.options import build_options, merged
 from foveate.processing import FoveateProcessor, image_processor_for
+from foveate.versions import names_versions
 
 if TYPE_CHECKING:
     from foveate.ask import Foveate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Part: TypeAlias = str | Path | PreTrainedConfig | PreTrainedModel
 
 
+@names_versions
 def compose(
     vision: Part,
     text: Part,

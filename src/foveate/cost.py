@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from foveate import upstream
 from foveate.config import FoveateConfig
 from foveate.geometry import Size, ViewPlan
 from foveate.modeling import FoveateForConditionalGeneration
@@ -198,14 +199,15 @@ class Pricer:
         width = self.model.config.text_config.hidden_size
         embeds = torch.zeros(1, kept + tokens, width, device="meta", dtype=self.dtype)
         language, cache = self.model.language_model, None
+        name = upstream.CACHE
         with torch.no_grad():
             if kept:
-                cache = language(inputs_embeds=embeds[:, :kept], use_cache=True).past_key_values
+                cache = language(inputs_embeds=embeds[:, :kept], use_cache=True)[name]
             with FlopCounterMode(display=False) as prefill:
                 cache = language(
-                    inputs_embeds=embeds[:, kept:], past_key_values=cache, use_cache=True, logits_to_keep=1
-                ).past_key_values
-            kv = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+                    inputs_embeds=embeds[:, kept:], use_cache=True, logits_to_keep=1, **{name: cache}
+                )[name]
+            kv = upstream.cache_bytes(cache)
             with FlopCounterMode(display=False) as decode:
-                language(inputs_embeds=embeds[:, :1], past_key_values=cache)
+                language(inputs_embeds=embeds[:, :1], **{name: cache})
         return prefill.get_total_flops(), decode.get_total_flops(), kv

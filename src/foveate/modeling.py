@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from foveate import checkpoints
+from foveate import checkpoints, upstream
 from foveate.config import FoveateConfig
 from foveate.errors import FoveateError
 from foveate.geometry import Box, ViewPlan
@@ -22,6 +22,7 @@ from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
 from foveate.options import merged
 from foveate.source import Source
+from foveate.versions import names_versions
 
 
 @dataclass
@@ -48,14 +49,8 @@ class EncodedPictures(ModelOutput):
 
 
 @dataclass
-class FoveateOutput(ModelOutput):
+class FoveateOutput(CausalLMOutputWithPast):
     """Loss (with labels), logits (B, T, vocabulary) and the LLM's cache and optional states."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -85,8 +80,9 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [upstream.CACHE]  # noqa: RUF012
 
+    @names_versions
     def __init__(self, config: FoveateConfig) -> None:
         super().__init__(config)
         geometry = TowerGeometry.of(config.vision_config)
@@ -100,13 +96,17 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
         injectors = self.connector.injectors()
         if injectors:
-            layers = _layers_of(self.language_model)
+            layers = upstream.decoder_layers(self.language_model.get_decoder())
+            if layers is None:
+                name = type(self.language_model).__name__
+                raise FoveateError(f"{name}: its decoder's layers are not found, to change them")
             if _hands_on_keywords(self.language_model, layers) is False:
                 raise self._no_keywords()
             for index in injectors:
                 layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
 
     @classmethod
+    @names_versions
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path | None,
@@ -273,6 +273,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             source = Source.unpacked(source_pixels, image_sizes, source_norms, self.encode_views)
         return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask, source)
 
+    @names_versions
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -284,7 +285,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         source_norms: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -304,6 +304,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             source_norms: (P, 2, 3) mean and standard deviation with which their pixels are normalised.
             labels: (B, T), -100 where there is no loss.
             mm_encoder_outputs: {"image": EncodedPictures} where the pictures are encoded already.
+            **kwargs: for the LLM, its cache among them.
 
         Raises:
             FoveateError: placeholders and visual tokens differ in number.
@@ -336,7 +337,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
@@ -350,11 +350,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return FoveateOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{upstream.CACHE: outputs.get(upstream.CACHE)},
         )
 
+    @names_versions
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; tokens that the connector drops leave the sequence before the prefill.
@@ -371,7 +372,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": encoded}
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None:
-            ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+            ids, cache = kwargs.get("input_ids"), upstream.given_cache(kwargs)
             read = 0 if cache is None else cache.get_seq_length()
             if ids is not None and bool((ids[:, read:] == self.config.image_token_id).any()):
                 raise FoveateError("input_ids have image placeholders, but there are no pixel_values")
@@ -450,15 +451,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
         trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # injectors too
         return 0.0 * (visual.sum() + sum(trained))
-
-
-def _layers_of(language_model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of an LLM. Raises `FoveateError` where they are not found."""
-    children = dict(language_model.get_decoder().named_children())
-    for name in ("layers", "h", "blocks"):
-        if isinstance(children.get(name), nn.ModuleList):
-            return children[name]
-    raise FoveateError(f"{type(language_model).__name__}: its decoder's layers are not found, to change them")
 
 
 class _Reached(Exception):

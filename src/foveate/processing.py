@@ -21,6 +21,7 @@ from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.options import merged
 from foveate.pictures import read_picture
+from foveate.versions import names_versions
 
 MOST_PIXELS = 2**27  # of a picture while it is padded or resized: 400 MB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -193,6 +194,7 @@ class FoveateProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
+    @names_versions
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -244,10 +246,12 @@ class FoveateProcessor(ProcessorMixin):
         template = own or chat_template(released.template)  # originals bring their LLM's, without pictures
         return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
 
+    # transformers calls this for each picture of a text, and puts what it returns in place of `<image>`.
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         height, width = (int(n) for n in image_inputs["image_sizes"][image_idx])
         return self.image_token * self.image_processor.plan(height, width).tokens
 
+    @names_versions
     def __call__(
         self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
@@ -310,6 +314,7 @@ class FoveateProcessor(ProcessorMixin):
             query_ids[i, longest - len(row) :], query_mask[i, longest - len(row) :] = row, 1
         return query_ids, query_mask
 
+    @names_versions
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """As in transformers; contents may be plain strings, and batches may have text-only conversations."""
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))

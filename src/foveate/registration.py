@@ -17,18 +17,20 @@ import wrapt
 if TYPE_CHECKING:
     from foveate.config import FoveateConfig
 
+AUTO = "transformers.models.auto"  # the classes are public, the modules that define them are not
+
 
 class Introduction:
     """One Auto class, and what of Foveate's it should know.
 
     Args:
-        auto: module of `transformers.models.auto`; importing it imports ours.
+        auto: module of `AUTO`; importing it imports ours.
         ours: module of `foveate`.
         introduce: called once with both.
     """
 
     def __init__(self, auto: str, ours: str, introduce: Callable[[ModuleType, ModuleType], None]) -> None:
-        self.auto, self.ours = f"transformers.models.auto.{auto}", f"foveate.{ours}"
+        self.auto, self.ours = f"{AUTO}.{auto}", f"foveate.{ours}"
         self.introduce = introduce
         self.complete: dict[str, ModuleType] = {}
         wrapt.register_post_import_hook(self._arrived, self.ours)

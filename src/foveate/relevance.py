@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foveate import upstream
 from foveate.errors import FoveateError
 from foveate.geometry import Box, Size
 from foveate.places import token_places
@@ -171,8 +172,8 @@ def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Readin
 
 
 def _layers(decoder: nn.Module) -> list[nn.Module]:
-    layers = dict(decoder.named_children()).get("layers")
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in layers):
+    layers = upstream.decoder_layers(decoder)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise FoveateError(
             f"{type(decoder).__name__} is no decoder with self-attention in all layers: relevance cannot be "
             "propagated, choose another region proposer"
@@ -184,14 +185,9 @@ def _layer_gradients(
     layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer again: its attention (B, H, T, T), the gradient of that and of its input (B, T, D)."""
-    seen: list[Tensor] = []
-    attend = layer.get_submodule("self_attn")
-    hook = attend.register_forward_hook(lambda module, args, output: seen.append(output[1]))
     leaf = hidden.detach().requires_grad_()
-    try:
+    with upstream.attention_maps(layer) as seen:
         output = layer(leaf, *args, **kwargs)
-    finally:
-        hook.remove()
     below, with_respect = torch.autograd.grad(output, (leaf, seen[0]), gradient)
     return seen[0].detach(), with_respect, below
 
@@ -199,15 +195,13 @@ def _layer_gradients(
 @contextmanager
 def _explained(model: PreTrainedModel, decoder: PreTrainedModel) -> Iterator[None]:
     """The LLM with eager attention, the model without dropout and trainable parameters; as before, after."""
-    attention = decoder.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decoder.set_attn_implementation("eager")
     model.eval().requires_grad_(False)
     try:
-        yield
+        with upstream.eager_attention(decoder):
+            yield
     finally:
-        decoder.set_attn_implementation(attention)
         for module in training:
             module.training = True
         for parameter in trainable:

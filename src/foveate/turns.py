@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from foveate import upstream
 from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
 
 
@@ -70,7 +71,7 @@ class Context:
     def select(self, rows: Sequence[int]) -> None:
         """Goes on with some of the conversations only."""
         if self.cache is not None and len(rows) < len(self.rows):
-            self.cache.batch_select_indices(torch.tensor(rows, device=self.held.device))
+            upstream.keep_rows(self.cache, torch.tensor(rows, device=self.held.device))
             self.held = self.held[list(rows)]
             self.rows = [self.rows[row] for row in rows]
 
@@ -127,14 +128,13 @@ class Context:
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             mm_encoder_outputs={"image": _compact(encoded)} if encoded else {},
-            **{"do_sample": False, **generation, "return_dict_in_generate": True},
+            **{"do_sample": False, **generation, "return_dict_in_generate": True, upstream.CACHE: cache},
         )
         sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # of several answers the first
         ends = _ends(model, generation)
         written = [_until(row.tolist(), ends, len(prompts) > 1) for row in sequences[:, past + width :]]
-        self._keep(output.past_key_values, sequences, prompts, columns, written, past + width)
+        self._keep(output.get(upstream.CACHE), sequences, prompts, columns, written, past + width)
         return [
             Reply(new, sum(seen), sum(c >= 0 for c in row[:first]))
             for new, seen, row, first in zip(written, visible, columns, known, strict=True)
@@ -150,11 +150,11 @@ class Context:
         length: int,
     ) -> None:
         """Notes what the cache holds now, if it is one that can be gone on with."""
-        if not isinstance(cache, DynamicCache) or any(cache.is_sliding) or any(cache.is_linear):
+        if not upstream.holds_all(cache, len(prompts)):  # or several beams or answers
             return
         held = cache.get_seq_length()
-        if held != sequences.shape[1] - 1 or any(len(layer.keys) != len(prompts) for layer in cache.layers):
-            return  # several beams or answers
+        if held != sequences.shape[1] - 1:
+            return
         self.cache, self.held, self.rows = cache, sequences[:, :held], []
         for prompt, places, new in zip(prompts, columns, written, strict=True):
             fed = new[: held - length]
@@ -164,7 +164,7 @@ class Context:
 
 
 ONE_ANSWER = ("num_beams", "num_return_sequences")  # 1 where a cache is to be gone on with
-OWN_CACHE = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+OWN_CACHE = (*upstream.CACHE_NAMES, "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
 
 def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from foveate.errors import FoveateError
 from foveate.geometry import Size
 from foveate.layouts import report_keys
+from foveate.versions import names_versions
 
 Messages = list[dict[str, Any]]
 PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # what confidence is read from
@@ -47,6 +48,7 @@ class VLM:
         self.model, self.processor = model, processor
 
     @classmethod
+    @names_versions
     def load(cls, model: str | Path | None, device: str | None = None, dtype: str | None = None) -> VLM:
         """A folder or hub id: all that `foveate.load` reads, else whatever transformers loads.
 
@@ -132,6 +134,7 @@ class VLM:
             raise FoveateError(f"{what}: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
+    @names_versions
     @torch.no_grad()
     def answer(
         self, conversations: Sequence[Messages], *, max_new_tokens: int = 256, **generation: Any
@@ -220,6 +223,10 @@ def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreT
 
 def _loads_by_itself(model_type: str | None) -> bool:
     """Whether transformers' own class is taken at once. Not for `llava`: other layouts go by it, too."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type != "llava"
+    from foveate.config import FoveateConfig
+
+    if model_type in ("llava", FoveateConfig.model_type) or model_type not in CONFIG_MAPPING:
+        return False
+    return CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

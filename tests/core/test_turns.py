@@ -75,6 +75,16 @@ def test_kept_and_read_anew_say_the_same(method: str, both: Any) -> None:
                 assert with_cache.ledger.tflop < without.ledger.tflop
 
 
+def test_a_chat_answers_at_the_length_of_ask() -> None:
+    """Without a bound given, neither falls back to the 20 tokens of transformers' own."""
+    model = fresh("llava")
+    model.model.generation_config.eos_token_id = None
+    asked = model.ask(picture(70, 90), "What is it?")
+    chatted = model.chat(picture(70, 90)).ask("What is it?")
+    assert chatted.ledger.new_tokens == asked.ledger.new_tokens == 256
+    assert chatted.text == asked.text
+
+
 def test_two_turns_of_one_question(both: Any) -> None:
     """The picture is encoded once and read once."""
     kept, anew = both("toy")

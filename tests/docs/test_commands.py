@@ -29,6 +29,9 @@ from tests.docs.stand_ins import write_all
 ELSEWHERE = {
     "make install": "makes another virtual environment; continuous integration runs it in an empty clone",
     "make test": "runs this very test",
+    "make slow": "runs for a quarter of an hour",
+    "make oldest": "makes another virtual environment",
+    "make newest": "makes another virtual environment",
     "make demo": "makes another virtual environment; its question is asked by tests/test_embedded.py",
     "make embedded": "trains for hours",
     "source .venv/bin/activate": "the tests run in an environment already",

@@ -15,6 +15,7 @@ from transformers import TextIteratorStreamer, pipeline, set_seed
 from foveate import Foveate, FoveateError
 from foveate.modeling import EncodedPictures
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
+from foveate.upstream import CACHE
 from tests.methods.conftest import fresh
 from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
 from tests.support import chat, gap, greedy, picture, rows
@@ -78,7 +79,7 @@ def test_dropped_tokens_leave_before_the_prefill(made: Foveate) -> None:
         )
     assert seen[0]["inputs_embeds"].shape[1] == max(lengths) < batch["input_ids"].shape[1]
     assert seen[0]["attention_mask"].sum(1).tolist() == lengths
-    assert out.past_key_values.get_seq_length() == max(lengths) + 3
+    assert out[CACHE].get_seq_length() == max(lengths) + 3
     assert torch.equal(out.sequences[:, :-4], batch["input_ids"])  # callers cut the prompt off by its length
 
 

@@ -27,6 +27,7 @@ from foveate.methods.slime import Slime
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
+from foveate.upstream import CACHE
 from tests.methods.slime_release import released_names, write_release
 from tests.methods.test_invariants import CLOSE, prepare
 from tests.methods.test_seams import VISION, calls
@@ -61,7 +62,7 @@ def test_a_smaller_gamma_makes_prefill_and_cache_shorter() -> None:
         with calls(m.model.language_model) as seen:
             out = m.model.generate(**batch, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
         assert seen[0]["inputs_embeds"].shape[1] == left
-        assert out.past_key_values.get_seq_length() == left + 2
+        assert out[CACHE].get_seq_length() == left + 2
         lengths.append(left)
     assert lengths[0] > lengths[1] > lengths[2]
 

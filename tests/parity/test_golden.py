@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveate.methods import METHODS
-from tests.conftest import MEASURES, golden_folder
+from tests.conftest import UNREAD, golden_folder
 from tests.parity.golden import Case, Measure, cases, check, family, kind
 
 
@@ -37,4 +37,4 @@ def test_golden(case: Case, measure: Measure, request: pytest.FixtureRequest) ->
         pytest.skip(f"method {method} is not here yet")
     unread = check(case, measure)
     if unread:
-        request.config.stash[MEASURES].unread[case.id] = unread
+        request.node.user_properties.append((UNREAD, (case.id, unread)))

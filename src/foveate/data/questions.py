@@ -106,7 +106,7 @@ class DatasetSource:
         self.cells = found.select_columns([self.pictures]).with_format("arrow")
         kind = found.features.arrow_schema.field(self.pictures).type
         self.several = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        self.fingerprint = str(found._fingerprint)
+        self.fingerprint = str(found._fingerprint)  # of its rows; datasets has no public one
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,10 +12,12 @@ from foveate.lab.experiment import Experiment
 from foveate.lab.parts import load_parts
 from foveate.lab.report import write_report
 from foveate.lab.training import train_cell
+from foveate.versions import names_versions
 
 Report = Callable[[Cell, int, int, float], None]  # cell, step, steps, loss
 
 
+@names_versions
 def run(
     experiment: Experiment,
     folder: Path,

@@ -64,6 +64,7 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
+from foveate.upstream import changes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -331,8 +332,7 @@ class PatchEmbeddings(nn.Module):
         if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
             self.cached = None  # fused optimizers change it without counting up its version
             return self._resampled(side)
-        changes = 0 if table.is_inference() else table._version
-        state = (side, changes, table.data_ptr(), table.dtype, table.device)
+        state = (side, changes(table), table.data_ptr(), table.dtype, table.device)
         if self.cached is None or self.cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 self.cached = (state, self._resampled(side))

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
+from foveate.versions import names_versions
 
 if TYPE_CHECKING:
     from foveate.modeling import FoveateForConditionalGeneration
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
+@names_versions
 def train(
     recipe_path: str | Path,
     overrides: Sequence[str] = (),
@@ -304,7 +306,7 @@ def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
     processes.wait_for_everyone()
     trainer.save_model(str(unfinished))
     if processes.is_main_process:
-        (unfinished / "training_args.bin").unlink()
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own, a pickle
         prepared.processor.save_pretrained(unfinished)
         unfinished.rename(result)
         for checkpoint in folder.glob("checkpoint-*"):

@@ -31,6 +31,7 @@ class StageTrainer(Trainer):
         super().__init__(**kwargs)
         vars(self.model.config).pop("use_cache", None)  # the Trainer's note, which would be saved
 
+    # The Trainer asks this for the order of samples, for which it has no public interface.
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
@@ -45,7 +46,7 @@ class StageTrainer(Trainer):
         """A group of parameters per learning rate and weight decay; norms and biases never decay."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            decaying = set(self.get_decay_parameter_names(model))
+            decaying = set(self.get_decay_parameter_names(model))  # the Trainer's rule: no norms, no biases
             groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:

@@ -1,0 +1,223 @@
+"""What Foveate relies on of transformers, torch and peft that is not promised: one test each, by its name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlamaForCausalLM,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from foveate import registration, upstream
+from foveate.modeling import EncodedPictures, FoveateOutput
+from foveate.tiny import tiny_model, tiny_text
+from foveate.vlm import _loads_by_itself
+from tests.support import chat, gap, picture
+
+
+@pytest.fixture(scope="module")
+def llm() -> LlamaForCausalLM:
+    return LlamaForCausalLM(tiny_text()).eval()
+
+
+@pytest.fixture(scope="module")
+def read(llm: LlamaForCausalLM) -> Any:
+    """Two rows of four tokens, read with a cache."""
+    return llm(input_ids=torch.arange(10, 18).view(2, 4), use_cache=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [CausalLMOutputWithPast, GenerateDecoderOnlyOutput, GenerateBeamDecoderOnlyOutput, FoveateOutput]
+)
+def test_cache_has_one_name_in_all_outputs(kind: type) -> None:
+    names = {field.name for field in fields(kind)} & {*upstream.CACHE_NAMES}
+    assert names == {upstream.CACHE}
+
+
+def test_cache_is_handed_in_by_that_name(llm: LlamaForCausalLM) -> None:
+    assert upstream.CACHE in inspect.signature(llm.forward).parameters
+    assert upstream.CACHE in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    assert upstream.CACHE in llm._skip_keys_device_placement
+
+
+def test_cache_keys_and_values(read: Any) -> None:
+    """Per layer 2 x (2 rows, 2 heads, 4 tokens, 12 wide) in float32."""
+    assert upstream.cache_bytes(read[upstream.CACHE]) == 4 * 2 * (2 * 2 * 4 * 12) * 4
+
+
+def test_cache_that_holds_all(read: Any) -> None:
+    cache = read[upstream.CACHE]
+    assert upstream.holds_all(cache, 2)
+    assert not upstream.holds_all(cache, 1)
+    assert not upstream.holds_all(None, 2)
+    assert not upstream.holds_all(DynamicCache(config=sliding()), 2)
+
+
+def sliding() -> Any:
+    return tiny_text(layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=4)
+
+
+def test_cache_rows_are_selected_in_place(llm: LlamaForCausalLM) -> None:
+    ids = torch.arange(10, 18).view(2, 4)
+    cache = llm(input_ids=ids, use_cache=True)[upstream.CACHE]
+    upstream.keep_rows(cache, torch.tensor([1]))
+    assert upstream.holds_all(cache, 1)
+    mask = torch.ones(1, 5, dtype=torch.long)
+    after = llm(input_ids=torch.tensor([[20]]), attention_mask=mask, **{upstream.CACHE: cache}).logits
+    whole = llm(input_ids=torch.tensor([[*ids[1], 20]])).logits
+    assert gap(after[:, -1], whole[:, -1]) < 1e-5
+
+
+def test_decoder_layers(llm: LlamaForCausalLM) -> None:
+    assert upstream.decoder_layers(llm.get_decoder()) is llm.model.layers
+    assert upstream.decoder_layers(nn.Linear(1, 1)) is None
+
+
+def test_attn_implementation_is_known_and_set(llm: LlamaForCausalLM) -> None:
+    decoder = llm.get_decoder()
+    assert decoder.config._attn_implementation == "sdpa"
+    with upstream.eager_attention(decoder):
+        assert decoder.config._attn_implementation == "eager"
+    assert decoder.config._attn_implementation == "sdpa"
+
+
+def test_self_attn_returns_its_map_second(llm: LlamaForCausalLM) -> None:
+    with upstream.eager_attention(llm.get_decoder()), upstream.attention_maps(llm.model.layers[1]) as maps:
+        llm(input_ids=torch.tensor([[10, 11, 12]]))
+    (attention,) = maps  # (B, H, T, T)
+    assert attention.shape == (1, 4, 3, 3)
+    assert gap(attention.sum(-1), torch.ones(1, 4, 3)) < 1e-5
+    assert not attention.triu(1).any()
+
+
+def test_version_of_a_tensor_counts_changes() -> None:
+    tensor = torch.zeros(2)
+    before = upstream.changes(tensor)
+    tensor += 1
+    assert upstream.changes(tensor) == before + 1
+    with torch.inference_mode():
+        assert upstream.changes(torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_takes_mm_encoder_outputs_and_repeats_pooler_output(beams: int) -> None:
+    made = tiny_model("llava")
+    messages = chat("What is it?", picture(60, 90))
+    kwargs = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    inputs = dict(made.processor.apply_chat_template(messages, **kwargs))
+    calls: list[Any] = []
+
+    def note(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        calls.append(given.get("mm_encoder_outputs"))
+
+    hook = made.model.register_forward_pre_hook(note, with_kwargs=True)
+    made.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, num_beams=beams, do_sample=False)
+    hook.remove()
+    handed = [given["image"] for given in calls if given]
+    assert [type(image) for image in handed] == [EncodedPictures]  # in the prefill and in no other pass
+    assert len(handed[0].pooler_output) == beams
+
+
+def test_replace_image_token_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "image_idx" in inspect.signature(ProcessorMixin.replace_image_token).parameters
+    made = tiny_model("llava")
+    monkeypatch.setattr(made.processor, "replace_image_token", lambda *args, **kwargs: "<image>" * 7)
+    inputs = made.processor(images=[picture(60, 90)], text="<image>")
+    assert inputs["input_ids"][0].count(made.processor.image_token_id) == 7
+
+
+def test_get_text_with_replacements() -> None:
+    texts, _ = tiny_model("llava").processor.get_text_with_replacements(["a<image>b"], ["<image>" * 2])
+    assert texts == ["a<image><image>b"]
+
+
+@pytest.mark.parametrize(
+    ("module", "auto"),
+    [
+        ("configuration_auto", "AutoConfig"),
+        ("modeling_auto", "AutoModelForImageTextToText"),
+        ("image_processing_auto", "AutoImageProcessor"),
+        ("processing_auto", "AutoProcessor"),
+    ],
+)
+def test_auto_classes_are_in_their_modules(module: str, auto: str) -> None:
+    import transformers
+
+    found = getattr(importlib.import_module(f"{registration.AUTO}.{module}"), auto)
+    assert found is getattr(transformers, auto)
+    assert callable(found.register)
+
+
+def test_mapping_of_image_text_to_text() -> None:
+    assert _loads_by_itself("qwen2_vl") and _loads_by_itself("llava_next")
+    assert not any(_loads_by_itself(kind) for kind in ("llava", "foveate", "llama", "nothing", None))
+
+
+class Ordered(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.tensor([10 + index, 11])
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_trainer_asks_get_train_sampler(tmp_path: Path, llm: LlamaForCausalLM) -> None:
+    class Reversed(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return [3, 2, 1, 0]
+
+    trainer = Reversed(llm, TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=Ordered())
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["input_ids"][:, 0].tolist() == [13, 12, 11, 10]
+
+
+def test_get_decay_parameter_names(tmp_path: Path, llm: LlamaForCausalLM) -> None:
+    trainer = Trainer(llm, TrainingArguments(str(tmp_path), use_cpu=True))
+    decaying = set(trainer.get_decay_parameter_names(llm))
+    assert "model.layers.0.mlp.up_proj.weight" in decaying
+    assert not any("norm" in name for name in decaying)
+
+
+def test_trainer_leaves_training_args_bin(tmp_path: Path, llm: LlamaForCausalLM) -> None:
+    """A pickle, which is deleted; that it is gone from transformers is no fault."""
+    Trainer(llm, TrainingArguments(str(tmp_path), use_cpu=True)).save_model(str(tmp_path / "out"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written <= {"config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
+
+
+def test_peft_puts_adapters_around_base_layer(llm: LlamaForCausalLM) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    from foveate.train.parts import ADAPTER
+
+    model = LlamaForCausalLM(tiny_text())
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["model.layers.0.mlp.up_proj"]), model)
+    names = {name for name, _ in model.named_parameters()}
+    assert f"model.layers.0.mlp.up_proj{ADAPTER}.weight" in names
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    adapted = model.model.layers[0].mlp.up_proj
+    assert isinstance(adapted, LoraLayer) and callable(adapted.merge)
+    assert isinstance(adapted.get_base_layer(), nn.Linear)
+
+
+def test_fingerprint_of_a_data_set_is_that_of_its_rows() -> None:
+    from datasets import Dataset
+
+    one, same, other = (Dataset.from_dict({"a": rows}) for rows in ([1, 2], [1, 2], [1, 3]))
+    assert one._fingerprint == same._fingerprint != other._fingerprint
