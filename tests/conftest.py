@@ -12,7 +12,9 @@ import torch
 from tests.measuring import Measured, Measures, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURE = "measure"  # the property of a test's report that holds a comparison
+# Properties of a test's report, which reaches the table at the end from other processes, too.
+MEASURE = "measure"  # a comparison
+UNREAD = "unread"  # a case, and what of it was not compared
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,16 +63,17 @@ def _nothing_deprecated() -> Iterator[None]:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
+def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """measure(what, error, tolerance): noted for the table at the end, and asserted.
 
-    The note travels in the test's report, which reaches the table from other processes, too.
+    A fourth argument says what is wrong where the error is no number of use.
     """
     case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
 
-    def note(what: str, error: float, tolerance: float) -> None:
+    def note(what: str, error: float, tolerance: float, wrong: str = "") -> None:
         request.node.user_properties.append((MEASURE, (case, what, error, tolerance)))
-        assert error <= tolerance, f"{case}: {what} differs by {error:.2e}, more than {tolerance:.0e}"
+        wrong = wrong or f"differs by {error:.2e}, more than {tolerance:.0e}"
+        assert error <= tolerance, f"{case}: {what} {wrong}"
 
     return note
 
@@ -88,5 +91,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             for name, value in report.user_properties:
                 if name == MEASURE:
                     measures.add(Measured(*value))
+                elif name == UNREAD:
+                    case, keys = value
+                    measures.unread[case] = list(keys)
     for line in summarise(measures, absent):
         terminalreporter.write_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,17 +18,20 @@ class Measured:
 
     @property
     def used(self) -> float:
-        """Part of the tolerance that is used up; exact quantities use all of it or nothing."""
-        if self.error != self.error:  # not a number
-            return float("inf")
-        return self.error / self.tolerance if self.tolerance else float(bool(self.error)) * float("inf")
+        """Part of the tolerance that is used up; of no tolerance, nothing or infinitely much."""
+        if self.error == 0:
+            return 0.0
+        if math.isnan(self.error) or self.tolerance == 0:
+            return math.inf
+        return self.error / self.tolerance
 
 
 @dataclass
 class Measures:
-    """All comparisons of a run."""
+    """All comparisons of a run, and per case what nothing was compared with."""
 
     all: list[Measured] = field(default_factory=list)
+    unread: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, measured: Measured) -> None:
         self.all.append(measured)
@@ -53,6 +57,8 @@ def summarise(measures: Measures, absent: Mapping[str, str]) -> Iterator[str]:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         for case, error, tolerance, what in rows:
             yield f"{case:<{widths[0]}}  {error:>{widths[1]}}  {tolerance:>{widths[2]}}  {what}"
+    for case, keys in measures.unread.items():
+        yield f"not compared, no checker reads it: {', '.join(keys)} of {case}"
     reasons: dict[str, list[str]] = {}
     for case, reason in absent.items():
         reasons.setdefault(reason, []).append(case)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
+from foveate.boxes import Frame, box_format, write_box
 from foveate.cost import Pricer, reference_config
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
@@ -102,8 +103,6 @@ def test_small_regions_grow_and_boxes_may_be_extended() -> None:
 
 @pytest.mark.parametrize("name", ["qwen_vl", "qwen2_5_vl", "internvl", "unit_xyxy"])
 def test_other_box_formats(name: str) -> None:
-    from foveate.boxes import Frame, box_format, write_box
-
     image = picture(100, 200)
     text = write_box(Box(20, 10, 100, 90), box_format(name), Frame.padded(Size(100, 200)))
     assert told(text, image, box_format=name)[1].regions == [Box(20, 10, 100, 90)]
@@ -476,6 +475,68 @@ def test_boxes_are_taught_that_can_be_read(form: str) -> None:
             (lesson,) = made.lessons(conversation(), lambda: Size(3000, 4000), {0: box})
             found = made.region(lesson[1]["content"][0]["text"], Size(3000, 4000)).box
             assert found is not None and Box(*found.rounded()).contains(Box(*box.rounded()))
+
+
+def taught(size: Size, box: Box, **options: Any) -> str:
+    """The box that a lesson has the model write."""
+    (lesson,) = method(**options).lessons(conversation(), lambda: size, {0: box})
+    return lesson[1]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("crop", ["original", "padded"])
+@pytest.mark.parametrize(
+    ("size", "box", "form", "text"),
+    [
+        (Size(94, 68), Box(43.25, 93.5, 126.375, 176.625), "unit_xyxy", "[0.598, 0.995, 0.862, 1.0]"),
+        (Size(94, 68), Box(43.25, 93.5, 126.375, 176.625), "unit_xxyy", "[0.598, 0.862, 0.995, 1.0]"),
+        (Size(480, 640), Box(639, 100.4, 689, 150.4), "unit_xyxy", "[0.998, 0.282, 1.0, 0.36]"),
+        (Size(480, 640), Box(639, 100.4, 689, 150.4), "internvl", "<box>[[998, 282, 1000, 360]]</box>"),
+        (Size(50, 50), Box(10.3, 20.6, 10.4, 20.7), "unit_xyxy", "[0.206, 0.412, 0.208, 0.414]"),
+        (Size(3000, 4000), Box(100, 600, 102.4, 602.4), "unit_xyxy", "[0.025, 0.275, 0.026, 0.276]"),
+        (Size(3000, 4000), Box(100, 600.4, 101, 900.3), "qwen2_5_vl", '{"bbox_2d": [100, 1100, 101, 1400]}'),
+    ],
+)
+def test_boxes_are_taught_as_they_are(size: Size, box: Box, form: str, text: str, crop: str) -> None:
+    """Fractions of a pixel too, as long as its numbers differ."""
+    assert taught(size, box, box_format=form, crop=crop) == text
+
+
+def test_only_the_side_that_could_not_be_read_is_widened() -> None:
+    size = Size(3000, 4000)
+    assert taught(size, Box(100, 600.5, 101, 900.5), box_format="unit_xyxy") == "[0.024, 0.275, 0.026, 0.35]"
+    assert taught(size, Box(100.5, 600, 900.5, 601)) == "[0.025, 0.225, 0.274, 0.276]"
+    assert taught(size, Box(100.5, 600, 101, 601), box_format="internvl") == (
+        "<box>[[24, 274, 26, 276]]</box>"
+    )
+
+
+@pytest.mark.parametrize("form", ["unit_xxyy", "unit_xyxy", "internvl", "qwen2_5_vl"])
+@pytest.mark.parametrize("crop", ["original", "padded"])
+def test_whatever_its_size_a_taught_box_can_be_read(form: str, crop: str) -> None:
+    rng, widened = np.random.default_rng(0), 0
+    for _ in range(300):
+        height, width = (int(n) for n in 2 ** rng.uniform(0, 13, 2))
+        size = Size(height, width)
+        left, top = rng.uniform(0, 1, 2) * (width, height)
+        across, down = 10 ** rng.uniform(-2, 2, 2)
+        box = Box(left, top, min(left + across, width), min(top + down, height))
+        text = taught(size, box, box_format=form, crop=crop)
+        assert method(box_format=form, crop=crop).region(text, size).box is not None, (size, box)
+        plain = write_box(box, box_format(form), Frame.padded(size))
+        if method(box_format=form, crop=crop).region(plain, size).box is None:
+            widened += 1
+        else:
+            assert text == plain
+    assert 10 < widened < 290
+
+
+def test_a_line_that_is_cut_from_the_padded_square_is_padding() -> None:
+    """As the authors' program cuts it: half a row rounds to none."""
+    image = picture(94, 68)
+    box = Box(43.25, 93.5, 126.375, 176.625)
+    (lesson,) = method(**RELEASED).lessons(conversation(), lambda: Size(94, 68), {0: box})
+    cut = lesson[2]["content"][1]["image"]
+    assert cut.size == Size(1, 25) and cut.make(image).getcolors() == [(25, PADDING)]
 
 
 def test_parts_of_a_text_are_told_apart() -> None:

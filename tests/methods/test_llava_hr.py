@@ -424,6 +424,66 @@ def test_the_budget_picks_the_pair() -> None:
         plan(255)
 
 
+@pytest.mark.parametrize(
+    ("tower", "pairs"),
+    [
+        (TowerGeometry(336, 14), [(224, 512), (336, 768), (448, 1024)]),
+        (TowerGeometry(224, 14), [(224, 512), (336, 768), (448, 1024)]),
+        (TowerGeometry(224, 16), [(256, 512), (384, 768), (512, 1024)]),
+        (TowerGeometry(384, 16), [(256, 512), (384, 768), (512, 1024)]),
+        (TowerGeometry(224, 32), [(512, 512), (768, 768), (1024, 1024)]),
+        (TowerGeometry(64, 8), [(128, 512), (192, 768), (256, 1024)]),
+    ],
+)
+@pytest.mark.parametrize(
+    "more", [{}, {"direction": "low_to_high"}, {"paths": "high"}, {"convnext": {"patch": 8}}]
+)
+def test_default_sides_follow_the_patch(
+    tower: TowerGeometry, pairs: list[tuple[int, int]], more: dict[str, Any]
+) -> None:
+    method = LlavaHR(tower, more)
+    assert [(pair.low, pair.high) for pair in method.pairs] == pairs
+    assert [pair.grid for pair in method.pairs] == [16, 24, 32]
+    assert (method.plan(3000, 4000).tokens, method.plan(3000, 4000).views[0].size.width) == (1024, 1024)
+    assert [pair.low for pair in LlavaHR(tower, {"paths": "low"}).pairs] == [low for low, _ in pairs]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("patch", "low"), [(16, 256), (32, 512)])
+def test_a_tower_of_larger_patches_sees_a_picture_with_the_defaults(patch: int, low: int) -> None:
+    config = tiny_vision(image_size=64, patch_size=patch)
+    method = LlavaHR(TowerGeometry.of(config), {"convnext": SHAPE, "groups": 1, "max_visual_tokens": 256})
+    built = method.build_tower(config, -1).eval()
+    assert built.shrunk(views(512, 1), method.pairs[0].low).shape == (1, 3, low, low)
+    assert built(views(512, 1)).shape == (1, 256, config.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("tower", "given", "named"),
+    [
+        (TowerGeometry(224, 16), {"resolutions": [[224, 512]]}, [[256, 512], [224, 448]]),
+        (TowerGeometry(224, 32), {"resolutions": [[224, 512]]}, [[512, 512], [224, 224]]),
+        (CLIP, {"resolutions": [[448, 1536]]}, [[672, 1536], [448, 1024]]),
+        (CLIP, {"resolutions": [[448, 1000]]}, [[434, 992], [448, 1024]]),
+        (CLIP, {"resolutions": [[440, 1024]]}, [[448, 1024], [434, 992]]),
+        (CLIP, {"resolutions": [[3, 1024]]}, [[448, 1024], [14, 32]]),
+        (CLIP, {"resolutions": [[450, 1024]], "convnext": {"patch": 8}}, [[224, 1024], [448, 2048]]),
+        (CLIP, {"resolutions": [[504, 384]], "direction": "low_to_high"}, [[168, 384], [504, 1152]]),
+        (CLIP, {"resolutions": [[450, 1024]], "paths": "low"}, [[448, 448]]),
+        (CLIP, {"magnify": 3}, [[448, 1024], [336, 768]]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_pairs_that_do(
+    tower: TowerGeometry, given: dict[str, Any], named: list[list[int]]
+) -> None:
+    with pytest.raises(FoveateError) as refused:
+        LlavaHR(tower, given)
+    assert str(refused.value).endswith(f"; {' or '.join(map(str, named))} would do")
+    for pair in named:
+        more = {key: value for key, value in given.items() if key != "magnify"}
+        assert LlavaHR(tower, {**more, "resolutions": [pair]}).pairs[0][:2] == tuple(pair)
+
+
 @pytest.mark.parametrize(("low", "high", "tokens"), [(336, 384, 576), (448, 1024, 1024), (672, 1536, 2304)])
 def test_pairs_of_the_paper(low: int, high: int, tokens: int) -> None:
     method = LlavaHR(CLIP, {"resolutions": [[low, high]]})

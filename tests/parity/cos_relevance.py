@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from foveate.boxes import BOX_FORMATS, Frame, write_box
 from foveate.geometry import Box, Size
 from foveate.relevance import READINGS, RegionRule, interpret, propagate, roi, scaled
-from tests.parity.golden import Comparison
+from tests.parity.golden import NUMBER, Comparison
 
 
 def relevance(compare: Comparison) -> None:
@@ -21,20 +23,20 @@ def relevance(compare: Comparison) -> None:
         logits, maps = _network(case.part("state"), case.tensors["x"], config)
         target = logits[config["logit_position"], config["target_class"]]
         gradients = torch.autograd.grad(target, maps)
-    expected = case.part("out")
-    compare.close("logits", logits, expected["logits"])
-    compare.close("attention", torch.stack(maps), expected["attn"])
-    compare.close("gradient", torch.stack(gradients), expected["grad"])
+    results = {"logits": logits, "attn": torch.stack(maps), "grad": torch.stack(gradients)}
     for reading in READINGS:
-        sigma = torch.eye(config["tokens"])
-        for i, (attention, gradient) in enumerate(zip(maps, gradients, strict=True)):
-            psi = interpret(attention, gradient, reading)
-            sigma = propagate(sigma, psi)
-            compare.close(f"{reading} psi {i}", psi, expected[f"{reading}.psi"][i])
-            compare.close(f"{reading} sigma {i}", sigma, expected[f"{reading}.sigma"][i])
+        sigma, psis, sigmas = torch.eye(len(logits)), [], []
+        for attention, gradient in zip(maps, gradients, strict=True):
+            psis.append(interpret(attention, gradient, reading))
+            sigma = propagate(sigma, psis[-1])
+            sigmas.append(sigma)
+        results |= {f"{reading}.psi": torch.stack(psis), f"{reading}.sigma": torch.stack(sigmas)}
+    compare.those(case.part("out"), results)
 
 
-def _network(state: dict[str, Tensor], x: Tensor, config: dict[str, int]) -> tuple[Tensor, list[Tensor]]:
+def _network(
+    state: Mapping[str, Tensor], x: Tensor, config: Mapping[str, Any]
+) -> tuple[Tensor, list[Tensor]]:
     """The network that the golden file describes: logits (T, classes) and its attention maps (H, T, T)."""
     heads, maps = config["heads"], []
     state = {key: tensor.clone().requires_grad_() for key, tensor in state.items()}
@@ -62,7 +64,8 @@ def _network(state: dict[str, Tensor], x: Tensor, config: dict[str, int]) -> tup
 def regions(compare: Comparison) -> None:
     """Scores of regions -> which are kept -> the region -> its text in the padded square."""
     rule = compare.case.json["rule"]
-    ours = RegionRule(threshold=rule["epsilon"], extension=0.1)
+    grows = NUMBER.search(rule["extension"])  # "each side grows by 0.1*extent/2"
+    ours = RegionRule(threshold=rule["epsilon"], extension=float(grows.group()) if grows else 0.0)
     for i, row in enumerate(compare.case.json["table"]):
         picture = Size(row["height"], row["width"])
         boxes = [Box(*box) for box in row["regions_x0y0x1y1"]]

@@ -25,6 +25,8 @@ Where we differ from the authors' code and why:
   without area is the whole picture; the authors' program stops at one.
 - Questions whose region is missing or malformed are left out of training; the authors train them with the
   full picture.
+- A side that is too short for two different numbers is taught wider than it is, so that it can be read; the
+  authors teach a box without area.
 - The paper freezes the projector and learns one question of a picture; the authors' code trains it and
   appends the other questions (`others: append`).
 - The second turn keeps the LLM's cache of the first and encodes the first picture once (`foveate.turns`);
@@ -185,14 +187,16 @@ class ChainOfSpot(Method):
         """The box that the model wrote, in original pixels; beyond the border where the crop may be."""
         if self.options.parser == "authors":
             return authors_region(text, picture)
+        return self._strict_region(text, picture)
+
+    def _strict_region(self, text: str, picture: Size) -> Reading:
         if self.options.crop == "original":
             return read_box(text, box_format(self.options.box_format), Frame.padded(picture))
-        square = Size(max(picture), max(picture))
+        square, offset = _square(picture)
         box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(square))
         if box is None:
             return Reading(None, problem)
-        offset = padded_square(picture, max(picture)).source
-        box = _moved(self._fitted_in_square(box, square, self.options.least_side), offset.left, offset.top)
+        box = _moved(self._fitted_in_square(box, square), offset.left, offset.top)
         if not _overlap(Box(*box.rounded()), picture):
             return Reading(None, "the box lies outside the picture")
         return Reading(box)
@@ -211,8 +215,9 @@ class ChainOfSpot(Method):
     def _fitted(self, box: Box, picture: Size) -> Box:
         return fitted(box, picture, extend=self.options.extend, minimum=self.options.least_side)
 
-    def _fitted_in_square(self, box: Box, square: Size, least: int) -> Box:
+    def _fitted_in_square(self, box: Box, square: Size) -> Box:
         """As `_fitted`, in pixels of the padded square; a box that is large enough keeps its fractions."""
+        least = self.options.least_side
         if not self.options.extend and min(box.width, box.height) >= min(least, square.width):
             return box
         return fitted(box, square, extend=self.options.extend, minimum=least)
@@ -270,19 +275,38 @@ class ChainOfSpot(Method):
         right, bottom = min(box.right, picture.width), min(box.bottom, picture.height)
         return Box(box.left, box.top, right, bottom)  # left and top may lie in the padding
 
+    def _written(self, box: Box, picture: Size) -> str:
+        """A region as it is taught: as it is, or with sides just as far apart as their numbers differ.
+
+        Only a side that could not be read back is widened, inside the picture, or, where that is a line,
+        into the padding.
+        """
+        square, offset = _square(picture)
+        finest = math.ceil(2 * square.width / FINEST)  # pixels that are two numbers in any format
+        wide = fitted(box, picture, minimum=finest)
+        beyond = fitted(_moved(box, -offset.left, -offset.top), square, minimum=finest)
+        for tried in (
+            box,
+            box._replace(left=wide.left, right=wide.right),
+            box._replace(top=wide.top, bottom=wide.bottom),
+            wide,
+            _moved(beyond, offset.left, offset.top),
+        ):
+            text = write_box(tried, box_format(self.options.box_format), Frame.padded(picture))
+            if self._strict_region(text, picture).box is not None:
+                break
+        return text
+
     def _lesson(
         self, path: Any, picture: Size, box: Box, pairs: Sequence[tuple[str, str]], k: int
     ) -> list[dict[str, Any]]:
         wording, (question, answer) = WORDINGS[self.options.wording], pairs[k]
-        side = max(picture)
-        finest = math.ceil(2 * side / FINEST)  # whose sides are not the same number when they are written
-        written = box if min(box.width, box.height) >= finest else fitted(box, picture, minimum=finest)
-        where = write_box(written, box_format(self.options.box_format), Frame.padded(picture))
+        where = self._written(box, picture)
         if self.options.crop == "padded":
-            offset = padded_square(picture, side).source
-            inside = _moved(box, -offset.left, -offset.top)
-            inside = self._fitted_in_square(inside, Size(side, side), 1)  # the authors' may be of any size
-            box = _moved(inside, offset.left, offset.top)
+            if self.options.extend:  # else as the authors do: of any size, down to a line of padding
+                square, offset = _square(picture)
+                inside = _moved(box, -offset.left, -offset.top)
+                box = _moved(fitted(inside, square, extend=self.options.extend), offset.left, offset.top)
             left, top, right, bottom = _in_square(box, picture)
             size = Size(max(bottom - top, 1), max(right - left, 1))
         else:
@@ -363,10 +387,16 @@ def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
     return page
 
 
+def _square(picture: Size) -> tuple[Size, Box]:
+    """The padded square: its size, and where it lies in the picture's pixels."""
+    side = max(picture)
+    return Size(side, side), padded_square(picture, side).source
+
+
 def _in_square(box: Box, picture: Size) -> tuple[int, int, int, int]:
     """A box of original pixels in whole pixels of the padded square."""
-    square = padded_square(picture, max(picture)).source
-    return _moved(box, -square.left, -square.top).rounded()
+    _, offset = _square(picture)
+    return _moved(box, -offset.left, -offset.top).rounded()
 
 
 def _moved(box: Box, dx: Any, dy: Any) -> Box:

@@ -108,7 +108,7 @@ class ConvNextShape:
 @dataclass(frozen=True)
 class LlavaHROptions(MethodOptions):
     # Sides of the ViT's and the ConvNeXt's view, pixels; the finest pair within max_visual_tokens is used.
-    resolutions: tuple[tuple[int, int], ...] = ((224, 512), (336, 768), (448, 1024))
+    resolutions: tuple[tuple[int, int], ...] | None = None  # null: what `default_sides` says
     magnify: int | None = None  # instead of resolutions: the tower's own side, and so many times as much
     fit: Literal["pad", "crop"] = "pad"  # how a picture becomes a square
     low_view: Literal["bilinear", "antialias"] = "bilinear"  # how the low-resolution view is made
@@ -131,14 +131,22 @@ class LlavaHROptions(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(len(pair) != 2 or min(pair) < 1 for pair in self.resolutions) or not self.resolutions:
-            raise FoveateError("resolutions must be pairs of a low and a high side in pixels, at least one")
-        if len({high for _, high in self.resolutions}) < len(self.resolutions):
-            raise FoveateError("resolutions must all have different high sides")
+        if self.resolutions is not None:
+            if any(len(pair) != 2 or min(pair) < 1 for pair in self.resolutions) or not self.resolutions:
+                raise FoveateError(
+                    "resolutions must be pairs of a low and a high side in pixels, at least one"
+                )
+            if len({high for _, high in self.resolutions}) < len(self.resolutions):
+                raise FoveateError("resolutions must all have different high sides")
         if self.magnify is not None and self.magnify < 1:
             raise FoveateError(f"magnify must be at least 1, not {self.magnify}")
         if self.blocks is not None and self.direction == "low_to_high":
             raise FoveateError("blocks are the ViT's: leave them out where direction is low_to_high")
+
+
+def default_sides(patch: int) -> tuple[tuple[int, int], ...]:
+    """Low and high sides for a ViT with such patches: grids of 16, 24 and 32, as ConvNeXt-L's are there."""
+    return tuple((high // 32 * patch, high) for high in (512, 768, 1024))
 
 
 class Pair(NamedTuple):
@@ -150,19 +158,27 @@ class Pair(NamedTuple):
 
 
 def make_pair(low: int, high: int, patch: int, stride: int) -> Pair:
-    """Checks that the two grids agree: one divides the other. Raises `FoveateError`."""
+    """Checks that the two grids agree: one divides the other. Raises `FoveateError` with pairs that do."""
+    fits = f"; {fitting(low, high, patch, stride)} would do"
     if low % patch:
-        raise FoveateError(f"resolutions: {low} pixels cannot be divided by the ViT's patch of {patch}")
+        raise FoveateError(f"resolutions: {low} pixels cannot be divided by the ViT's patch of {patch}{fits}")
     if high % stride:
         raise FoveateError(
-            f"resolutions: {high} pixels cannot be divided by the ConvNeXt's stride of {stride}"
+            f"resolutions: {high} pixels cannot be divided by the ConvNeXt's stride of {stride}{fits}"
         )
     fast, slow = low // patch, high // stride
     if max(fast, slow) % min(fast, slow):
         raise FoveateError(
-            f"resolutions: {low} and {high} pixels give grids of {fast} and {slow}: neither divides the other"
+            f"resolutions: {low} and {high} pixels give grids of {fast} and {slow}: "
+            f"neither divides the other{fits}"
         )
     return Pair(low, high, fast)
+
+
+def fitting(low: int, high: int, patch: int, stride: int) -> str:
+    """Pairs near one that does not fit: with the grid of its high side, and with that of its low side."""
+    grids = dict.fromkeys(max(round(n), 1) for n in (high / stride, low / patch))
+    return " or ".join(f"[{grid * patch}, {grid * stride}]" for grid in grids)
 
 
 def aligned(features: Tensor, side: int) -> Tensor:
@@ -609,7 +625,7 @@ class LlavaHR(Method):
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
-        sides = self.options.resolutions
+        sides = self.options.resolutions or default_sides(tower.patch_size)
         if self.options.magnify is not None:
             sides = ((tower.image_size, tower.image_size * self.options.magnify),)
         if self.options.paths == "low":
@@ -629,7 +645,8 @@ class LlavaHR(Method):
                 if grid < pair.grid and pair.grid % grid:
                     raise FoveateError(
                         f"resolutions with direction low_to_high: {pair.low} and {pair.high} pixels give a "
-                        f"ViT's grid of {pair.grid}, which stage {stage + 1}'s of {grid} does not divide"
+                        f"ViT's grid of {pair.grid}, which stage {stage + 1}'s of {grid} does not divide; "
+                        f"{fitting(pair.low, pair.high, self.tower.patch_size, shape.stride)} would do"
                     )
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
