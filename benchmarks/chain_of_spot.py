@@ -29,7 +29,7 @@ from foveate.ask import Talk, content
 from foveate.composing import compose
 from foveate.methods.base import Turn
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
-from foveate.turns import Context
+from foveate.ask.context import Context
 
 BOX = "[0.125, 0.71, 0.2, 0.83]"
 QUESTION = "What is written on the sign to the left of the door?"

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.arguments import Whole, arguments
-from foveate.cost import reference_config
+from foveate.model.cost import reference_config
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import DualTower, LlavaHR
 

@@ -19,8 +19,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks.arguments import Whole, arguments
 from foveate import upstream
-from foveate.config import FoveateConfig
-from foveate.modeling import FoveateForConditionalGeneration
+from foveate.model.config import FoveateConfig
+from foveate.model.modeling import FoveateForConditionalGeneration
 
 GAMMAS = (1.0, 0.95, 0.75, 0.5)
 WORDS, PLACEHOLDER = 64, 999

@@ -3,7 +3,7 @@
     python -m benchmarks.tower [--views 10] [--layers 6] [--width 1024] [--rounds 3] [--threads 2]
 
 `VisionTower` is called once for all views of a batch. At inference on a CPU it passes them on a few at a
-time, by the bytes of its widest activation (`foveate.encoders.WIDEST`). This runs one batch with other
+time, by the bytes of its widest activation (`foveate.towers.vit.WIDEST`). This runs one batch with other
 limits, in turn, with random weights in the shape of CLIP ViT-L/14-336. Prints a Markdown table of medians
 with their range: seconds on the clock, and of processor time those spent by the system.
 """
@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import CLIPVisionConfig
 
 from benchmarks.arguments import Whole, arguments
-from foveate import encoders
+from foveate.towers import vit as encoders
 
 SIDE = 336
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 from foveate.lab.materials import materials
 from foveate.lab.objects import Pen, lettering
 

@@ -35,11 +35,11 @@ from foveate.data.questions import Question, open_source, questions
 from foveate.data.regions import Regions
 from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
-from foveate.pictures import read_picture
-from foveate.relevance import RegionRule
+from foveate.picture.geometry import Box, Size
+from foveate.picture.reading import read_picture
+from foveate.zoom.relevance import RegionRule
 from foveate.tiny import tiny_model
-from foveate.vlm import VLM
+from foveate.zoom.vlm import VLM
 from tests.command import foveate
 from tests.support import picture
 from tests.vlms import VLMS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from foveate import encoders
+from foveate.towers import vit as encoders
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # script -> its smallest size, and how many rows its table has

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from foveate.boxes import (
+from foveate.picture.boxes import (
     BOX_FORMATS,
     Frame,
     box_format,
@@ -18,7 +18,7 @@ from foveate.boxes import (
     write_box,
 )
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
+from foveate.picture.geometry import Box, Size
 
 UNIT = BOX_FORMATS["unit_xyxy"]
 PICTURE = Size(40, 60)  # height, width; padded to 60 x 60 with 10 rows above

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import foveate as library
-from foveate.encoders import VisionTower
+from foveate.towers.vit import VisionTower
 from tests.command import Result, foveate
 from tests.support import picture
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import foveate
-from foveate.ask import EMBEDDED, Foveate
+from foveate.ask.foveate import EMBEDDED, Foveate
 from foveate.lab.photographs import KINDS, trials
 from tests.command import foveate as run
 

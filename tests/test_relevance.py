@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
+from foveate.picture.geometry import Box, Size
 from foveate.methods.base import Method
-from foveate.places import token_places
-from foveate.relevance import (
+from foveate.zoom.places import token_places
+from foveate.zoom.relevance import (
     READINGS,
     BimodalRelevance,
     Highlighter,
@@ -27,7 +27,7 @@ from foveate.relevance import (
     roi,
     scaled,
 )
-from foveate.vlm import VLM, message
+from foveate.zoom.vlm import VLM, message
 from tests.support import gap, picture
 from tests.vlms import VLMS, foveate_model, llava_onevision
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from foveate.errors import FoveateError
-from foveate.geometry import Size
-from foveate.modeling import FoveateForConditionalGeneration
-from foveate.places import token_places
-from foveate.vlm import VLM, message
+from foveate.picture.geometry import Size
+from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.zoom.places import token_places
+from foveate.zoom.vlm import VLM, message
 from tests.support import picture
 from tests.vlms import VLMS
 

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 import foveate
 from foveate.errors import FoveateError
-from foveate.geometry import Box
-from foveate.pictures import read_picture
-from foveate.vlm import VLM, Said, message
-from foveate.zoom import QUESTION, REGION, Answered, Budget, Given, Proposal, Relevant, Zoom
+from foveate.picture.geometry import Box
+from foveate.picture.reading import read_picture
+from foveate.zoom.vlm import VLM, Said, message
+from foveate.zoom.zoom import QUESTION, REGION, Answered, Budget, Given, Proposal, Relevant, Zoom
 from tests.support import picture
 from tests.vlms import VLMS
 

@@ -50,7 +50,7 @@ from transformers import (
 )
 
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
-from foveate.vlm import VLM
+from foveate.zoom.vlm import VLM
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'image' %}"

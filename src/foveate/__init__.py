@@ -9,31 +9,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from foveate.registration import register
+from foveate.model.registration import register
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
-    from foveate.ask import Answer, Foveate, load
+    from foveate.ask.answer import Answer
+    from foveate.ask.foveate import Foveate, load
     from foveate.composing import compose
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
     from foveate.errors import FoveateError
-    from foveate.modeling import FoveateForConditionalGeneration
-    from foveate.processing import FoveateImageProcessor, FoveateProcessor
-    from foveate.zoom import Zoom
+    from foveate.model.modeling import FoveateForConditionalGeneration
+    from foveate.model.processing import FoveateImageProcessor, FoveateProcessor
+    from foveate.zoom.zoom import Zoom
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Answer": "foveate.ask",
-    "Foveate": "foveate.ask",
-    "load": "foveate.ask",
+    "Answer": "foveate.ask.answer",
+    "Foveate": "foveate.ask.foveate",
+    "load": "foveate.ask.foveate",
     "compose": "foveate.composing",
-    "FoveateConfig": "foveate.config",
+    "FoveateConfig": "foveate.model.config",
     "FoveateError": "foveate.errors",
-    "FoveateForConditionalGeneration": "foveate.modeling",
-    "FoveateImageProcessor": "foveate.processing",
-    "FoveateProcessor": "foveate.processing",
-    "Zoom": "foveate.zoom",
+    "FoveateForConditionalGeneration": "foveate.model.modeling",
+    "FoveateImageProcessor": "foveate.model.processing",
+    "FoveateProcessor": "foveate.model.processing",
+    "Zoom": "foveate.zoom.zoom",
 }
 
 __all__ = [

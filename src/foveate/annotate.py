@@ -1,7 +1,7 @@
 """Region labels for one's own data: which part of a picture each answer rests on, for training Chain-of-Spot.
 
 Section 3.2 of arXiv 2403.12966, with the VLM itself in place of a detector and a second model. For every
-question about one picture, a region by relevance propagation (`foveate.relevance`), written as
+question about one picture, a region by relevance propagation (`foveate.zoom.relevance`), written as
 
     FILE.jsonl         one question a line: box in original pixels (left, top, right, bottom)
     FILE.json          the authors' format: {"000007_coco_1_q0": {"params": [top, left, size]}}, squares;
@@ -37,15 +37,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from foveate.ask import choose_device
+from foveate.devices import choose_device
 from foveate.data.questions import Question, Source, open_source, questions
-from foveate.detectors import Detector, load_detector
+from foveate.zoom.detectors import Detector, load_detector
 from foveate.errors import FoveateError, require
-from foveate.geometry import Box, Size
-from foveate.pictures import read_picture
-from foveate.relevance import Highlighter, RegionRule
+from foveate.picture.geometry import Box, Size
+from foveate.picture.reading import read_picture
+from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.versions import names_versions
-from foveate.vlm import VLM, message
+from foveate.zoom.vlm import VLM, message
 
 ANSWER_TOKENS = 16  # of the answers that are compared
 WHOLE = 0.95  # a box of at least this part of the picture is counted as the whole picture
@@ -538,7 +538,7 @@ def annotate_data(
         rule: how relevance becomes a region.
         batch: questions at once.
         check: so many questions, evenly spread, are also answered with their region masked.
-        detector: a name for `foveate.detectors.load_detector`.
+        detector: a name for `foveate.zoom.detectors.load_detector`.
         about: questions, or pictures: one region for each, without any question.
         device: by default the best there is; of several GPUs, each process takes its own.
         dtype: by default what suits the device.

@@ -20,7 +20,8 @@ from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
 if TYPE_CHECKING:
-    from foveate.ask import Answer, Foveate
+    from foveate.ask.answer import Answer
+    from foveate.ask.foveate import Foveate
 
 app = typer.Typer(
     name="foveate",
@@ -79,7 +80,7 @@ def ask(
     """Answer questions about a picture."""
     if any(not question.strip() for question in questions):
         raise FoveateError("the question is empty")
-    from foveate.pictures import drawing_path, read_picture
+    from foveate.picture.reading import drawing_path, read_picture
 
     image = read_picture(picture)
     if out is not None:
@@ -114,13 +115,13 @@ def chat(
     option: Option = None,
 ) -> None:
     """Talk about a picture, line by line; an empty line or the end of input stops."""
-    from foveate.pictures import read_picture
+    from foveate.picture.reading import read_picture
 
     image = read_picture(picture)
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
     from transformers import TextStreamer
 
-    talk, console = foveate.chat(image), Console()
+    talk, console = foveate.model.text(image), Console()
     streamer = TextStreamer(foveate.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
@@ -152,14 +153,14 @@ def inspect(
 
     Without --model, the shapes are those of a 7B model: CLIP ViT-L/14-336 and Vicuna-7B, bfloat16.
     """
-    from foveate.pictures import read_size
+    from foveate.picture.reading import read_size
 
     size = read_size(picture)
     _quiet()
     from foveate.methods import METHODS, method_class
 
     if method is None and model is not None:
-        from foveate.checkpoints import read_config
+        from foveate.model.checkpoints import read_config
 
         method = read_config(model).method
     names = list(METHODS) if method in (None, "all") else [method]
@@ -316,7 +317,7 @@ def annotate(
     """Label your data with regions of interest, for training Chain-of-Spot. Goes on where it was."""
     _quiet()
     from foveate.annotate import annotate_data
-    from foveate.relevance import RegionRule
+    from foveate.zoom.relevance import RegionRule
 
     rule = build_options(
         RegionRule,
@@ -368,7 +369,7 @@ def _load(
     _quiet()
     if model is None:
         Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
-    from foveate.ask import load
+    from foveate.ask.foveate import load
 
     return load(
         model,
@@ -392,11 +393,11 @@ def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
-    from foveate.cost import Pricer, reference_config
+    from foveate.model.cost import Pricer, reference_config
 
     if model is None:
         return Pricer(reference_config(method, options))
-    from foveate.checkpoints import read_config
+    from foveate.model.checkpoints import read_config
 
     config = read_config(model)
     if config.method != method:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from foveate import checkpoints
-from foveate.chat import chat_template, load_tokenizer, prepare_tokenizer, separator_token
-from foveate.config import FoveateConfig
+from foveate.model import checkpoints
+from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
+from foveate.model.config import FoveateConfig
 from foveate.errors import FoveateError
-from foveate.layouts import report_keys
+from foveate.methods.layouts import report_keys
 from foveate.methods import DEFAULT, method_class
-from foveate.modeling import FoveateForConditionalGeneration
+from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.options import build_options, merged
-from foveate.processing import FoveateProcessor, image_processor_for
+from foveate.model.processing import FoveateProcessor, image_processor_for
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
-    from foveate.ask import Foveate
+    from foveate.ask.foveate import Foveate
 
 Part: TypeAlias = str | Path | PreTrainedConfig | PreTrainedModel
 
@@ -52,7 +52,7 @@ def compose(
         connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such:
             its weights instead of new ones, and its options, changed by `options`.
         tokenizer: needed where `text` is no folder or id.
-        template: one of `foveate.chat.TEMPLATES`.
+        template: one of `foveate.model.text.TEMPLATES`.
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
         dtype: of all weights.
         preprocessor: mean and std of the tower, where `vision` is no folder or id.
@@ -103,7 +103,7 @@ def compose(
     )
     for token in (tokenizer.eos_token_id, processor.answer_end()):
         model.stop_at(token)
-    from foveate.ask import Foveate
+    from foveate.ask.foveate import Foveate
 
     return Foveate(model.eval(), processor)
 

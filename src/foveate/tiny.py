@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
-from foveate.chat import IMAGE_TOKEN
+from foveate.model.text import IMAGE_TOKEN
 from foveate.composing import compose
 from foveate.methods import DEFAULT
 
 if TYPE_CHECKING:
-    from foveate.ask import Foveate
+    from foveate.ask.foveate import Foveate
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from foveate import FoveateError, FoveateProcessor
-from foveate.chat import TEMPLATES, chat_template, normalise_messages, picture_queries
+from foveate.model.text import TEMPLATES, chat_template, normalise_messages, picture_queries
 from foveate.tiny import tiny_model
 from tests.support import chat, picture
 

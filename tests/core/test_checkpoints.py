@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, set_seed
 
 from foveate import FoveateConfig, FoveateError, FoveateForConditionalGeneration, FoveateProcessor, load
-from foveate.checkpoints import recognise
+from foveate.model.checkpoints import recognise
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
-from foveate.vlm import VLM
+from foveate.zoom.vlm import VLM
 from tests.docs.stand_ins import hf_llava, hf_llava_next
 from tests.support import picture
 

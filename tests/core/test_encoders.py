@@ -16,8 +16,8 @@ from transformers import (
     ViTConfig,
 )
 
-from foveate import encoders
-from foveate.encoders import VisionTower
+from foveate.towers import vit as encoders
+from foveate.towers.vit import VisionTower
 from foveate.errors import FoveateError
 
 SHAPE = {

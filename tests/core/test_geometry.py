@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.geometry import (
+from foveate.picture.geometry import (
     Box,
     Canvas,
     Size,

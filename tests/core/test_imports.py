@@ -135,13 +135,13 @@ def test_circles_are_found(tmp_path: Path) -> None:
 def test_orders_of_imports(folder: Path) -> None:
     """Entry points alone, and Foveate before, between and after modules that reach the Auto classes."""
     loads = LOADS.format(folder=str(folder))
-    first = ("foveate.modeling", "foveate.processing", "foveate.cli")
+    first = ("foveate.model.modeling", "foveate.model.processing", "foveate.cli")
     scenarios = {name: f"import {name}\n" for name in first}
     scenarios |= {
         f"foveate, then {name}": f"import foveate, transformers.{name}\n{loads}" for name in TRANSFORMERS
     }
     scenarios |= {
-        f"{name} between": f"import foveate.config, transformers.{name}\n{loads}" for name in TRANSFORMERS[:1]
+        f"{name} between": f"import foveate.model.config, transformers.{name}\n{loads}" for name in TRANSFORMERS[:1]
     }
     scenarios["transformers first"] = f"import transformers.pipelines, foveate\n{loads}"
     for auto in ("AutoImageProcessor", "AutoModelForImageTextToText"):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.pictures import read_picture, read_size
-from foveate.processing import FoveateImageProcessor
+from foveate.picture.reading import read_picture, read_size
+from foveate.model.processing import FoveateImageProcessor
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -138,7 +138,7 @@ def test_the_frugal_way_paints_the_same(fit: str, monkeypatch: pytest.MonkeyPatc
     picture = Image.fromarray(pixels).resize((1200, 900), Image.Resampling.BICUBIC)
     processor = FoveateImageProcessor("llava", {"fit": fit})
     usual = processor(picture)["pixel_values"]
-    monkeypatch.setattr("foveate.processing.MOST_PIXELS", 1)
+    monkeypatch.setattr("foveate.model.processing.MOST_PIXELS", 1)
     frugal = processor(picture)["pixel_values"]
     differs = (usual - frugal).abs().amax(1) > 0.02  # (1, 336, 336): along the edge of the padding only
     assert differs.float().mean() < 0.02 and (fit == "pad" or not differs.any())

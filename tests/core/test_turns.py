@@ -13,9 +13,9 @@ from transformers import TextIteratorStreamer
 
 from foveate import Foveate, FoveateError
 from foveate.ask import Talk
-from foveate.cost import Pricer
+from foveate.model.cost import Pricer
 from foveate.methods import METHODS
-from foveate.turns import Context
+from foveate.ask.context import Context
 from tests.methods.conftest import fresh
 from tests.support import chat, gap, picture
 
@@ -57,7 +57,7 @@ def test_kept_and_read_anew_say_the_same(method: str, both: Any) -> None:
     """A conversation of three questions: text and logits are equal, and less is read."""
     kept, anew = both(method)
     image = picture(70, 90)
-    talks = [foveate.chat(image) for foveate in (kept, anew)]
+    talks = [foveate.model.text(image) for foveate in (kept, anew)]
     with logits_of(kept) as logits:  # one model in both
         for i, question in enumerate(("What is it?", "And why is that so?", "Sure?")):
             logits.clear()
@@ -177,7 +177,7 @@ def test_another_picture_is_not_taken_for_the_one_before(both: Any) -> None:
 def test_generation_that_leaves_no_cache(options: dict[str, Any], both: Any) -> None:
     kept, anew = both("llava")
     more = {**WORDS, **options, **({"num_beams": 2} if "num_return_sequences" in options else {})}
-    talks = [foveate.chat(picture(40, 60)) for foveate in (kept, anew)]
+    talks = [foveate.model.text(picture(40, 60)) for foveate in (kept, anew)]
     for arguments in (WORDS, more, WORDS):
         answers = [talk.ask("And now?", **arguments) for talk in talks]
         assert answers[0].text == answers[1].text

@@ -23,10 +23,12 @@ from transformers import (
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from foveate import registration, upstream
-from foveate.modeling import EncodedPictures, FoveateOutput
+from foveate import upstream
+
+from foveate.model import registration
+from foveate.model.modeling import EncodedPictures, FoveateOutput
 from foveate.tiny import tiny_model, tiny_text
-from foveate.vlm import _loads_by_itself
+from foveate.zoom.vlm import _loads_by_itself
 from tests.support import chat, checkpoint_activations, gap, picture
 
 

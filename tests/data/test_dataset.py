@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from foveate import FoveateError
-from foveate.chat import TEMPLATES
+from foveate.model.text import TEMPLATES
 from foveate.data.dataset import IGNORED, Collator, Samples, encode
 from foveate.data.formats import read_conversations
 from foveate.data.sampling import EpochSampler, repeated

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from foveate.chat import chat_template
+from foveate.model.text import chat_template
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
 from tests.methods import inf_llava_release
 from tests.methods.slime_release import write_release

@@ -14,10 +14,10 @@ import typer
 from PIL import Image
 
 import foveate
-from foveate.chat import TEMPLATES
+from foveate.model.text import TEMPLATES
 from foveate.cli import app
-from foveate.cost import Pricer, reference_config
-from foveate.geometry import Size
+from foveate.model.cost import Pricer, reference_config
+from foveate.picture.geometry import Size
 from foveate.methods import METHODS, method_class
 from foveate.shipped import shipped
 from tests.docs.blocks import PAGES, ROOT, blocks_of
@@ -179,7 +179,7 @@ def test_api_page_has_every_public_name_and_argument() -> None:
 
 
 def test_api_page_has_every_field() -> None:
-    from foveate.ask import Answer, Ledger
+    from foveate.ask.answer import Answer, Ledger
 
     for cls in (Answer, Ledger):
         for name in cls.__dataclass_fields__:

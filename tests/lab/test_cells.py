@@ -17,9 +17,10 @@ from PIL import Image
 from transformers import ConvNextModel
 from typer.testing import CliRunner
 
-from foveate.ask import Chat, Foveate, load
+from foveate.ask.conversation import Chat
+from foveate.ask.foveate import Foveate, load
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
+from foveate.picture.geometry import Box, Size
 from foveate.lab import data as stores
 from foveate.lab import training
 from foveate.lab.cell import Bench, Cell, make_bench

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 from foveate.lab.levels import KINDS, LEVELS
 from foveate.lab.materials import materials
 from foveate.lab.objects import COLOURS, SHAPES, SIGN, Glyph, Thing
@@ -34,7 +34,7 @@ from foveate.lab.tower import (
     tower_scenes,
 )
 from foveate.lab.words import PLACES, lab_tokenizer
-from foveate.processing import FoveateImageProcessor
+from foveate.model.processing import FoveateImageProcessor
 
 WHOLE = Window(0, 0, 144, 144)
 

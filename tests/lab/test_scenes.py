@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, tiled
+from foveate.picture.geometry import Box, Size, tiled
 from foveate.lab.levels import KINDS, LEVELS, Level, level_named
 from foveate.lab.materials import LETTERS, TOKENS, WORDS, materials
 from foveate.lab.objects import COLOURS

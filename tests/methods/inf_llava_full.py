@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.geometry import Size
+from foveate.picture.geometry import Size
 from foveate.methods.inf_llava import CrossAttention, InfConnector
 
 

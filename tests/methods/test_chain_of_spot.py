@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
-from foveate.boxes import Frame, box_format, write_box
-from foveate.cost import Pricer, reference_config
+from foveate.picture.boxes import Frame, box_format, write_box
+from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
-from foveate.geometry import Box, Size
+from foveate.picture.geometry import Box, Size
 from foveate.methods.base import Cut, Reply, TowerGeometry, Turn
 from foveate.methods.chain_of_spot import MOST_PIXELS, PADDING, ChainOfSpot
 from foveate.shipped import find
@@ -186,7 +186,7 @@ def boxed(made: Foveate, monkeypatch: pytest.MonkeyPatch) -> Foveate:
     """A model whose reply to the first instruction reads as a box that depends on it."""
 
     def region(self: ChainOfSpot, text: str, size: Size) -> Any:
-        from foveate.boxes import Reading
+        from foveate.picture.boxes import Reading
 
         left = len(text.encode()) % (size.width // 2)
         return Reading(Box(left, 0, left + size.width // 2, size.height // 2))

@@ -22,11 +22,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import CONFIG_MAPPING
 
 from foveate import Foveate, FoveateConfig, FoveateError, FoveateForConditionalGeneration, compose
-from foveate.cost import Pricer
+from foveate.model.cost import Pricer
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
-from foveate.explain import chain_sheet
-from foveate.geometry import Box, Size, padded_square, squashed
+from foveate.picture.drawing import chain_sheet
+from foveate.picture.geometry import Box, Size, padded_square, squashed
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import (
     Chosen,
@@ -43,8 +43,8 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
-from foveate.modeling import _hands_on_keywords
-from foveate.source import Look, Source
+from foveate.model.modeling import _hands_on_keywords
+from foveate.picture.source import Look, Source
 from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train

@@ -20,10 +20,10 @@ from torch import Tensor
 import foveate
 from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
 from foveate.composing import compose
-from foveate.cost import Pricer, reference_config
+from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import encode
 from foveate.data.toy import write_toy_data
-from foveate.geometry import Size, View
+from foveate.picture.geometry import Size, View
 from foveate.methods import inf_llava
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import CUTS, Axis, InfConnector, InfLlava, gathered, pooling

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
-from foveate.checkpoints import recognise, stage_files
-from foveate.cost import Pricer, reference_config
-from foveate.explain import COLOURS
-from foveate.geometry import Size
+from foveate.model.checkpoints import recognise, stage_files
+from foveate.model.cost import Pricer, reference_config
+from foveate.picture.drawing import COLOURS
+from foveate.picture.geometry import Size
 from foveate.methods import llava_hr
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import ConvNext, ConvNextShape, DualTower, LlavaHR, LlavaHROptions, MRAdapter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TextIteratorStreamer, pipeline, set_seed
 
 from foveate import Foveate, FoveateError
-from foveate.modeling import EncodedPictures
+from foveate.model.modeling import EncodedPictures
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
 from foveate.upstream import CACHE
 from tests.methods.conftest import fresh

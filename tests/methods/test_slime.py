@@ -18,10 +18,10 @@ from torch import Tensor
 import foveate
 from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
 from foveate.composing import compose
-from foveate.cost import Pricer, reference_config
+from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
-from foveate.geometry import Size
+from foveate.picture.geometry import Size
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import Slime
 from foveate.shipped import find
@@ -550,7 +550,7 @@ def test_llama_3_gets_its_template(tmp_path: Path) -> None:
     assert foveate.load(model, device="cpu").processor.chat_template.count("USER") == 1
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 128256}))
-    from foveate.checkpoints import recognise
+    from foveate.model.checkpoints import recognise
 
     released = recognise(model, tower)
     assert released is not None

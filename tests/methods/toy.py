@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.geometry import Box, Size, View, ViewPlan, letterboxed, squashed, tiled, whole
+from foveate.picture.geometry import Box, Size, View, ViewPlan, letterboxed, squashed, tiled, whole
 from foveate.layers import mlp_projector
 from foveate.methods.base import (
     Connector,

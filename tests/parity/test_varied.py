@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foveate.checkpoints import read_tensors
+from foveate.model.checkpoints import read_tensors
 from tests.conftest import ROOT, golden_folder
 from tests.measuring import Measured, Measures, summarise
 from tests.parity.golden import FAMILIES, Case, cases, check, kind

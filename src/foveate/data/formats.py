@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.chat import IMAGE_TOKEN
+from foveate.model.text import IMAGE_TOKEN
 from foveate.errors import FoveateError
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

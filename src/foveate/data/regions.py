@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 
 KEY = re.compile(r"(\d+)_(.*)_q(\d+)", re.DOTALL)
 WANTED = {"index", "id", "number", "box"}

@@ -190,7 +190,7 @@ def photographs(
     files = photographs_in(photographs)
     import torch
 
-    from foveate.ask import load
+    from foveate.ask.foveate import load
 
     torch.set_num_threads(threads)
     console = Console()
@@ -232,7 +232,7 @@ def show(
     from foveate.lab.gallery import gallery, scenes
     from foveate.lab.levels import level_named
     from foveate.lab.scales import scale_named
-    from foveate.pictures import read_picture
+    from foveate.picture.reading import read_picture
 
     hard, sizes = level_named(level), scale_named(scale)
     behind = [] if background is None else [np.asarray(read_picture(background))]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Canvas, Size, View, ViewPlan, squashed, tiled, whole
+from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, squashed, tiled, whole
 from foveate.layers import mlp_projector
 from foveate.methods import METHODS
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import set_seed
 
-from foveate.ask import Foveate
+from foveate.ask.foveate import Foveate
 from foveate.data.dataset import IGNORED, Collator, cut_out, encode
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, whole
+from foveate.picture.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
 from foveate.lab.levels import level_named

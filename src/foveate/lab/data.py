@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Canvas, Size, View, ViewPlan, whole
+from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Split
 from foveate.lab.questions import Question, ask_about, caption

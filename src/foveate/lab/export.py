@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from foveate.ask import Foveate, load
+from foveate.ask.foveate import Foveate, load
 from foveate.errors import FoveateError
 from foveate.lab.cell import Cell, make_bench
 from foveate.lab.controls import CONTROLS

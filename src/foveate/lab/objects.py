@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 from foveate.lab.materials import DIGITS, FONTS, LETTERS, Materials, letter_mask
 
 COLOURS = {

@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError
-from foveate.geometry import Size
+from foveate.picture.geometry import Size
 from foveate.lab.materials import FONTS, materials
 from foveate.lab.objects import COLOURS, PLAIN, Pen, Thing, lettering
 from foveate.lab.scenes import place
-from foveate.pictures import read_picture
+from foveate.picture.reading import read_picture
 
 if TYPE_CHECKING:
-    from foveate.ask import Foveate
+    from foveate.ask.foveate import Foveate
 
 KINDS = ("letter", "digit", "word")
 PARTS = (1 / 4, 1 / 9, 1 / 16, 1 / 25, 1 / 36, 1 / 64, 1 / 100)  # of the picture's area

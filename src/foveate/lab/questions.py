@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 from foveate.lab.levels import FINE
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
 from foveate.lab.scenes import Scene

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
+from foveate.picture.geometry import Box, Size
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Materials, Split, materials
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Pen, Thing

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from foveate.composing import compose
 from foveate.errors import FoveateError
-from foveate.geometry import Box, ViewPlan
+from foveate.picture.geometry import Box, ViewPlan
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.controls import ConvNetOnly, GivenRegion
 from foveate.lab.data import Examples, Features
@@ -24,8 +24,8 @@ from foveate.lab.packing import PADDING, Packed, Sample, all_right, pack
 from foveate.lab.questions import Question
 from foveate.methods import method_class
 from foveate.methods.base import Method
-from foveate.modeling import EncodedPictures
-from foveate.source import Look, Source
+from foveate.model.modeling import EncodedPictures
+from foveate.picture.source import Look, Source
 
 OWN_TOWER_LR = 0.25  # of the connector's, for towers that a method builds itself
 WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen

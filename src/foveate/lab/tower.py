@@ -29,7 +29,7 @@ from foveate.lab.pages import make_page, page_labels
 from foveate.lab.scales import Scale
 from foveate.lab.scenes import CELLS, Scene, make_scene
 from foveate.lab.words import PLACES
-from foveate.processing import CLIP_MEAN, CLIP_STD
+from foveate.model.processing import CLIP_MEAN, CLIP_STD
 
 UNKNOWN = -100  # label without loss
 NOTHING = 0  # class of patches without an object, without a glyph, of an unknown cell, outside words

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from foveate.cost import Pricer
-from foveate.geometry import Size
+from foveate.model.cost import Pricer
+from foveate.picture.geometry import Size
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
 from foveate.lab.data import Examples

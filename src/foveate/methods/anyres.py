@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import (
+from foveate.picture.geometry import (
     NO_TILES,
     Box,
     Size,
@@ -40,7 +40,7 @@ from foveate.geometry import (
     whole,
 )
 from foveate.layers import mlp_projector
-from foveate.layouts import HF_PROJECTOR, Layout
+from foveate.methods.layouts import HF_PROJECTOR, Layout
 from foveate.methods.base import (
     Connector,
     Method,

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, ViewPlan
-from foveate.layouts import Layout, report_keys
+from foveate.picture.geometry import Box, Size, ViewPlan
+from foveate.methods.layouts import Layout, report_keys
 from foveate.options import build_options
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Connector(nn.Module):
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         """features (V, N, C): all views of the batch, picture after picture, in the order of their plans.
 
-        Where the method `reads_source`, a fourth argument `source`, a `foveate.source.Source`, follows.
+        Where the method `reads_source`, a fourth argument `source`, a `foveate.picture.source.Source`, follows.
         """
         raise NotImplementedError
 
@@ -261,7 +261,7 @@ class Method(ABC):
 
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> nn.Module:
         """What turns views (V, 3, h, w) into features (V, N, C)."""
-        from foveate.encoders import VisionTower
+        from foveate.towers.vit import VisionTower
 
         return VisionTower(vision_config, layer)
 

@@ -17,7 +17,7 @@ Where we differ from the authors' code and why:
 - `wording: released` puts the question in quotes and asks "what is the region" where training said "where
   is", as the released model is asked; `wording: paper` is equations 7 and 9.
 - `box_format: unit_xxyy` is the order of equation 8, `unit_xyxy` that of the released model.
-- `parser: strict` is the grammar of `foveate.boxes`; what is no box leads to the whole picture, with the
+- `parser: strict` is the grammar of `foveate.picture.boxes`; what is no box leads to the whole picture, with the
   reason in the answer's notes. `parser: authors` cuts off the first and the last character and splits at
   ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
 - `crop: original` cuts out original pixels; `crop: padded` cuts them from the picture padded to a square,
@@ -29,7 +29,7 @@ Where we differ from the authors' code and why:
   authors teach a box without area.
 - The paper freezes the projector and learns one question of a picture; the authors' code trains it and
   appends the other questions (`others: append`).
-- The second turn keeps the LLM's cache of the first and encodes the first picture once (`foveate.turns`);
+- The second turn keeps the LLM's cache of the first and encodes the first picture once (`foveate.ask.context`);
   the authors generate twice from scratch.
 """
 
@@ -44,12 +44,12 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from foveate.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
-from foveate.chat import IMAGE_TOKEN
+from foveate.picture.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
+from foveate.model.text import IMAGE_TOKEN
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, View, ViewPlan, padded_square, whole
+from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
     Cut,
@@ -99,7 +99,7 @@ FURTHER = "Now answer the following questions based on the raw image: "  # befor
 class ChainOfSpotOptions(MethodOptions):
     projector_depth: int = 2  # linear layers of the projector
     wording: Literal["paper", "released"] = "paper"  # of the two instructions
-    box_format: str = "unit_xxyy"  # one of foveate.boxes.BOX_FORMATS
+    box_format: str = "unit_xxyy"  # one of foveate.picture.boxes.BOX_FORMATS
     parser: Literal["strict", "authors"] = "strict"  # what is read as a box
     crop: Literal["original", "padded"] = "original"  # whether the crop is cut from the padded square
     extend: float = 0.0  # by which part of themselves a region's sides grow before it is cut out

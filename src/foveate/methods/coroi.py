@@ -7,7 +7,7 @@ Authors' code: none is public; this is written from the paper.
     f_theta_v: how much each token matters         Scorer                section 3.1, figure 4 (a)
     sliding window, average pooling, arg-max       integral, pooled      section 3.1, "Selection"
     the last window joins the question             CoroiConnector.chain  section 3.1, "Movement"
-    clips of the high-resolution pictures          foveate.source        sections 3, 4.1
+    clips of the high-resolution pictures          foveate.picture.source        sections 3, 4.1
     f_theta': low-resolution tokens read a clip    CrossAttention        section 3.2
     the residual is added behind layer k           RoiInjector           section 3.2
     layers k_j = floor(j L / 8) - 1, j = 2 to 7    decoder_layers        appendix
@@ -40,7 +40,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import (
+from foveate.picture.geometry import (
     NO_TILES,
     Box,
     Canvas,
@@ -66,7 +66,7 @@ from foveate.methods.base import (
     Widths,
     square_grid,
 )
-from foveate.source import Look, Source, view_of
+from foveate.picture.source import Look, Source, view_of
 
 
 @dataclass(frozen=True)

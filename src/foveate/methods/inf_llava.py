@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import (
+from foveate.picture.geometry import (
     Box,
     Canvas,
     Size,
@@ -64,7 +64,7 @@ from foveate.geometry import (
     whole,
 )
 from foveate.layers import exact, mlp_projector
-from foveate.layouts import Layout, connector_options, known_projector
+from foveate.methods.layouts import Layout, connector_options, known_projector
 from foveate.methods.base import (
     Connector,
     Insight,

@@ -48,11 +48,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate import checkpoints
+from foveate.model import checkpoints
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
+from foveate.picture.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.layouts import Layout, connector_options, known_projector, report_keys
+from foveate.methods.layouts import Layout, connector_options, known_projector, report_keys
 from foveate.methods.base import (
     Connector,
     Insight,

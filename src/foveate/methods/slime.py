@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.geometry import (
+from foveate.picture.geometry import (
     NO_TILES,
     Box,
     Canvas,
@@ -63,7 +63,7 @@ from foveate.geometry import (
     whole,
 )
 from foveate.layers import exact, mlp_projector
-from foveate.layouts import Layout
+from foveate.methods.layouts import Layout
 from foveate.methods.base import (
     Connector,
     Method,

@@ -28,7 +28,7 @@ from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
-    from foveate.modeling import FoveateForConditionalGeneration
+    from foveate.model.modeling import FoveateForConditionalGeneration
     from foveate.train.prepare import Prepared
     from foveate.train.trainer import StageTrainer
 

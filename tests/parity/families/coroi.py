@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.geometry import Size
+from foveate.picture.geometry import Size
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import (
     Chosen,
@@ -27,7 +27,7 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
-from foveate.source import Look, Source
+from foveate.picture.source import Look, Source
 from tests.parity.golden import Comparison, Family, normed
 
 CLOSE, PIXELS = 1e-5, 1e-3  # of activations of about 1, and of pixels up to 255

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from foveate import upstream
-from foveate.config import FoveateConfig
-from foveate.geometry import Size, ViewPlan
-from foveate.modeling import FoveateForConditionalGeneration
-from foveate.source import Source
+from foveate.model.config import FoveateConfig
+from foveate.picture.geometry import Size, ViewPlan
+from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.picture.source import Source
 
 
 @dataclass(frozen=True)

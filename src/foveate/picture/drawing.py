@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from foveate.geometry import Box, View, ViewPlan
+from foveate.picture.geometry import Box, View, ViewPlan
 
 PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from foveate.errors import FoveateError, require
-from foveate.geometry import Box
+from foveate.picture.geometry import Box
 
 Detector = Callable[[Image.Image], Sequence[Box]]
 DETECTORS = ("faster_rcnn",)

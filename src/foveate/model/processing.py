@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
-from foveate import checkpoints
-from foveate.chat import (
+from foveate.model import checkpoints
+from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
     chat_template,
@@ -23,11 +23,11 @@ from foveate.chat import (
     picture_queries,
 )
 from foveate.errors import FoveateError
-from foveate.geometry import Canvas, Size, View, ViewPlan, whole
+from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.options import merged
-from foveate.pictures import read_picture
+from foveate.picture.reading import read_picture
 from foveate.versions import names_versions
 
 MOST_PIXELS = 2**27  # of a picture while it is padded or resized: 400 MB

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import wrapt
 
 if TYPE_CHECKING:
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
 
 AUTO = "transformers.models.auto"  # the classes are public, the modules that define them are not
 
@@ -63,7 +63,7 @@ def _processor(auto: ModuleType, ours: ModuleType) -> None:
 
 
 def _config_class() -> type[FoveateConfig]:
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
 
     return FoveateConfig
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from foveate import upstream
-from foveate.modeling import EncodedPictures, FoveateForConditionalGeneration
+from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 
 
 @dataclass(frozen=True)

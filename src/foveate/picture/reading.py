@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from foveate.errors import FoveateError
-from foveate.geometry import Size
+from foveate.picture.geometry import Size
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 

@@ -11,9 +11,9 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
-from foveate.chat import load_tokenizer
+from foveate.model.text import load_tokenizer
 from foveate.errors import FoveateError
-from foveate.layouts import Json, Layout, convert_key, report_keys
+from foveate.methods.layouts import Json, Layout, convert_key, report_keys
 from foveate.methods import METHODS, method_class
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -194,7 +194,7 @@ def convert_config(released: Released) -> Any:
     """The `FoveateConfig` of a released checkpoint."""
     from transformers import CONFIG_MAPPING
 
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
 
     config, options = released.config, released.layout.options(released.config, released.preprocessor)
     if released.layout.family == "hf":
@@ -244,7 +244,7 @@ def own_config(folder: Path, method: str | None = None) -> Any:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
 
     path = folder / "config.json"
     given = read_json(path)

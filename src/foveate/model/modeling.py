@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from foveate import checkpoints, upstream
-from foveate.config import FoveateConfig
+from foveate import upstream
+
+from foveate.model import checkpoints
+from foveate.model.config import FoveateConfig
 from foveate.errors import FoveateError
-from foveate.geometry import Box, ViewPlan
-from foveate.layouts import report_keys
+from foveate.picture.geometry import Box, ViewPlan
+from foveate.methods.layouts import report_keys
 from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
 from foveate.options import merged
-from foveate.source import Source
+from foveate.picture.source import Source
 from foveate.versions import names_versions
 
 

@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from foveate import upstream
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size
-from foveate.places import token_places
-from foveate.vlm import VLM, message
+from foveate.picture.geometry import Box, Size
+from foveate.zoom.places import token_places
+from foveate.zoom.vlm import VLM, message
 
 Reading = Literal["chefer", "literal", "indicator"]
 SIZES = 64  # of so many picture sizes it is remembered where image tokens look

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Size, padded_square, whole
+from foveate.picture.geometry import Box, Size, padded_square, whole
 
 Scale = Literal["unit", "thousand", "pixels"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError, missing_extra
-from foveate.geometry import Size
-from foveate.layouts import report_keys
+from foveate.picture.geometry import Size
+from foveate.methods.layouts import report_keys
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
 
@@ -68,7 +68,7 @@ class VLM:
             FoveateError: there is no such model, or it is no VLM.
         """
         from foveate.ask import DTYPES, choose_device, load
-        from foveate.checkpoints import local_folder, read_json
+        from foveate.model.checkpoints import local_folder, read_json
 
         if dtype is not None and dtype not in DTYPES:
             raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -233,7 +233,7 @@ def _loads_by_itself(model_type: str | None) -> bool:
     """Whether transformers' own class is taken at once. Not for `llava`: other layouts go by it, too."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    from foveate.config import FoveateConfig
+    from foveate.model.config import FoveateConfig
 
     if model_type in ("llava", FoveateConfig.model_type) or model_type not in CONFIG_MAPPING:
         return False

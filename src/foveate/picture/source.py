@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.geometry import Box, Canvas, Size
+from foveate.picture.geometry import Box, Canvas, Size
 from foveate.layers import exact
 
 BAND = 32  # rows of a view that are computed together

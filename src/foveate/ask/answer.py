@@ -1,0 +1,166 @@
+"""An answer: the model's text, where it looked, what that cost, and the drawing of all this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.methods.base import Chain, Insight
+from foveate.picture.drawing import cut_view, draw
+from foveate.picture.geometry import Box, ViewPlan
+from foveate.picture.reading import write_drawing
+
+if TYPE_CHECKING:
+    from foveate.ask.engine import Engine
+
+
+@dataclass
+class Ledger:
+    """What one answer cost.
+
+    Attributes:
+        views: pictures shown to the vision tower, those that came from the cache included.
+        encoded_views: of them encoded now.
+        visual_tokens: visual tokens that the LLM read, after a method dropped some.
+        prompt_tokens: all tokens that the LLM read, visual ones included.
+        kept_tokens: tokens of a prompt that it had read in an earlier turn and found in its cache.
+        new_tokens: generated.
+        tflop: vision, prefill and decoding, in 10^12 floating point operations.
+        kv_megabytes: key and value cache after the longest prefill.
+        seconds: wall time by phase: `prepare` (pictures to tensors), `encode`, `generate`.
+    """
+
+    views: int = 0
+    encoded_views: int = 0
+    visual_tokens: int = 0
+    prompt_tokens: int = 0
+    kept_tokens: int = 0
+    new_tokens: int = 0
+    tflop: float = 0.0
+    kv_megabytes: float = 0.0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"prepare": 0.0, "encode": 0.0, "generate": 0.0}
+    )
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def add(self, turn: Ledger) -> None:
+        """Adds what a further turn cost."""
+        self.views += turn.views
+        self.encoded_views += turn.encoded_views
+        self.visual_tokens += turn.visual_tokens
+        self.prompt_tokens += turn.prompt_tokens
+        self.kept_tokens += turn.kept_tokens
+        self.new_tokens += turn.new_tokens
+        self.tflop += turn.tflop
+        self.kv_megabytes = max(self.kv_megabytes, turn.kv_megabytes)
+        for phase, seconds in turn.seconds.items():
+            self.seconds[phase] += seconds
+
+
+@dataclass
+class Seen:
+    """What the connector said of a picture as the LLM got it."""
+
+    regions: list[Box] | None
+    heat: Tensor | None
+    chains: list[Chain]
+
+
+@dataclass
+class Answer:
+    """The model's text, where it looked, and what it cost.
+
+    Attributes:
+        text: the answer.
+        regions: parts of the picture that were looked at (left, top, right, bottom), original pixels.
+        ledger: the costs.
+        question: what was asked.
+        picture: what it was asked about.
+        plan: the views that the picture was cut into.
+        heat: for methods that keep what matters to the question, parts of the picture in original pixels
+            with a weight from 0 (dropped) to 1; else empty.
+        chains: for methods that look at parts of the picture one after the other, these parts.
+        crops: pictures that a method with several turns showed the model after the first one.
+        notes: sentences about how the method came to the answer, for example why it found no region.
+    """
+
+    text: str
+    regions: list[Box]
+    ledger: Ledger
+    question: str
+    picture: Image.Image = field(repr=False)
+    plan: ViewPlan = field(repr=False)
+    heat: list[tuple[Box, float]] = field(repr=False)
+    chains: list[Chain] = field(repr=False)
+    crops: list[Image.Image] = field(repr=False)
+    notes: list[str]
+    _draw: Callable[[Answer], Image.Image] = field(repr=False)
+
+    def show(self, out: str | Path | None = None) -> Image.Image:
+        """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
+        drawing = self._draw(self)
+        if out is not None:
+            write_drawing(drawing, out)
+        return drawing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "question": self.question,
+            "answer": self.text,
+            "regions": [list(box.rounded()) for box in self.regions],
+            "notes": self.notes,
+            "ledger": asdict(self.ledger),
+        }
+
+
+def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
+    """The drawing of an answer by the engine that gave it."""
+    processor, plan, ledger = engine.processor.image_processor, answer.plan, answer.ledger
+    canvases = [processor.paint(answer.picture, canvas) for canvas in plan.canvases]
+    costs = (
+        f"{plan.picture.width} x {plan.picture.height} pixels, "
+        f"seen at {plan.effective.width} x {plan.effective.height}   |   "
+        f"{ledger.views} view{'' if ledger.views == 1 else 's'}, {ledger.visual_tokens} visual tokens, "
+        f"{ledger.tflop:.3g} TFLOP, "
+        f"{ledger.total_seconds:.2f} s"
+    )
+    caption = [(f"Q  {answer.question}", False), (f"A  {answer.text or '(no text)'}", True), (costs, False)]
+    insight = _insight(engine, answer)
+    own_views = [(role, processor.shown(pixels)) for role, pixels in insight.views]
+    caption += [(note, False) for note in (*insight.notes, *answer.notes)]
+    heat = answer.heat or insight.heat
+    regions = answer.regions
+    if answer.crops:  # their numbers follow those of the whole picture's views
+        regions = [*plan.regions, *(region for region in regions if region not in plan.regions)]
+    for crop in answer.crops:
+        of_crop = engine.plan(crop)
+        painted = [processor.paint(crop, canvas) for canvas in of_crop.canvases]
+        own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
+    chains = [
+        (chain.name, chain.boxes, [processor.shown(view) for view in chain.pixels()])
+        for chain in answer.chains
+    ]
+    return draw(answer.picture, regions, plan, canvases, caption, heat, own_views, chains)
+
+
+def _insight(engine: Engine, answer: Answer) -> Insight:
+    """What the tower and the connector did with the answer's picture."""
+    model, processor = engine.model, engine.processor.image_processor
+
+    def views() -> Tensor:
+        pixels = torch.from_numpy(processor.views(answer.picture, answer.plan))
+        return pixels.to(model.device, model.dtype)
+
+    made = model.method.insight(model.vision_tower, views, answer.plan)
+    read = model.connector.insight(lambda: engine.features(answer.picture), answer.plan)
+    return Insight(made.views + read.views, made.heat or read.heat, made.notes + read.notes)

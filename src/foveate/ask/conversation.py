@@ -1,0 +1,190 @@
+"""Conversations: the turns with which a method answers a question, side by side for several pictures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from foveate.ask.answer import Answer, Ledger, Seen, draw_answer
+from foveate.ask.context import Context
+from foveate.ask.engine import Engine, Said
+from foveate.errors import FoveateError
+from foveate.methods.base import Reply, Turn
+from foveate.model.text import IMAGE_TOKEN
+from foveate.picture.geometry import Box
+
+# Arguments of `generate` that are about the answer's end and words, and would spoil a box on the way to it.
+OF_ANSWERS = (
+    *("streamer", "min_new_tokens", "min_length", "stop_strings", "stopping_criteria", "length_penalty"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id"),
+    *("prefix_allowed_tokens_fn", "logits_processor", "bad_words_ids", "sequence_bias", "suppress_tokens"),
+    *("begin_suppress_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "repetition_penalty"),
+)
+
+
+class Chat:
+    """A conversation about one picture. Every question sees what was said before."""
+
+    def __init__(self, engine: Engine, picture: Image.Image) -> None:
+        self.engine = engine
+        self.picture = picture
+        self.messages: list[dict[str, Any]] = []
+        self.seen: list[Seen] = []
+        self._context = Context()
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
+        """As `Foveate.ask`."""
+        generation["max_new_tokens"] = max_new_tokens
+        return converse([self], [question], self._context, generation)[0]
+
+    def turns(self, question: str) -> Generator[Turn, str, Reply]:
+        """The turns with which a question is answered; further questions take one each."""
+        if not self.messages:
+            return self.engine.model.method.converse(self.picture, question)
+        return _one_turn(question)
+
+    def check(self, question: str) -> None:
+        """Raises `FoveateError` for what is not a question."""
+        if not isinstance(question, str):
+            raise FoveateError(f"a question must be a text, not {type(question).__name__}")
+        if not question.strip():
+            raise FoveateError("the question is empty")
+        token = self.engine.processor.image_token
+        if token in question:
+            raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
+
+    def answer(self, question: str, asked: Asked, end: Reply) -> Answer:
+        """Notes what was said, and says where the model looked."""
+        method, notes = self.engine.model.method, list(end.notes)
+        if self.messages and method.uses_query and method.query_text == "question":
+            notes.append(
+                "the parts that were looked at belong to the message that showed the picture: this question "
+                "did not choose them"
+            )
+        self.messages, self.seen = asked.messages, asked.seen
+        plan = self.engine.plan(self.picture)
+        seen = asked.seen[0]
+        chosen = list(plan.regions) if seen.regions is None else seen.regions
+        heat: list[tuple[Box, float]] = []
+        if seen.heat is not None:
+            heat = list(zip(method.cells(plan), seen.heat.tolist(), strict=True))
+        return Answer(
+            text=end.text,
+            regions=chosen if end.regions is None else end.regions,
+            ledger=asked.ledger,
+            question=question,
+            picture=self.picture,
+            plan=plan,
+            heat=heat,
+            chains=seen.chains,
+            crops=asked.crops,
+            notes=notes,
+            _draw=partial(draw_answer, self.engine),
+        )
+
+
+class Asked:
+    """A question on its way to an answer: what was said, the pictures that were shown, and the cost so far."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.messages, self.seen = list(chat.messages), list(chat.seen)
+        self.ledger = Ledger()
+        self.crops: list[Image.Image] = []
+
+    def show(self, turn: Turn) -> None:
+        self.messages.append({"role": "user", "content": content(turn)})
+
+    def hear(self, said: Said, text: str) -> None:
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+        pictures = sum(part["type"] == "image" for m in self.messages for part in m["content"])
+        self.seen = [*self.seen[: pictures - len(said.seen)], *said.seen]
+        self.ledger.add(said.ledger)
+
+
+def _one_turn(question: str) -> Generator[Turn, str, Reply]:
+    text = yield Turn(question)
+    return Reply(text)
+
+
+def converse(
+    chats: Sequence[Chat], questions: Sequence[str], context: Context, generation: Mapping[str, Any]
+) -> list[Answer]:
+    """Answers a question in each chat, turn by turn, all side by side.
+
+    Args:
+        chats: of one engine, one for each question.
+        questions: one for each chat.
+        context: what the chats' last turn left.
+        generation: arguments of transformers' `generate`.
+
+    Raises:
+        FoveateError: what is not a question, answers of no token.
+    """
+    if generation.get("max_new_tokens", 1) < 1:
+        raise FoveateError(f"max_new_tokens must be at least 1, it is {generation['max_new_tokens']}")
+    for chat, question in zip(chats, questions, strict=True):
+        chat.check(question)
+    engine = chats[0].engine
+    asked = [Asked(chat) for chat in chats]
+    turns = [chat.turns(question) for chat, question in zip(chats, questions, strict=True)]
+    ends: dict[int, Reply] = {}
+    live = {row: next(turn) for row, turn in enumerate(turns)}
+    first = True
+    while live:
+        for row, turn in live.items():
+            asked[row].show(turn)
+            asked[row].crops += [] if first else turn.pictures
+        said = engine.say(
+            [asked[row].messages for row in live], context, **_bounded(generation, list(live.values()))
+        )
+        before = list(live)
+        for row, one in zip(before, said, strict=True):
+            # In a reply the mark of pictures stands for none.
+            asked[row].hear(one, one.text.replace(engine.processor.image_token, ""))
+            try:
+                live[row] = turns[row].send(one.text)
+            except StopIteration as stop:
+                ends[row] = stop.value
+                del live[row]
+        if live:
+            context.select([before.index(row) for row in live])
+        first = False
+    return [
+        chat.answer(question, asked[row], ends[row])
+        for row, (chat, question) in enumerate(zip(chats, questions, strict=True))
+    ]
+
+
+def content(turn: Turn) -> list[dict[str, Any]]:
+    """A turn as the parts of a user's message."""
+    text = turn.text if IMAGE_TOKEN in turn.text else IMAGE_TOKEN * len(turn.pictures) + turn.text
+    before, *pieces = text.split(IMAGE_TOKEN)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
+    for picture, piece in zip(turn.pictures, pieces, strict=True):
+        parts.append({"type": "image", "image": picture})
+        piece = piece.removeprefix("\n")  # chat templates end a picture's line themselves
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _bounded(generation: Mapping[str, Any], turns: Sequence[Turn]) -> dict[str, Any]:
+    """The arguments of `generate` for turns that are taken side by side.
+
+    What was asked for the answer's length and form is not asked of a step on the way.
+    """
+    arguments = dict(generation)
+    bounds = [turn.max_new_tokens for turn in turns if turn.max_new_tokens is not None]
+    if len(bounds) == len(turns):
+        arguments["max_new_tokens"] = max(bounds)
+        arguments.pop("max_length", None)
+    if all(turn.inner for turn in turns):
+        arguments = {name: value for name, value in arguments.items() if name not in OF_ANSWERS}
+        if "generation_config" in arguments:
+            config = copy.deepcopy(arguments["generation_config"])
+            config.update(**dict.fromkeys(OF_ANSWERS))
+            arguments["generation_config"] = config
+    return arguments

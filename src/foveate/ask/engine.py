@@ -1,0 +1,324 @@
+"""The model with its memory: it encodes a picture once, says one turn, and counts what that cost.
+
+It knows no conversation: messages come with every call, and what the LLM has read of them lies in the `Context`
+that the caller keeps. Several threads may use one engine, each with contexts of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.ask.answer import Ledger, Seen
+from foveate.ask.context import Context, Prompt, can_go_on
+from foveate.model.cost import Pricer
+from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
+from foveate.model.processing import FoveateProcessor
+from foveate.model.text import picture_queries
+from foveate.picture.geometry import ViewPlan
+from foveate.picture.source import Look, Source
+from foveate.versions import names_versions
+
+MEMORY = 2**30  # bytes
+
+
+@dataclass
+class Said:
+    """The model's reply to one conversation.
+
+    Attributes:
+        text: without special tokens.
+        ledger: what this turn cost.
+        seen: of the pictures that were read now, the conversation's last ones.
+    """
+
+    text: str = ""
+    ledger: Ledger = field(default_factory=Ledger)
+    seen: list[Seen] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A picture in a prompt, with the question that a connector reads with it, (T,) or None."""
+
+    said: Said
+    picture: Image.Image
+    plan: ViewPlan
+    fingerprint: str
+    query: Tensor | None
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """All that its visual tokens depend on."""
+        return self.fingerprint, () if self.query is None else tuple(self.query.tolist())
+
+
+class Memory:
+    """Vision features of the pictures that were asked about last, and of the parts that connectors looked at.
+
+    Args:
+        most: bytes that all of it may take; what was used longest ago goes first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.features: OrderedDict[str, Tensor] = OrderedDict()  # per picture (V, N, C)
+        self.looks: dict[str, dict[Look, Tensor]] = {}  # per picture (N, C) of each part, the latest at the end
+
+    @property
+    def bytes(self) -> int:
+        looks = (look for parts in self.looks.values() for look in parts.values())
+        return sum(tensor.nbytes for tensor in (*self.features.values(), *looks))
+
+    def keep(self, pictures: Mapping[str, Tensor]) -> None:
+        """Notes the features of pictures that were used now."""
+        for key, features in pictures.items():
+            self.features[key] = features
+            self.features.move_to_end(key)
+
+    def forget(self) -> None:
+        """Drops what there is no room for: of the oldest picture the oldest parts, then the picture."""
+        self.looks = {key: parts for key, parts in self.looks.items() if key in self.features}
+        excess = self.bytes - self.most
+        for key in list(self.features):
+            parts = self.looks.get(key, {})
+            while excess > 0 and parts:
+                excess -= parts.pop(next(iter(parts))).nbytes
+            if excess <= 0:
+                return
+            excess -= self.features.pop(key).nbytes
+            self.looks.pop(key, None)
+
+
+class Engine:
+    """A model and its processor, with what they remember of pictures.
+
+    Args:
+        model: the network, on its device.
+        processor: what turns pictures and messages into its inputs.
+        memory: bytes that vision features may take between calls.
+        keep_context: whether a `Context` keeps the LLM's cache from one turn to the next; without it every turn
+            reads the whole conversation anew.
+    """
+
+    def __init__(
+        self,
+        model: FoveateForConditionalGeneration,
+        processor: FoveateProcessor,
+        memory: int = MEMORY,
+        keep_context: bool = True,
+    ) -> None:
+        self.model, self.processor, self.keep_context = model, processor, keep_context
+        self.memory = Memory(memory)
+        # Held while pictures are encoded and connected, so that no two threads encode the same one; the LLM
+        # writes without it.
+        self._lock = RLock()
+
+    def plan(self, picture: Image.Image) -> ViewPlan:
+        return self.processor.image_processor.plan(picture.height, picture.width)
+
+    @torch.inference_mode()
+    def features(self, picture: Image.Image) -> Tensor:
+        """Vision features of a picture's views (V, N, C), from memory where it was asked about lately."""
+        with self._lock:
+            known = self.memory.features.get(_fingerprint(picture))
+            if known is not None:
+                return known
+            pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
+            return self.model.encode_views(pixels.to(self.model.device, self.model.dtype))
+
+    @cached_property
+    def pricer(self) -> Pricer:
+        return Pricer(self.model.config, self.model.dtype)
+
+    @names_versions
+    @torch.inference_mode()
+    def say(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], context: Context, **generation: Any
+    ) -> list[Said]:
+        """One turn of conversations side by side: the model's reply to each.
+
+        Args:
+            conversations: messages, with PIL images as pictures.
+            context: of the same conversations' last turn; it notes this one.
+            **generation: arguments of transformers' `generate`; greedy decoding without any.
+
+        Returns:
+            One reply each. Time that was spent on all of them is shared equally.
+        """
+        if not (self.keep_context and can_go_on(self.model, generation)):
+            context.clear()
+        said = [Said() for _ in conversations]
+        ledgers = [one.ledger for one in said]
+        with self._lock:
+            read = [self._prompt(messages, one) for messages, one in zip(conversations, said, strict=True)]
+            prompts = [prompt for prompt, _ in read]
+            known = [context.known(row, prompt) for row, prompt in enumerate(prompts)]
+            new = [
+                picture
+                for (prompt, pictures), first in zip(read, known, strict=True)
+                for picture, (start, _) in zip(pictures, prompt.places, strict=True)
+                if start >= first
+            ]
+            encoded = self._encode(new, ledgers) if new else None
+        if encoded is not None:
+            _note(new, encoded)
+        start = self._now()
+        replies = context.go_on(self.model, prompts, known, encoded, **generation)
+        _share(ledgers, "generate", self._now() - start)
+        for one, reply in zip(said, replies, strict=True):
+            with self._lock:
+                prefill, decode, kv = self.pricer.language(reply.read, reply.kept)
+            one.ledger.prompt_tokens = reply.read
+            one.ledger.kept_tokens = reply.kept
+            one.ledger.new_tokens = len(reply.ids)
+            one.ledger.tflop += (prefill + decode * max(len(reply.ids) - 1, 0)) / 1e12
+            one.ledger.kv_megabytes = kv / 1e6
+            one.text = self.processor.decode(reply.ids, skip_special_tokens=True).strip()
+        return said
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all that was asked of it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+    def _prompt(self, messages: Sequence[Mapping[str, Any]], said: Said) -> tuple[Prompt, list[_Shown]]:
+        """A conversation's token ids, with placeholders counted off the plans, and its pictures."""
+        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+        plans = [self.plan(picture) for picture in pictures]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        placeholders = [self.processor.image_token * plan.tokens for plan in plans]
+        texts, _ = self.processor.get_text_with_replacements([text], placeholders)
+        bos = self.processor.tokenizer.bos_token
+        special = bos is None or not text.startswith(bos)
+        ids = self.processor.tokenizer(texts[0], add_special_tokens=special)["input_ids"]
+        marks = [i for i, token in enumerate(ids) if token == self.processor.image_token_id]
+        places, used = [], 0
+        for plan in plans:
+            places.append((marks[used], marks[used + plan.tokens - 1] + 1))
+            used += plan.tokens
+        queries = self._queries(messages, torch.tensor(ids), len(pictures))
+        shown = [
+            _Shown(said, picture, plan, _fingerprint(picture), query)
+            for picture, plan, query in zip(pictures, plans, queries, strict=True)
+        ]
+        return Prompt(ids, [picture.key for picture in shown], places), shown
+
+    def _queries(
+        self, messages: Sequence[Mapping[str, Any]], ids: Tensor, pictures: int
+    ) -> Sequence[Tensor | None]:
+        """Per picture of a conversation the tokens (T,) that its connector reads; None if it reads none."""
+        if not self.model.method.uses_query:
+            return [None] * pictures
+        if self.model.method.query_text == "question":
+            texts = picture_queries(messages)
+            tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            return [torch.tensor(row, dtype=torch.long) for row in tokens]
+        every = torch.ones_like(ids, dtype=torch.bool)
+        rows, mask = self.processor.text_around([ids], [every], [pictures])
+        return [row[seen.bool()] for row, seen in zip(rows, mask, strict=True)]
+
+    def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
+        """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
+        memory, new = self.memory, {}
+        for picture in shown:
+            if picture.fingerprint not in memory.features:
+                new.setdefault(picture.fingerprint, picture)
+        keys = [picture.fingerprint for picture in shown]
+        found = {key: memory.features[key] for key in keys if key in memory.features}
+        if new:
+            start = self._now()
+            views = [self.processor.image_processor.views(p.picture, p.plan) for p in new.values()]
+            counts = [len(v) for v in views]
+            pixels = torch.cat([torch.from_numpy(v) for v in views]).to(self.model.device, self.model.dtype)
+            _share(ledgers, "prepare", self._now() - start)
+            start = self._now()
+            parts = self.model.encode_views(pixels).split(counts)
+            # Copies: a part of the batch's tensor would keep all of it from being freed.
+            found |= {key: part.clone() for key, part in zip(new, parts, strict=True)}
+            _share(ledgers, "encode", self._now() - start)
+            for picture, count in zip(new.values(), counts, strict=True):
+                picture.said.ledger.encoded_views += count
+                picture.said.ledger.tflop += self.pricer.vision(picture.plan.picture).encode / 1e12
+        for picture in shown:
+            vision = self.pricer.vision(picture.plan.picture)
+            picture.said.ledger.views += len(picture.plan.views)
+            picture.said.ledger.tflop += (vision.connect + vision.inject) / 1e12
+        memory.keep({key: found[key] for key in keys})
+        start = self._now()
+        queries = [picture.query for picture in shown if picture.query is not None]
+        query_ids, query_mask = self._padded(queries) if queries else (None, None)
+        sizes = torch.tensor([picture.plan.picture for picture in shown])
+        features = torch.cat([found[key] for key in keys])
+        source = self._source(shown) if self.model.method.reads_source else None
+        encoded = self.model.connect(features, sizes, query_ids, query_mask, source)
+        _share(ledgers, "encode", self._now() - start)
+        if source is not None:
+            self._note_looks(shown, source)
+        memory.forget()
+        return encoded
+
+    def _source(self, shown: Sequence[_Shown]) -> Source:
+        """The original pictures, with what was looked at for earlier questions."""
+        norms = torch.from_numpy(self.processor.image_processor.norms).to(self.model.device)
+        return Source(
+            [torch.from_numpy(np.array(p.picture)).to(self.model.device) for p in shown],
+            norms.expand(len(shown), -1, -1),
+            lambda views: self.model.encode_views(views.to(self.model.dtype)),
+            [self.memory.looks.setdefault(p.fingerprint, {}) for p in shown],
+        )
+
+    def _note_looks(self, shown: Sequence[_Shown], source: Source) -> None:
+        """Adds to the ledgers what the connector looked at."""
+        for i, picture in enumerate(shown):
+            ledger = picture.said.ledger
+            ledger.views += len(source.looked[i])
+            ledger.encoded_views += source.encoded[i]
+            look = self.pricer.vision(picture.plan.picture).look
+            ledger.tflop += source.encoded[i] * look / 1e12
+
+    def _padded(self, queries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`query_ids` and `query_mask` (P, longest), padded on the left."""
+        longest = max(len(query) for query in queries)
+        ids = torch.full((len(queries), longest), self.processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, query in enumerate(queries):
+            ids[row, longest - len(query) :], mask[row, longest - len(query) :] = query, 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
+    """Tells each picture's conversation what the connector said of it."""
+    for i, picture in enumerate(shown):
+        picture.said.seen.append(
+            Seen(
+                None if encoded.regions is None else encoded.regions[i],
+                None if encoded.heat is None else encoded.heat[i],
+                [] if encoded.chains is None else encoded.chains[i],
+            )
+        )
+        kept = picture.plan.tokens if encoded.kept is None else int(encoded.kept[i].sum())
+        picture.said.ledger.visual_tokens += kept
+
+
+def _share(ledgers: Sequence[Ledger], phase: str, seconds: float) -> None:
+    for ledger in ledgers:
+        ledger.seconds[phase] += seconds / len(ledgers)
+
+
+def _fingerprint(picture: Image.Image) -> str:
+    digest = hashlib.blake2b(picture.tobytes(), digest_size=16)
+    digest.update(repr(picture.size).encode())
+    return digest.hexdigest()

@@ -1,0 +1,148 @@
+"""Asking about pictures: load a model, ask, see where it looked and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from foveate.ask.answer import Answer
+from foveate.ask.context import Context
+from foveate.ask.conversation import Chat, converse
+from foveate.ask.engine import MEMORY, Engine
+from foveate.devices import usable_device, usable_dtype
+from foveate.errors import FoveateError
+from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.model.processing import FoveateProcessor
+from foveate.picture.geometry import ViewPlan
+from foveate.picture.reading import Picture, read_picture
+from foveate.versions import names_versions
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"
+
+
+@names_versions
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    vision_tower: str | Path | None = None,
+    method: str | None = None,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Foveate:
+    """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
+
+    Args:
+        model: folder or Hugging Face hub id; by default the embedded model, which has learnt the lab's
+            coloured shapes and signs with letters, digits and words on them, and nothing else.
+        device: by default the best there is.
+        dtype: `float32`, `bfloat16` or `float16`; by default what is fast and safe on the device.
+        vision_tower: folder or hub id of the vision tower, for original LLaVA checkpoints that keep it apart.
+        method: a method other than the folder's own, with the same parameters.
+        template: name of a chat template instead of the folder's own.
+        options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
+
+    Returns:
+        The model; its `device` and `dtype` say what was chosen.
+
+    Raises:
+        FoveateError: no such folder, unknown layout, missing weights or tokenizer, wrong options.
+    """
+    device = usable_device(device)
+    number_format = usable_dtype(dtype, device)
+    model = EMBEDDED if model is None else model
+    processor = FoveateProcessor.from_pretrained(
+        model, vision_tower=vision_tower, method=method, template=template, options=options
+    )
+    network = FoveateForConditionalGeneration.from_pretrained(
+        model, vision_tower=vision_tower, method=method, options=dict(options or {}), dtype=number_format
+    )
+    return Foveate(network.to(device).eval(), processor)
+
+
+class Foveate:
+    """A model and its processor, ready to be asked. Several threads may ask at once.
+
+    Args:
+        model: the network, on its device.
+        processor: what turns pictures and messages into its inputs.
+        memory: bytes that the vision features of pictures may take between questions; 0 keeps none.
+        keep_context: whether the LLM's cache is kept from one turn of a conversation to the next; without it
+            every turn reads the whole conversation anew.
+    """
+
+    def __init__(
+        self,
+        model: FoveateForConditionalGeneration,
+        processor: FoveateProcessor,
+        memory: int = MEMORY,
+        keep_context: bool = True,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.engine = Engine(model, processor, memory, keep_context)
+
+    def __repr__(self) -> str:
+        number_format = str(self.dtype).removeprefix("torch.")
+        return f"Foveate({self.model.method.title}, {self.device}, {number_format})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def ask(self, picture: Picture, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
+        """Asks one question about a picture; further questions about the same picture reuse its features.
+
+        Args:
+            picture: path, URL, bytes, array or PIL image.
+            question: not empty.
+            max_new_tokens: bound on the answer's length.
+            **generation: further arguments of transformers' `generate`; greedy decoding without any.
+
+        Raises:
+            FoveateError: a picture that cannot be read, an empty question.
+        """
+        return self.ask_all([(picture, question)], max_new_tokens=max_new_tokens, **generation)[0]
+
+    def ask_all(
+        self, questions: Iterable[tuple[Picture, str]], *, max_new_tokens: int = 256, **generation: Any
+    ) -> list[Answer]:
+        """Asks several questions at once, each about a picture of its own, in one batch.
+
+        Args:
+            questions: pairs of a picture and what is asked about it.
+            max_new_tokens: bound on the length of each answer.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; no question; a streamer for more than one.
+        """
+        questions = list(questions)
+        if not questions:
+            raise FoveateError("there is no question: give pairs of a picture and a question")
+        if len(questions) > 1 and generation.get("streamer") is not None:
+            raise FoveateError("only one answer can be streamed: ask one question at a time")
+        chats = [self.chat(picture) for picture, _ in questions]
+        generation["max_new_tokens"] = max_new_tokens
+        return converse(chats, [question for _, question in questions], Context(), generation)
+
+    def chat(self, picture: Picture) -> Chat:
+        """A conversation about one picture that remembers what was said."""
+        return Chat(self.engine, read_picture(picture))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and processor to a folder that `foveate.load` reads."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def plan(self, picture: Image.Image) -> ViewPlan:
+        """The views that a picture is cut into."""
+        return self.engine.plan(picture)

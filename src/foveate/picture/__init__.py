@@ -1,0 +1,1 @@
+"""Pictures: reading them, boxes and views in whole numbers, drawings."""

@@ -1,0 +1,1 @@
+"""A closer look with any VLM: regions that answers rest on."""
