@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.model.checkpoints import read_tensors
-from tests.conftest import ROOT, golden_folder
+from tests.conftest import ROOT
 from tests.measuring import Measured, Measures, summarise
 from tests.parity.golden import FAMILIES, Case, cases, check, kind
 from tests.parity.varied.making import Made, Maker
@@ -186,8 +186,8 @@ def test_the_runner_s_table(tmp_path: Path) -> None:
 def copied(golden: Path, folder: Path, drops: tuple[str, ...], **changes: Any) -> Path:
     """A golden checkpoint elsewhere, without some of its tensors and folders, its JSON changed."""
     folder.mkdir(parents=True)
-    about = {**json.loads((golden / "expected.json").read_text(encoding="utf-8")), **changes}
-    (folder / "expected.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    changed = {key: value for key, value in {**about(golden), **changes}.items() if value is not None}
+    (folder / "expected.json").write_text(json.dumps(changed), encoding="utf-8")
     tensors = load_file(golden / "expected.safetensors")
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith(drops)}
     save_file(own, folder / "expected.safetensors")
@@ -215,14 +215,19 @@ def laid_out(folder: Path, name: str, state: Mapping[str, Tensor], shards: int) 
 
 
 INSIDE = "model.vision_tower.vision_tower."
+GOLDEN = ROOT.parent / "shared" / "golden" / "checkpoints"
 
 
 @pytest.fixture
-def golden(pytestconfig: pytest.Config) -> Path:
-    folder = golden_folder(pytestconfig)
-    if folder is None or not (folder / "checkpoints").is_dir():
-        pytest.skip("no golden checkpoints here")
-    return folder / "checkpoints"
+def golden() -> Path:
+    """Always those beside the repository: --golden chooses what the runner takes."""
+    if not GOLDEN.is_dir():
+        pytest.skip("no golden checkpoints beside the repository")
+    return GOLDEN
+
+
+def about(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "expected.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -245,46 +250,45 @@ def test_a_checkpoint_without_its_tower_and_first_stage(golden: Path, tmp_path: 
 
 @torch.no_grad()
 def test_a_low_side_above_its_floor(golden: Path, tmp_path: Path) -> None:
-    sizes = json.loads((golden / "llava_hr" / "expected.json").read_text())["size_settings_to_apply"]
-    changes = {"size_settings_to_apply": {**sizes, "min_fast_size": 28}, "stage_files": None}
-    copied(golden / "llava_hr", tmp_path / "b", ("stage1", "text_only"), **changes)
+    """128 pixels are 4 times the ConvNeXt's stride: 56 pixels of the ViT, whatever lower floor there is."""
+    sizes = {**about(golden / "llava_hr")["size_settings_to_apply"], "min_fast_size": 28}
+    drops, changes = ("stage1", "text_only"), {"size_settings_to_apply": sizes, "stage_files": None}
+    copied(golden / "llava_hr", tmp_path / "b", drops, **changes)
     (case,) = cases(tmp_path)
     assert checked(case) == []
 
 
+COMPARED = (
+    "image_uint8",
+    "pixel_views",
+    "input_ids",
+    "vision_features",
+    "visual_tokens",
+    "kept_local_indices",
+)
+
+
 @torch.no_grad()
 def test_other_heads_than_the_width_tells(golden: Path, tmp_path: Path) -> None:
-    """What the authors' modules make with four heads of the golden features, the tower laid apart."""
-    given, heads, mark = golden / "slime", 4, -200
-    about = json.loads((given / "expected.json").read_text())
-    changes = {"size_settings_to_apply": {**about["size_settings_to_apply"], "resampler_heads": heads}}
-    compared = (
-        "image_uint8",
-        "pixel_views",
-        "input_ids",
-        "vision_features",
-        "visual_tokens",
-        "kept_local_indices",
-    )
-    tensors = load_file(given / "expected.safetensors")
-    others = tuple(key for key in tensors if key not in compared)
-    folder = copied(given, tmp_path / "b", (*others, "stage1"), stage_files=None, **changes)
+    """What the authors' modules make of the golden features with four heads, the tower laid apart."""
+    known, tensors, heads = about(golden / "slime"), load_file(golden / "slime" / "expected.safetensors"), 4
+    sizes = {**known["size_settings_to_apply"], "resampler_heads": heads}
+    drops = ("stage1", *(key for key in tensors if key not in COMPARED))
+    changes = {"size_settings_to_apply": sizes, "stage_files": None}
+    folder = copied(golden / "slime", tmp_path / "b", drops, **changes)
     state = read_tensors(folder / "checkpoint")
     projector, words = below(state, "model.mm_projector"), state["model.embed_tokens.weight"]
-    features, ids, (columns, rows) = (
-        tensors["vision_features"],
-        tensors["input_ids"][0],
-        about["input"]["grid_cols_rows"],
-    )
+    features, ids = tensors["vision_features"], tensors["input_ids"][0]
     compressed = formed(features[1:], below(state, "model.sampler.post_qformer"), heads)
+    columns, rows = known["input"]["grid_cols_rows"]
     side = math.isqrt(compressed.shape[1])
     local = mlp(compressed, projector).unflatten(1, (side, side)).unflatten(0, (rows, columns))
     local = local.transpose(1, 2).flatten(0, 3)  # (rows, columns, h, w, D) -> (n, D)
-    scores = similarities(local, words[ids[ids != mark]]).sum(1)
-    chosen = kept(scores, about["gamma"], 1.0)
-    comma = words[about["visual_block"]["separator_token_id"]]
+    scores = similarities(local, words[ids[ids >= 0]]).sum(1)
+    chosen = kept(scores, known["gamma"], 1.0)
+    comma = words[known["visual_block"]["separator_token_id"]]
     tokens = torch.cat([mixed(features[:1], projector, heads)[1][0], comma[None], local[chosen]])
-    own = {key: tensors[key] for key in compared} | {"visual_tokens": tokens, "kept_local_indices": chosen}
+    own = {key: tensors[key] for key in COMPARED} | {"visual_tokens": tokens, "kept_local_indices": chosen}
     save_file(own, folder / "expected.safetensors")
     apart = {key.removeprefix(INSIDE): t for key, t in state.items() if key.startswith(INSIDE)}
     laid_out(folder, "clip", apart, 1)

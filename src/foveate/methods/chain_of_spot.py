@@ -276,10 +276,10 @@ class ChainOfSpot(Method):
         return Box(box.left, box.top, right, bottom)  # left and top may lie in the padding
 
     def _written(self, box: Box, picture: Size) -> str:
-        """A region as it is taught: as it is, or with sides just as far apart as their numbers differ.
+        """The text of a region that is taught: as it is, or wider where it could not be read back.
 
-        Only a side that could not be read back is widened, inside the picture, or, where that is a line,
-        into the padding.
+        Only the side that is too short is widened: inside the picture, or into the padding of a picture that
+        is thinner than that.
         """
         square, offset = _square(picture)
         finest = math.ceil(2 * square.width / FINEST)  # pixels that are two numbers in any format

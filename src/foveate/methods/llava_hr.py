@@ -108,7 +108,7 @@ class ConvNextShape:
 @dataclass(frozen=True)
 class LlavaHROptions(MethodOptions):
     # Sides of the ViT's and the ConvNeXt's view, pixels; the finest pair within max_visual_tokens is used.
-    resolutions: tuple[tuple[int, int], ...] | None = None  # null: what `default_sides` says
+    resolutions: tuple[tuple[int, int], ...] | None = None  # null: `default_sides`
     magnify: int | None = None  # instead of resolutions: the tower's own side, and so many times as much
     fit: Literal["pad", "crop"] = "pad"  # how a picture becomes a square
     low_view: Literal["bilinear", "antialias"] = "bilinear"  # how the low-resolution view is made

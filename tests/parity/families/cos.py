@@ -26,7 +26,14 @@ from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
 from foveate.picture.geometry import Box, Size, padded_square
 from foveate.methods.base import Cut, TowerGeometry
-from foveate.methods.chain_of_spot import FURTHER, WORDINGS, ChainOfSpot, authors_region
+from foveate.methods.chain_of_spot import (
+    FURTHER,
+    LONGEST,
+    MOST_PIXELS,
+    WORDINGS,
+    ChainOfSpot,
+    authors_region,
+)
 from foveate.model.processing import FoveateImageProcessor, FoveateProcessor, image_processor_for
 from foveate.tiny import tiny_tokenizer
 from foveate.ask.context import Context, Prompt
@@ -185,9 +192,11 @@ def eval_roi(compare: Comparison) -> None:
         crop = image if box is None else authors.crop(image, box)
         if box is not None:
             (cut,) = row["crop"]
-            own = torch.tensor(box) - torch.tensor((*padded_square(size, max(size)).source[:2],) * 2)
-            compare.close(f"{name} box", own, torch.tensor(cut["box"]), 1e-3)
-            compare.equal(f"{name} size", crop.size, least_one(cut["size"]))
+            offset = padded_square(size, max(size)).source
+            own = [n - o for n, o in zip(box, (offset.left, offset.top) * 2, strict=True)]
+            parts = (torch.tensor(numbers).double() / max(size) for numbers in (own, cut["box"]))
+            compare.close(f"{name} box", *parts, 1e-5)
+            compare.equal(f"{name} size", crop.size, bounded(*least_one(cut["size"])))
         if "prompts" in row:
             said = {"question": case.json["question"], "eval_prompts": row["prompts"]}
             asked(compare, said, chat_template("vicuna_v1"))
@@ -214,6 +223,12 @@ def least_one(size: Sequence[int]) -> tuple[int, int]:
     """Width and height of what is cut out where theirs may have none: of a line of padding."""
     width, height = size
     return max(width, 1), max(height, 1)
+
+
+def bounded(width: int, height: int) -> tuple[int, int]:
+    """Of what they cut out for pixel coordinates, far beyond the picture, less is made here."""
+    scale = min(1.0, math.sqrt(MOST_PIXELS / (width * height)), LONGEST / max(width, height))
+    return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
 def train_items(compare: Comparison) -> None:

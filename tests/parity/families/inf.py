@@ -104,7 +104,7 @@ def dcm(compare: Comparison) -> None:
     for about in case.json["cases"]:
         name, n = about["case"], about["n"]
         if f"{name}.input" in case.tensors:
-            cropped(compare, name, Size(n, n), Size(*about["loc_view"][-2:]))
+            cropped(compare, name, Size(n, n))
             continue
         parts = torch.stack([case.tensors[f"{name}.input{i}"] for i in range(n * n)], 1)  # (B, n n, h, w, d)
         grid, width = Size(*parts.shape[2:4]), parts.shape[-1]
@@ -128,9 +128,10 @@ def dcm(compare: Comparison) -> None:
         compare.equal("ragged views", ragged, [Size(h, w) for h in rows for w in columns])
 
 
-def cropped(compare: Comparison, name: str, tiles: Size, side: Size) -> None:
+def cropped(compare: Comparison, name: str, tiles: Size) -> None:
     case = compare.case
-    pictures = case.tensors[f"{name}.input"].numpy()
+    pictures = case.tensors[f"{name}.input"].numpy()  # (B, 3, H, W)
+    side = Size(pictures.shape[-2] // tiles.height, pictures.shape[-1] // tiles.width)
     for kind, views in (("loc", tiled(0, tiles, side)), ("glo", interleaved(0, tiles, side))):
         for i, view in enumerate(views):
             got = torch.from_numpy(np.stack([cut(one, view) for one in pictures]))

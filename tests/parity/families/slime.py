@@ -311,7 +311,7 @@ def checkpoint(compare: Comparison) -> None:
         first = asked(case, model, picture, views, tensors["input_ids"])
         compare.equal("greedy", greedy(model, first, len(expected))[0], expected)
     folder = stage_folder(case)
-    if folder is not None:
+    if folder is not None and "stage_files" in case.json:
         stages(compare, folder, picture, views)
 
 

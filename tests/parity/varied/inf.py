@@ -52,10 +52,7 @@ def dcm(seed: int) -> Made:
         tensors[f"two.input{i}"] = view
     tensors["out.two.combine_local"] = mosaic(views, n, False)
     tensors["out.two.combine_global"] = mosaic(views, n, True)
-    shape = [2, 3, height, width]
-    about = {
-        "cases": [{"case": "one", "n": n, "loc_view": shape, "glo_view": shape}, {"case": "two", "n": n}]
-    }
+    about = {"cases": [{"case": "one", "n": n}, {"case": "two", "n": n}]}
     if not seed:
         pixels = torch.zeros(1, 1, 11, 9)
         ragged = [list(pixels[0, 0, r::4, c::4].shape) for r in range(4) for c in range(4)]
