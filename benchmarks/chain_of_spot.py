@@ -25,11 +25,12 @@ from transformers import set_seed
 
 from benchmarks.arguments import Whole, arguments
 from foveate import Foveate
-from foveate.ask import Talk, content
+from foveate.ask.answer import Ledger
+from foveate.ask.context import Context
+from foveate.ask.conversation import content
 from foveate.composing import compose
 from foveate.methods.base import Turn
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
-from foveate.ask.context import Context
 
 BOX = "[0.125, 0.71, 0.2, 0.83]"
 QUESTION = "What is written on the sign to the left of the door?"
@@ -52,23 +53,23 @@ def build(layers: int, width: int) -> Foveate:
     return compose(vision, text, "chain_of_spot", {}, tokenizer=tiny_tokenizer(), template="chatml")
 
 
-def second_turn(foveate: Foveate, picture: Image.Image, new_tokens: int) -> tuple[str, float, float, Talk]:
-    """Both turns; the second one's answer, its seconds on the clock and of processor time, and its ledger."""
+def second_turn(foveate: Foveate, picture: Image.Image, new_tokens: int) -> tuple[str, float, float, Ledger]:
+    """Both turns: answer and seconds of the second, on the clock and of the processor; cost of both."""
     conversation = foveate.model.method.converse(picture, QUESTION)
-    talk, context = Talk([], []), Context()
-    limits: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1}
-    say(foveate, talk, context, next(conversation), limits)
-    talk.messages.append({"role": "assistant", "content": [{"type": "text", "text": BOX}]})
-    turn = conversation.send(BOX)
+    messages, context = [message(next(conversation))], Context()
+    (first,) = foveate.engine.say([messages], context, max_new_tokens=1, min_new_tokens=1)
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": BOX}]})
+    messages.append(message(conversation.send(BOX)))
     limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     clock, processor = time.perf_counter(), time.process_time()
-    reply = say(foveate, talk, context, turn, limits)
-    return reply, time.perf_counter() - clock, time.process_time() - processor, talk
+    (second,) = foveate.engine.say([messages], context, **limits)
+    seconds = time.perf_counter() - clock, time.process_time() - processor
+    first.ledger.add(second.ledger)
+    return second.text, *seconds, first.ledger
 
 
-def say(foveate: Foveate, talk: Talk, context: Context, turn: Turn, limits: dict[str, Any]) -> str:
-    talk.messages.append({"role": "user", "content": content(turn)})
-    return foveate.say([talk], context, **limits)[0]
+def message(turn: Turn) -> dict[str, Any]:
+    return {"role": "user", "content": content(turn)}
 
 
 def main() -> None:
@@ -82,15 +83,15 @@ def main() -> None:
     made, rng = build(given.layers, given.width), np.random.default_rng(0)
     forms = {
         "kept": Foveate(made.model, made.processor),
-        "read anew": Foveate(made.model, made.processor, remembered_pictures=0, keep_context=False),
+        "read anew": Foveate(made.model, made.processor, memory=0, keep_context=False),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    talks: dict[str, Talk] = {}
+    ledgers: dict[str, Ledger] = {}
     for n in range(given.rounds + 1):  # the first is the warm-up, also of what counts FLOPs
         picture = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))  # none is remembered
         answers = set()
         for name, form in forms.items():
-            reply, clock, processor, talks[name] = second_turn(form, picture, given.new_tokens)
+            reply, clock, processor, ledgers[name] = second_turn(form, picture, given.new_tokens)
             answers.add(reply)
             seconds[name] += [(clock, processor)] if n else []
         assert len(answers) == 1, "the two forms answer differently"
@@ -99,8 +100,8 @@ def main() -> None:
         f"{platform.machine()}, torch {torch.__version__}, {given.threads} threads, {given.layers} layers, "
         f"width {given.width}, {given.rounds} rounds, {given.new_tokens} new tokens; both turns: "
         + "; ".join(
-            f"{name}: {talk.ledger.prompt_tokens} tokens read, {talk.ledger.encoded_views} views encoded"
-            for name, talk in talks.items()
+            f"{name}: {ledger.prompt_tokens} tokens read, {ledger.encoded_views} views encoded"
+            for name, ledger in ledgers.items()
         ),
         soft_wrap=True,
     )

@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from benchmarks.arguments import Whole, arguments
-from foveate.towers.vit import VisionTower
-from foveate.picture.geometry import Size, ViewPlan
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import Chosen, Coroi, CoroiConnector, LowView, Scorer
+from foveate.picture.geometry import Size, ViewPlan
 from foveate.picture.source import Source
+from foveate.towers.vit import VisionTower
 
 SIDE = 336
 Clocks = tuple[float, float]  # seconds on the clock, seconds of processor time

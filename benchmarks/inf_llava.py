@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.arguments import Whole, arguments
-from foveate.towers.vit import VisionTower
-from foveate.picture.geometry import Size
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import InfConnector, InfLlava
 from foveate.model.processing import cut
+from foveate.picture.geometry import Size
+from foveate.towers.vit import VisionTower
 from tests.methods import inf_llava_full as full
 
 SIDE, GRID, TILES = 336, 24, Size(3, 3)

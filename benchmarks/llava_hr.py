@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.arguments import Whole, arguments
-from foveate.model.cost import reference_config
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import DualTower, LlavaHR
+from foveate.model.cost import reference_config
 
 SIDES = ("sdpa", "eager")
 

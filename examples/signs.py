@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from foveate.picture.geometry import Box
 from foveate.lab.materials import materials
 from foveate.lab.objects import Pen, lettering
+from foveate.picture.geometry import Box
 
 HERE = Path(__file__).parent
 

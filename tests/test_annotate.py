@@ -37,8 +37,8 @@ from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture
-from foveate.zoom.relevance import RegionRule
 from foveate.tiny import tiny_model
+from foveate.zoom.relevance import RegionRule
 from foveate.zoom.vlm import VLM
 from tests.command import foveate
 from tests.support import picture

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from foveate.errors import FoveateError
 from foveate.picture.boxes import (
     BOX_FORMATS,
     Frame,
@@ -17,7 +18,6 @@ from foveate.picture.boxes import (
     read_box,
     write_box,
 )
-from foveate.errors import FoveateError
 from foveate.picture.geometry import Box, Size
 
 UNIT = BOX_FORMATS["unit_xyxy"]

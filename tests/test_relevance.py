@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size
 from foveate.methods.base import Method
+from foveate.picture.geometry import Box, Size
 from foveate.zoom.places import token_places
 from foveate.zoom.relevance import (
     READINGS,

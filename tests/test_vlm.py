@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Size
 from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.picture.geometry import Size
 from foveate.zoom.places import token_places
 from foveate.zoom.vlm import VLM, message
 from tests.support import picture

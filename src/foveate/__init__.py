@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from foveate.ask.answer import Answer
     from foveate.ask.foveate import Foveate, load
     from foveate.composing import compose
-    from foveate.model.config import FoveateConfig
     from foveate.errors import FoveateError
+    from foveate.model.config import FoveateConfig
     from foveate.model.modeling import FoveateForConditionalGeneration
     from foveate.model.processing import FoveateImageProcessor, FoveateProcessor
     from foveate.zoom.zoom import Zoom

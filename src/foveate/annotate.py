@@ -37,14 +37,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from foveate.devices import choose_device
 from foveate.data.questions import Question, Source, open_source, questions
-from foveate.zoom.detectors import Detector, load_detector
+from foveate.devices import choose_device
 from foveate.errors import FoveateError, require
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture
-from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.versions import names_versions
+from foveate.zoom.detectors import Detector, load_detector
+from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.zoom.vlm import VLM, message
 
 ANSWER_TOKENS = 16  # of the answers that are compared

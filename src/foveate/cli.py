@@ -121,7 +121,7 @@ def chat(
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
     from transformers import TextStreamer
 
-    talk, console = foveate.model.text(image), Console()
+    talk, console = foveate.chat(image), Console()
     streamer = TextStreamer(foveate.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from foveate.model import checkpoints
-from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
-from foveate.model.config import FoveateConfig
-from foveate.errors import FoveateError
-from foveate.methods.layouts import report_keys
+from foveate.errors import FoveateError, report_keys
 from foveate.methods import DEFAULT, method_class
+from foveate.model import checkpoints
+from foveate.model.config import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
-from foveate.options import build_options, merged
 from foveate.model.processing import FoveateProcessor, image_processor_for
+from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
+from foveate.options import build_options, merged
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
@@ -90,7 +89,9 @@ def compose(
     config.dtype = dtype
     model = FoveateForConditionalGeneration(config).to(dtype)
     if model.device.type != "meta":
-        model.method.fill_tower(model.vision_tower, tower)
+        own = model.method.tower_weights
+        weights = None if own is None else checkpoints.read_tensors(checkpoints.local_folder(own))
+        model.method.fill_tower(model.vision_tower, tower, weights)
     if stage is not None:
         checkpoints.fill_connector(model, stage)
     if language_model is not None:

@@ -17,7 +17,7 @@ def choose_device() -> str:
 
 
 def choose_dtype(device: str) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, float16 on MPS and older GPUs, else float32."""
+    """bfloat16 on CUDA and on CPUs that multiply it, float16 on MPS and on older GPUs, else float32."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -1,6 +1,10 @@
 """The one exception that is meant for users: a sentence that says what is wrong and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 PACKAGES = {"sklearn": "scikit-learn", "google.protobuf": "protobuf"}  # module -> package, where they differ
 
@@ -36,3 +40,18 @@ def installed(module: str) -> bool:
         return find_spec(module) is not None
     except ImportError:  # of the package that it is a part of
         return False
+
+
+def report_keys(
+    folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
+) -> None:
+    """Raises `FoveateError` that names keys a checkpoint lacks, has too many of or in another shape."""
+    problems = []
+    kinds = {"lacks": missing, "has unexpected": unexpected, "has another shape of": mismatched}
+    for what, keys in kinds.items():
+        names = sorted(keys)
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{what} {', '.join(names[:4])}{more}")
+    if problems:
+        raise FoveateError(f"the checkpoint in {folder} {'; it '.join(problems)}")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
-from foveate.model.text import IMAGE_TOKEN
 from foveate.composing import compose
 from foveate.methods import DEFAULT
+from foveate.methods.base import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from foveate.ask.foveate import Foveate

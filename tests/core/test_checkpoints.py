@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, set_seed
 
 from foveate import FoveateConfig, FoveateError, FoveateForConditionalGeneration, FoveateProcessor, load
-from foveate.model.checkpoints import recognise
 from foveate.methods import METHODS
+from foveate.model.checkpoints import recognise
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.zoom.vlm import VLM
 from tests.docs.stand_ins import hf_llava, hf_llava_next

@@ -16,9 +16,9 @@ from transformers import (
     ViTConfig,
 )
 
+from foveate.errors import FoveateError
 from foveate.towers import vit as encoders
 from foveate.towers.vit import VisionTower
-from foveate.errors import FoveateError
 
 SHAPE = {
     "hidden_size": 16,

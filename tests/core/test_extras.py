@@ -10,14 +10,14 @@ import pytest
 from transformers import Qwen2VLImageProcessorPil
 
 from foveate import FoveateError, annotate, errors
-from foveate.model.text import load_tokenizer
 from foveate.data.questions import DatasetSource
-from foveate.zoom.detectors import load_detector
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
 from foveate.lab.run import run as run_lab
+from foveate.model.text import load_tokenizer
 from foveate.tiny import tiny_tokenizer
 from foveate.train.run import train
+from foveate.zoom.detectors import load_detector
 from foveate.zoom.vlm import VLM
 from tests.conftest import ROOT
 from tests.vlms import qwen2_5_vl

@@ -141,7 +141,8 @@ def test_orders_of_imports(folder: Path) -> None:
         f"foveate, then {name}": f"import foveate, transformers.{name}\n{loads}" for name in TRANSFORMERS
     }
     scenarios |= {
-        f"{name} between": f"import foveate.model.config, transformers.{name}\n{loads}" for name in TRANSFORMERS[:1]
+        f"{name} between": f"import foveate.model.config, transformers.{name}\n{loads}"
+        for name in TRANSFORMERS[:1]
     }
     scenarios["transformers first"] = f"import transformers.pipelines, foveate\n{loads}"
     for auto in ("AutoImageProcessor", "AutoModelForImageTextToText"):

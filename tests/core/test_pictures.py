@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from foveate import FoveateError
-from foveate.picture.reading import read_picture, read_size
 from foveate.model.processing import FoveateImageProcessor
+from foveate.picture.reading import read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from foveate import Foveate, FoveateError
-from foveate.ask import Talk
-from foveate.model.cost import Pricer
-from foveate.methods import METHODS
 from foveate.ask.context import Context
+from foveate.methods import METHODS
+from foveate.model.cost import Pricer
 from tests.methods.conftest import fresh
 from tests.support import chat, gap, picture
 
@@ -57,7 +56,7 @@ def test_kept_and_read_anew_say_the_same(method: str, both: Any) -> None:
     """A conversation of three questions: text and logits are equal, and less is read."""
     kept, anew = both(method)
     image = picture(70, 90)
-    talks = [foveate.model.text(image) for foveate in (kept, anew)]
+    talks = [foveate.chat(image) for foveate in (kept, anew)]
     with logits_of(kept) as logits:  # one model in both
         for i, question in enumerate(("What is it?", "And why is that so?", "Sure?")):
             logits.clear()
@@ -149,35 +148,36 @@ def test_a_reply_that_reads_otherwise_than_it_was_written(both: Any) -> None:
     """What was generated differs from its text tokenised anew: only the part in common is reused."""
     kept, anew = both("llava")
     messages = chat("What is it?", picture(40, 60))
-    talk, context = Talk(list(messages), []), Context()
-    kept.say([talk], context, **WORDS)
+    context = Context()
+    kept.engine.say([messages], context, **WORDS)
     held = context.held.shape[1]
     said = {"role": "assistant", "content": [{"type": "text", "text": "A cat, said somebody else."}]}
-    talk.messages += [said, *chat("Is it?")]
-    replies = [kept.say([talk], context, **WORDS)]
-    replies.append(anew.say([Talk(list(talk.messages), [])], Context(), **WORDS))
-    assert replies[0] == replies[1]
-    assert 0 < talk.ledger.kept_tokens < held
+    messages += [said, *chat("Is it?")]
+    (reply,) = kept.engine.say([messages], context, **WORDS)
+    (other,) = anew.engine.say([messages], Context(), **WORDS)
+    assert reply.text == other.text
+    assert 0 < reply.ledger.kept_tokens < held
 
 
 @torch.no_grad()
 def test_another_picture_is_not_taken_for_the_one_before(both: Any) -> None:
     kept, anew = both("llava")
     context = Context()
-    kept.say([Talk(chat("What is it?", picture(40, 60)), [])], context, **WORDS)
-    talk = Talk(chat("What is it?", picture(40, 60, seed=1)), [])
-    said = kept.say([talk], context, **WORDS)
-    assert said == anew.say([Talk(list(talk.messages), [])], Context(), **WORDS)
-    prompt, _ = kept._prompt(talk)
-    assert talk.ledger.kept_tokens == prompt.places[0][0]  # what stands before the picture
-    assert talk.ledger.visual_tokens == 16
+    kept.engine.say([chat("What is it?", picture(40, 60))], context, **WORDS)
+    messages = chat("What is it?", picture(40, 60, seed=1))
+    (said,) = kept.engine.say([messages], context, **WORDS)
+    (other,) = anew.engine.say([messages], Context(), **WORDS)
+    assert said.text == other.text
+    prompt, _ = kept.engine._prompt(messages, said)
+    assert said.ledger.kept_tokens == prompt.places[0][0]  # what stands before the picture
+    assert said.ledger.visual_tokens == 16
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}, {"num_return_sequences": 2}])
 def test_generation_that_leaves_no_cache(options: dict[str, Any], both: Any) -> None:
     kept, anew = both("llava")
     more = {**WORDS, **options, **({"num_beams": 2} if "num_return_sequences" in options else {})}
-    talks = [foveate.model.text(picture(40, 60)) for foveate in (kept, anew)]
+    talks = [foveate.chat(picture(40, 60)) for foveate in (kept, anew)]
     for arguments in (WORDS, more, WORDS):
         answers = [talk.ask("And now?", **arguments) for talk in talks]
         assert answers[0].text == answers[1].text

@@ -24,7 +24,6 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from foveate import upstream
-
 from foveate.model import registration
 from foveate.model.modeling import EncodedPictures, FoveateOutput
 from foveate.tiny import tiny_model, tiny_text

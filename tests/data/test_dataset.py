@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from foveate import FoveateError
-from foveate.model.text import TEMPLATES
 from foveate.data.dataset import IGNORED, Collator, Samples, encode
 from foveate.data.formats import read_conversations
 from foveate.data.sampling import EpochSampler, repeated
 from foveate.data.toy import COLOURS, write_toy_data
+from foveate.model.text import TEMPLATES
 from foveate.tiny import tiny_model
 from tests.support import picture
 

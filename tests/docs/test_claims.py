@@ -14,11 +14,11 @@ import typer
 from PIL import Image
 
 import foveate
-from foveate.model.text import TEMPLATES
 from foveate.cli import app
-from foveate.model.cost import Pricer, reference_config
-from foveate.picture.geometry import Size
 from foveate.methods import METHODS, method_class
+from foveate.model.cost import Pricer, reference_config
+from foveate.model.text import TEMPLATES
+from foveate.picture.geometry import Size
 from foveate.shipped import shipped
 from tests.docs.blocks import PAGES, ROOT, blocks_of
 

@@ -18,9 +18,9 @@ from transformers import ConvNextModel
 from typer.testing import CliRunner
 
 from foveate.ask.conversation import Chat
-from foveate.ask.foveate import Foveate, load
+from foveate.ask.engine import Engine, Said
+from foveate.ask.foveate import load
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size
 from foveate.lab import data as stores
 from foveate.lab import training
 from foveate.lab.cell import Bench, Cell, make_bench
@@ -40,6 +40,7 @@ from foveate.lab.student import Student
 from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
+from foveate.picture.geometry import Box, Size
 from tests.support import gap
 
 ALL = ("llava", "anyres", *CONTROLS)
@@ -408,16 +409,16 @@ def test_the_whole_picture_for_want_of_a_box_is_no_find(
     student = make_student(cell("chain_of_spot"), bench)
     for reply, found in (("no idea", 0), ("[[0, 0, 1000, 1000]]", 1)):
 
-        def says(self: Foveate, talks: Any, *args: Any, said: str = reply, **more: Any) -> list[str]:
-            return [said] * len(talks)
+        def says(self: Engine, talks: Any, *args: Any, text: str = reply, **more: Any) -> list[Said]:
+            return [Said(text) for _ in talks]
 
-        monkeypatch.setattr(Foveate, "say", says)
+        monkeypatch.setattr(Engine, "say", says)
         monkeypatch.setattr(Chat, "answer", answered)
         graded = student.grade(bench.test, range(2))
         assert {len(g.regions or []) for g in graded} == {found}
 
 
-def answered(self: Chat, question: str, talk: Any, end: Any, crops: Any) -> SimpleNamespace:
+def answered(self: Chat, question: str, asked: Any, end: Any) -> SimpleNamespace:
     ledger = SimpleNamespace(visual_tokens=0)
     return SimpleNamespace(text=end.text, ledger=ledger, notes=end.notes, regions=end.regions)
 

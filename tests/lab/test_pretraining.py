@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box
 from foveate.lab.levels import KINDS, LEVELS
 from foveate.lab.materials import materials
 from foveate.lab.objects import COLOURS, SHAPES, SIGN, Glyph, Thing
@@ -35,6 +34,7 @@ from foveate.lab.tower import (
 )
 from foveate.lab.words import PLACES, lab_tokenizer
 from foveate.model.processing import FoveateImageProcessor
+from foveate.picture.geometry import Box
 
 WHOLE = Window(0, 0, 144, 144)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size, tiled
 from foveate.lab.levels import KINDS, LEVELS, Level, level_named
 from foveate.lab.materials import LETTERS, TOKENS, WORDS, materials
 from foveate.lab.objects import COLOURS
 from foveate.lab.questions import ask_about, by_kind, chance, in_scene_guess
 from foveate.lab.scenes import CELLS, Scene, make_scene
 from foveate.lab.words import lab_tokenizer
+from foveate.picture.geometry import Box, Size, tiled
 
 VIEW = 48
 

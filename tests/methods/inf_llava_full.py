@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.picture.geometry import Size
 from foveate.methods.inf_llava import CrossAttention, InfConnector
+from foveate.picture.geometry import Size
 
 
 def cut(x: Tensor, tiles: Size, kind: str) -> list[Tensor]:

@@ -14,14 +14,14 @@ from PIL import Image, ImageDraw
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
-from foveate.picture.boxes import Frame, box_format, write_box
-from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
-from foveate.picture.geometry import Box, Size
 from foveate.methods.base import Cut, Reply, TowerGeometry, Turn
 from foveate.methods.chain_of_spot import MOST_PIXELS, PADDING, ChainOfSpot
+from foveate.model.cost import Pricer, reference_config
+from foveate.picture.boxes import Frame, box_format, write_box
+from foveate.picture.geometry import Box, Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model
 from foveate.train.prepare import prepare

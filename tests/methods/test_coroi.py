@@ -22,11 +22,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import CONFIG_MAPPING
 
 from foveate import Foveate, FoveateConfig, FoveateError, FoveateForConditionalGeneration, compose
-from foveate.model.cost import Pricer
+from foveate.ask.engine import Engine
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
-from foveate.picture.drawing import chain_sheet
-from foveate.picture.geometry import Box, Size, padded_square, squashed
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import (
     Chosen,
@@ -43,7 +41,10 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
+from foveate.model.cost import Pricer
 from foveate.model.modeling import _hands_on_keywords
+from foveate.picture.drawing import chain_sheet
+from foveate.picture.geometry import Box, Size, padded_square, squashed
 from foveate.picture.source import Look, Source
 from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
@@ -1000,10 +1001,10 @@ def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> No
     assert (first.ledger.views, first.ledger.encoded_views) == (1 + seen, 1 + seen)
     assert (again.ledger.views, again.ledger.encoded_views) == (1 + seen, 0)
     assert again.text == first.text
-    vision = m.pricer.vision(Size(120, 160))
+    vision = m.engine.pricer.vision(Size(120, 160))
     saved = (vision.encode + seen * vision.look) / 1e12  # scorer, projector and injection work every time
     assert first.ledger.tflop - again.ledger.tflop == pytest.approx(saved)
-    prefill, decode, _ = m.pricer.language(again.ledger.prompt_tokens)
+    prefill, decode, _ = m.engine.pricer.language(again.ledger.prompt_tokens)
     every_time = vision.connect + vision.inject + prefill + decode * (again.ledger.new_tokens - 1)
     assert again.ledger.tflop == pytest.approx(every_time / 1e12)
     pixels = first.chains[0].pixels()
@@ -1016,14 +1017,14 @@ def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> No
 
 def test_an_answer_keeps_its_own_picture_and_nothing_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    plain = Foveate._source
+    plain = Engine._source
 
-    def noted(self: Foveate, shown: Any) -> Source:
+    def noted(self: Engine, shown: Any) -> Source:
         source = plain(self, shown)
         alive.extend(weakref.ref(kept) for kept in (source, source.pictures[1], source.pictures[0]))
         return source
 
-    monkeypatch.setattr(Foveate, "_source", noted)
+    monkeypatch.setattr(Engine, "_source", noted)
     m = made()
     image = picture(60, 80)
     answer = m.ask_all([(image, "What?"), (picture(61, 90), "Where?")], max_new_tokens=2)[0]
@@ -1035,13 +1036,15 @@ def test_an_answer_keeps_its_own_picture_and_nothing_of_its_batch(monkeypatch: p
     assert np.abs(part - shown).mean() < 0.1
 
 
-def test_the_windows_of_the_latest_questions_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_windows_of_the_latest_questions_are_remembered() -> None:
     m, image = made(), picture(300, 400)
     m.model.connector.scorers[0].cross_attention.out.weight.data.mul_(20)
     first, other = "Why?", "What is written on the large sign in the middle?"
     chosen = len({*m.ask(image, first, max_new_tokens=1).regions})
     m.ask(image, other, max_new_tokens=1)
-    monkeypatch.setattr("foveate.ask.REMEMBERED_LOOKS", chosen)
+    memory = m.engine.memory
+    looks = [look for parts in memory.looks.values() for look in parts.values()]
+    memory.most = chosen * looks[0].nbytes + sum(features.nbytes for features in memory.features.values())
     assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
     assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
     assert m.ask(image, other, max_new_tokens=1).ledger.encoded_views > 0

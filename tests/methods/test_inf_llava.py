@@ -20,13 +20,13 @@ from torch import Tensor
 import foveate
 from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
 from foveate.composing import compose
-from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import encode
 from foveate.data.toy import write_toy_data
-from foveate.picture.geometry import Size, View
 from foveate.methods import inf_llava
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import CUTS, Axis, InfConnector, InfLlava, gathered, pooling
+from foveate.model.cost import Pricer, reference_config
+from foveate.picture.geometry import Size, View
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
@@ -558,7 +558,7 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     assert [view.role for view in answer.plan.views] == ["tile"] * 9 + ["interleaved"]
     drawing = np.asarray(answer.show(tmp_path / "seen.png")).astype(int)
     assert (tmp_path / "seen.png").is_file()
-    insight = m.model.connector.insight(lambda: m.features(image), answer.plan)
+    insight = m.model.connector.insight(lambda: m.engine.features(image), answer.plan)
     assert insight.notes == [
         "warm: where the enhancement looked most",
         "8 of the 18 views cannot reach the answer and are not read",
@@ -566,7 +566,9 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     assert len(insight.heat) == 12 * 12
     for n, most in ((3, 4), (3, 1), (5, 4)):
         bound = made(tiles=[n, n], max_visual_tokens=most)
-        notes = bound.model.connector.insight(lambda m=bound: m.features(image), bound.plan(image)).notes
+        notes = bound.model.connector.insight(
+            lambda m=bound: m.engine.features(image), bound.plan(image)
+        ).notes
         read = len(bound.plan(image).views)
         assert (
             notes[-1]

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate import Foveate, FoveateForConditionalGeneration, FoveateProcessor
-from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.methods import METHODS
+from foveate.picture.geometry import Box, Size, ViewPlan
 from tests.methods.conftest import LOOKS, fresh
 from tests.support import chat, gap, greedy, largest_gap, picture, pictures, right_padded, rows
 

@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
-from foveate.model.checkpoints import recognise, stage_files
-from foveate.model.cost import Pricer, reference_config
-from foveate.picture.drawing import COLOURS
-from foveate.picture.geometry import Size
 from foveate.methods import llava_hr
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import ConvNext, ConvNextShape, DualTower, LlavaHR, LlavaHROptions, MRAdapter
+from foveate.model.checkpoints import recognise, stage_files
+from foveate.model.cost import Pricer, reference_config
 from foveate.options import build_options
+from foveate.picture.drawing import COLOURS
+from foveate.picture.geometry import Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe

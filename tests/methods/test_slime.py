@@ -18,12 +18,12 @@ from torch import Tensor
 import foveate
 from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
 from foveate.composing import compose
-from foveate.model.cost import Pricer, reference_config
 from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
-from foveate.picture.geometry import Size
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import Slime
+from foveate.model.cost import Pricer, reference_config
+from foveate.picture.geometry import Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.picture.geometry import Box, Size, View, ViewPlan, letterboxed, squashed, tiled, whole
 from foveate.layers import mlp_projector
 from foveate.methods.base import (
     Connector,
@@ -24,6 +23,7 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
+from foveate.picture.geometry import Box, Size, View, ViewPlan, letterboxed, squashed, tiled, whole
 
 
 @dataclass(frozen=True)

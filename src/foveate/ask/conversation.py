@@ -13,8 +13,7 @@ from foveate.ask.answer import Answer, Ledger, Seen, draw_answer
 from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
 from foveate.errors import FoveateError
-from foveate.methods.base import Reply, Turn
-from foveate.model.text import IMAGE_TOKEN
+from foveate.methods.base import IMAGE_TOKEN, Reply, Turn
 from foveate.picture.geometry import Box
 
 # Arguments of `generate` that are about the answer's end and words, and would spoil a box on the way to it.
@@ -88,7 +87,7 @@ class Chat:
 
 
 class Asked:
-    """A question on its way to an answer: what was said, the pictures that were shown, and the cost so far."""
+    """A question on its way to an answer: what was said and shown, and what it has cost."""
 
     def __init__(self, chat: Chat) -> None:
         self.messages, self.seen = list(chat.messages), list(chat.seen)

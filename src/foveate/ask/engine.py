@@ -1,7 +1,7 @@
 """The model with its memory: it encodes a picture once, says one turn, and counts what that cost.
 
-It knows no conversation: messages come with every call, and what the LLM has read of them lies in the `Context`
-that the caller keeps. Several threads may use one engine, each with contexts of its own.
+It knows no conversation: messages come with every call, and what the LLM has read of them lies in the
+`Context` that the caller keeps. Several threads may use one engine, each with contexts of its own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Memory:
     def __init__(self, most: int) -> None:
         self.most = most
         self.features: OrderedDict[str, Tensor] = OrderedDict()  # per picture (V, N, C)
-        self.looks: dict[str, dict[Look, Tensor]] = {}  # per picture (N, C) of each part, the latest at the end
+        self.looks: dict[str, dict[Look, Tensor]] = {}  # per picture (N, C) of each part, the latest last
 
     @property
     def bytes(self) -> int:
@@ -108,8 +108,8 @@ class Engine:
         model: the network, on its device.
         processor: what turns pictures and messages into its inputs.
         memory: bytes that vision features may take between calls.
-        keep_context: whether a `Context` keeps the LLM's cache from one turn to the next; without it every turn
-            reads the whole conversation anew.
+        keep_context: whether a `Context` keeps the LLM's cache from one turn to the next; without it every
+            turn reads the whole conversation anew.
     """
 
     def __init__(

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from foveate.picture.boxes import checked_box
 from foveate.data.formats import Conversations
 from foveate.data.regions import Regions
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size
 from foveate.methods.base import Cut
-from foveate.picture.reading import read_picture, read_size
 from foveate.model.processing import FoveateProcessor
+from foveate.picture.boxes import checked_box
+from foveate.picture.geometry import Box, Size
+from foveate.picture.reading import read_picture, read_size
 
 IGNORED = -100  # label of tokens without loss
 SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # of an item's pictures

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from foveate.model.text import IMAGE_TOKEN
 from foveate.errors import FoveateError
+from foveate.methods.base import IMAGE_TOKEN
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 BLANKS = " \t\r\n"

@@ -9,7 +9,7 @@ oracle       the region that the question is about as a second view: how much th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, squashed, tiled, whole
 from foveate.layers import mlp_projector
 from foveate.methods import METHODS
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
+from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, squashed, tiled, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -295,7 +295,12 @@ class ConvNetOnly(Tiled):
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> ConvTower:
         return ConvTower(AutoConfig.from_pretrained(self.options.weights), self.tower.grid)
 
-    def fill_tower(self, tower: nn.Module, pretrained: PreTrainedModel | None) -> None:
+    def fill_tower(
+        self,
+        tower: nn.Module,
+        pretrained: PreTrainedModel | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """The ConvNeXt's own weights."""
         given = AutoModel.from_pretrained(self.options.weights, dtype=torch.float32)
         tower.get_submodule("model").load_state_dict(given.state_dict())

@@ -15,7 +15,6 @@ from transformers import set_seed
 from foveate.ask.foveate import Foveate
 from foveate.data.dataset import IGNORED, Collator, cut_out, encode
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size, whole
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
 from foveate.lab.levels import level_named
@@ -24,6 +23,7 @@ from foveate.lab.student import Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
 from foveate.methods.base import Method
+from foveate.picture.geometry import Box, Size, whole
 
 REGION = "region"  # a kind of question beside those that are measured
 LONGEST_ANSWER = 8  # tokens; words have five letters

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Split
 from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scenes import make_scene
+from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
 
 GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
 SPARE = 200 * 2**20  # bytes that are left free on the disk

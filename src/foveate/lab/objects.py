@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from foveate.picture.geometry import Box
 from foveate.lab.materials import DIGITS, FONTS, LETTERS, Materials, letter_mask
+from foveate.picture.geometry import Box
 
 COLOURS = {
     "red": (206, 44, 44),

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Size
 from foveate.lab.materials import FONTS, materials
 from foveate.lab.objects import COLOURS, PLAIN, Pen, Thing, lettering
 from foveate.lab.scenes import place
+from foveate.picture.geometry import Size
 from foveate.picture.reading import read_picture
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from foveate.picture.geometry import Box
 from foveate.lab.levels import FINE
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
 from foveate.lab.scenes import Scene
+from foveate.picture.geometry import Box
 
 ABSENT = "none"  # the answer where the question is about nothing in the picture
 CAPTION = "caption"  # a kind beside those that are measured

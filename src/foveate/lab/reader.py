@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from foveate.picture.geometry import Box
 from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
@@ -34,6 +33,7 @@ from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scales import Scale
 from foveate.lab.scenes import CELLS, Scene
 from foveate.lab.words import PLACES
+from foveate.picture.geometry import Box
 
 LONGEST = 800  # largest position of a visual token
 CROWDED, GAPPED = 0.4, 0.6  # parts of the steps after which scenes are full, and positions have gaps

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Materials, Split, materials
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Pen, Thing
+from foveate.picture.geometry import Box, Size
 
 CELLS = (
     "top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right",

@@ -13,7 +13,6 @@ from transformers import set_seed
 
 from foveate.composing import compose
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, ViewPlan
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.controls import ConvNetOnly, GivenRegion
 from foveate.lab.data import Examples, Features
@@ -25,6 +24,7 @@ from foveate.lab.questions import Question
 from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.model.modeling import EncodedPictures
+from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.source import Look, Source
 
 OWN_TOWER_LR = 0.25  # of the connector's, for towers that a method builds itself

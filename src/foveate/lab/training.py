@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from foveate.model.cost import Pricer
-from foveate.picture.geometry import Size
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
 from foveate.lab.data import Examples
@@ -24,6 +22,8 @@ from foveate.lab.levels import FINE
 from foveate.lab.optimise import warm_cosine
 from foveate.lab.questions import Question
 from foveate.lab.student import Student
+from foveate.model.cost import Pricer
+from foveate.picture.geometry import Size
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
 GROUPS = ("fine", "coarse")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from foveate.model.text import IMAGE_TOKEN
 from foveate.lab.materials import DIGITS, LETTERS
 from foveate.lab.objects import COLOURS, SHAPES
 from foveate.lab.scenes import CELLS
+from foveate.methods.base import IMAGE_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

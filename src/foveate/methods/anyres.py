@@ -26,6 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
+from foveate.layers import mlp_projector
+from foveate.methods.base import (
+    Connector,
+    Method,
+    MethodOptions,
+    Query,
+    VisualTokens,
+    Widths,
+    flat,
+    square_grid,
+)
+from foveate.methods.layouts import HF_PROJECTOR, Layout
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -38,18 +50,6 @@ from foveate.picture.geometry import (
     tiled,
     unpadded,
     whole,
-)
-from foveate.layers import mlp_projector
-from foveate.methods.layouts import HF_PROJECTOR, Layout
-from foveate.methods.base import (
-    Connector,
-    Method,
-    MethodOptions,
-    Query,
-    VisualTokens,
-    Widths,
-    flat,
-    square_grid,
 )
 
 NEWLINE = -1

@@ -19,13 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size, ViewPlan
-from foveate.methods.layouts import Layout, report_keys
+from foveate.errors import FoveateError, report_keys
+from foveate.methods.layouts import Layout
 from foveate.options import build_options
+from foveate.picture.geometry import Box, Size, ViewPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+IMAGE_TOKEN = "<image>"  # stands for a picture in texts, and for one visual token in `input_ids`
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ class Connector(nn.Module):
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         """features (V, N, C): all views of the batch, picture after picture, in the order of their plans.
 
-        Where the method `reads_source`, a fourth argument `source`, a `foveate.picture.source.Source`, follows.
+        Where the method `reads_source`, a fourth argument follows: `source`, a
+        `foveate.picture.source.Source`.
         """
         raise NotImplementedError
 
@@ -265,12 +269,23 @@ class Method(ABC):
 
         return VisionTower(vision_config, layer)
 
-    def fill_tower(self, tower: nn.Module, pretrained: PreTrainedModel | None) -> None:
+    @property
+    def tower_weights(self) -> str | None:
+        """Folder or hub id of further weights that `fill_tower` needs."""
+        return None
+
+    def fill_tower(
+        self,
+        tower: nn.Module,
+        pretrained: PreTrainedModel | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Puts pretrained weights into a tower of `build_tower`; layers that are never run are left out.
 
         Args:
             tower: as it was built.
             pretrained: the vision tower that a new model was given; None where it was given a configuration.
+            weights: the tensors of `tower_weights`.
 
         Raises:
             FoveateError: weights that are missing.

@@ -17,8 +17,8 @@ Where we differ from the authors' code and why:
 - `wording: released` puts the question in quotes and asks "what is the region" where training said "where
   is", as the released model is asked; `wording: paper` is equations 7 and 9.
 - `box_format: unit_xxyy` is the order of equation 8, `unit_xyxy` that of the released model.
-- `parser: strict` is the grammar of `foveate.picture.boxes`; what is no box leads to the whole picture, with the
-  reason in the answer's notes. `parser: authors` cuts off the first and the last character and splits at
+- `parser: strict` is the grammar of `foveate.picture.boxes`; what is not a box leads to the whole picture,
+  with the reason in the answer's notes. `parser: authors` cuts off the first and the last character and splits at
   ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
 - `crop: original` cuts out original pixels; `crop: padded` cuts them from the picture padded to a square,
   black beyond it, as the released model has learnt. Pixel coordinates make no huge picture, and a box
@@ -29,8 +29,8 @@ Where we differ from the authors' code and why:
   authors teach a box without area.
 - The paper freezes the projector and learns one question of a picture; the authors' code trains it and
   appends the other questions (`others: append`).
-- The second turn keeps the LLM's cache of the first and encodes the first picture once (`foveate.ask.context`);
-  the authors generate twice from scratch.
+- The second turn keeps the LLM's cache of the first (`foveate.ask.context`), and the first picture is encoded
+  once; the authors generate twice from scratch.
 """
 
 from __future__ import annotations
@@ -44,13 +44,10 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from foveate.picture.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
-from foveate.model.text import IMAGE_TOKEN
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
 from foveate.methods.base import (
+    IMAGE_TOKEN,
     Connector,
     Cut,
     Method,
@@ -62,6 +59,9 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
+from foveate.picture.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
+from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 
 PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
 MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB

@@ -40,18 +40,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import (
-    NO_TILES,
-    Box,
-    Canvas,
-    Size,
-    View,
-    ViewPlan,
-    padded_square,
-    squashed,
-    tiled,
-    whole,
-)
 from foveate.layers import mlp_projector
 from foveate.methods.base import (
     Chain,
@@ -65,6 +53,18 @@ from foveate.methods.base import (
     VisualTokens,
     Widths,
     square_grid,
+)
+from foveate.picture.geometry import (
+    NO_TILES,
+    Box,
+    Canvas,
+    Size,
+    View,
+    ViewPlan,
+    padded_square,
+    squashed,
+    tiled,
+    whole,
 )
 from foveate.picture.source import Look, Source, view_of
 

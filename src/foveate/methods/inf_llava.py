@@ -50,6 +50,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
+from foveate.layers import exact, mlp_projector
+from foveate.methods.base import (
+    Connector,
+    Insight,
+    Method,
+    MethodOptions,
+    Query,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+    square_grid,
+)
+from foveate.methods.layouts import Layout, connector_options, known_projector
 from foveate.picture.geometry import (
     Box,
     Canvas,
@@ -62,19 +75,6 @@ from foveate.picture.geometry import (
     squashed,
     tiled,
     whole,
-)
-from foveate.layers import exact, mlp_projector
-from foveate.methods.layouts import Layout, connector_options, known_projector
-from foveate.methods.base import (
-    Connector,
-    Insight,
-    Method,
-    MethodOptions,
-    Query,
-    TowerGeometry,
-    VisualTokens,
-    Widths,
-    square_grid,
 )
 
 Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th

@@ -8,12 +8,9 @@ haotian-liu/LLaVA and its many forks does (a flat LLM config with `mm_*` keys, t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
-
-from foveate.errors import FoveateError
 
 Json: TypeAlias = dict[str, Any]
 
@@ -96,18 +93,3 @@ def convert_key(layout: Layout, key: str) -> str | None:
         if re.search(pattern, key):
             return re.sub(pattern, replacement, key, count=1)
     return key
-
-
-def report_keys(
-    folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
-) -> None:
-    """Raises `FoveateError` that names keys a checkpoint lacks, has too many of or in another shape."""
-    problems = []
-    kinds = {"lacks": missing, "has unexpected": unexpected, "has another shape of": mismatched}
-    for what, keys in kinds.items():
-        names = sorted(keys)
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{what} {', '.join(names[:4])}{more}")
-    if problems:
-        raise FoveateError(f"the checkpoint in {folder} {'; it '.join(problems)}")

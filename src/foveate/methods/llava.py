@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from foveate.picture.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 from foveate.layers import mlp_projector
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
+from foveate.picture.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ checkpointed only in training and on request.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -48,11 +46,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.model import checkpoints
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.layers import mlp_projector
-from foveate.methods.layouts import Layout, connector_options, known_projector, report_keys
 from foveate.methods.base import (
     Connector,
     Insight,
@@ -64,45 +59,15 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
-from foveate.upstream import changes
+from foveate.methods.layouts import Layout, connector_options, known_projector
+from foveate.picture.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
+from foveate.towers.convnext import TIMM_KEYS, ConvNext, ConvNextShape, convnext_weights
+from foveate.towers.vit import CLIP_LIKE, as_map, as_tokens, build_vit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Towers whose patch embedding, positions and layers are CLIP's -> the norm before their first layer.
-CLIP_LIKE: dict[str, str | None] = {
-    "clip_vision_model": "pre_layrnorm",
-    "chinese_clip_vision_model": "pre_layrnorm",
-    "siglip_vision_model": None,
-}
-
-
 LOGGER = logging.getLogger(__name__)
-WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference, or one row
-
-
-@dataclass(frozen=True)
-class ConvNextShape:
-    """The high-resolution tower; by default CLIP-ConvNeXt-L."""
-
-    weights: str | None = None  # folder or hub id that a fresh model starts from, with names of timm or HF
-    depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
-    widths: tuple[int, ...] = (192, 384, 768, 1536)  # channels per stage
-    patch: int = 4  # stride of the stem; each further stage halves the grid
-    version: Literal[1, 2] = 1  # 2: ConvNeXtV2
-    norm_eps: float = 1e-6  # of all layer norms; 1e-5 in CLIP-ConvNeXt-XXL
-    layer_scale: float = 1e-6  # of fresh blocks
-
-    def __post_init__(self) -> None:
-        if len(self.depths) != len(self.widths) or not self.depths:
-            raise FoveateError("convnext needs as many depths as widths, at least one")
-        if min(*self.depths, *self.widths, self.patch) < 1:
-            raise FoveateError("depths, widths and patch of convnext must be at least 1")
-
-    @property
-    def stride(self) -> int:
-        """Pixels of the picture per feature of the last stage."""
-        return self.patch * 2 ** (len(self.depths) - 1)
 
 
 @dataclass(frozen=True)
@@ -189,17 +154,6 @@ def aligned(features: Tensor, side: int) -> Tensor:
     if own < side:
         return F.interpolate(features, (side, side), mode="bilinear", align_corners=True)
     return F.avg_pool2d(features, own // side)
-
-
-def as_map(tokens: Tensor) -> Tensor:
-    """(V, N, C) -> (V, C, h, h), the same memory."""
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
-
-
-def as_tokens(features: Tensor) -> Tensor:
-    """(V, C, h, h) -> (V, N, C)"""
-    return features.flatten(2).transpose(1, 2)
 
 
 def mapping(kind: str, wide_in: int, wide_out: int, zero_init: bool) -> nn.Sequential:
@@ -294,180 +248,6 @@ class FinalFusion(nn.Module):
         """The terms of `forward`, apart."""
         incoming = self.high(as_tokens(aligned(high, grid)))
         return None if tokens is None else self.low(tokens), incoming
-
-
-class PatchEmbeddings(nn.Module):
-    """CLIP's patch embedding and positions for any grid; its class token in front only if it is given.
-
-    The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
-    none), once for each grid as long as the table does not change.
-    """
-
-    def __init__(
-        self,
-        patch_embedding: nn.Module,
-        position_embedding: nn.Embedding,
-        patches: int,
-        class_embedding: nn.Parameter | None,
-    ) -> None:
-        super().__init__()
-        self.patch_embedding = patch_embedding
-        self.position_embedding = position_embedding
-        self.class_rows = self.position_embedding.num_embeddings - patches
-        self.class_embedding = class_embedding  # (C,)
-        self.cached: tuple[Any, Tensor] | None = None
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(V, 3, h, h) -> (V, N, C), or (V, 1 + N, C)"""
-        embedded = self.patch_embedding(pixels)
-        tokens = as_tokens(embedded) + self.positions(embedded.shape[-1])
-        if self.class_embedding is None:
-            return tokens
-        first = self.class_embedding + self.position_embedding.weight[0]
-        return torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
-
-    def positions(self, side: int) -> Tensor:
-        """(N, C) for a grid of `side` rows."""
-        table = self.position_embedding.weight
-        if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
-            self.cached = None  # fused optimizers change it without counting up its version
-            return self._resampled(side)
-        state = (side, changes(table), table.data_ptr(), table.dtype, table.device)
-        if self.cached is None or self.cached[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self.cached = (state, self._resampled(side))
-        return self.cached[1]
-
-    def _resampled(self, side: int) -> Tensor:
-        rows = self.position_embedding.weight[self.class_rows :]  # (n, C)
-        if len(rows) == side**2:
-            return rows
-        resampled = F.interpolate(
-            as_map(rows[None].float()), (side, side), mode="bicubic", align_corners=False, antialias=True
-        )
-        return as_tokens(resampled)[0].to(rows.dtype)
-
-
-def build_vit(config: PreTrainedConfig, layers: int, class_token: bool) -> PreTrainedModel:
-    """A CLIP-like ViT cut after `layers` layers, without last norm, with its class token or without."""
-    if config.model_type not in CLIP_LIKE:
-        raise FoveateError(
-            f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
-        )
-    from transformers import AutoModel
-
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = False
-    model = AutoModel.from_config(config)
-    own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
-    first = dict(own.named_parameters(recurse=False)).get("class_embedding")
-    if class_token and first is None:
-        raise FoveateError(f"class_token: a tower of type {config.model_type!r} has none")
-    model.embeddings = PatchEmbeddings(
-        own.patch_embedding, own.position_embedding, patches, first if class_token else None
-    )
-    model.post_layernorm = nn.Identity()
-    return model
-
-
-class ConvNextBlock(nn.Module):
-    """transformers' ConvNeXt block, with its names, in little memory at inference.
-
-    The four times wider layer between its two linear ones is what needs most memory of all in this tower, on
-    large maps far more than the ViT's attention. Without gradients, some rows of the map at a time go through
-    the whole block, so that little but its input and its output is held.
-    """
-
-    dwconv: nn.Conv2d
-    layernorm: nn.Module
-    pwconv1: nn.Linear
-    act: nn.Module
-    grn: nn.Module
-    pwconv2: nn.Module
-    layer_scale_parameter: Tensor | None
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        for name, module in layer.named_children():
-            self.add_module(name, module)
-        scale = dict(layer.named_parameters(recurse=False)).get("layer_scale_parameter")
-        self.register_parameter("layer_scale_parameter", scale)  # none in ConvNeXtV2
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(V, C, h, w) -> (V, C, h, w)"""
-        normalises = "grn" in self._modules  # over the whole map
-        if normalises or torch.is_grad_enabled():
-            return features + self._update(self.dwconv(features), normalises).permute(0, 3, 1, 2)
-        views, _, height, width = features.shape
-        rows = max(WIDE // (views * width * self.pwconv1.out_features), 1)
-        changed: Tensor | None = None
-        for top in range(0, height, rows):
-            below = min(top + rows, height)
-            update = self._update(self._convolved(features, top, below), normalises)
-            if changed is None:  # wider than the features where autocast says so
-                kind = torch.promote_types(features.dtype, update.dtype)
-                changed = torch.empty_like(features, dtype=kind, memory_format=torch.channels_last)
-            here = slice(top, below)
-            torch.add(features[:, :, here], update.permute(0, 3, 1, 2), out=changed[:, :, here])
-        assert changed is not None
-        return changed
-
-    def _update(self, convolved: Tensor, normalises: bool) -> Tensor:
-        """Behind the convolution: (V, C, h, w) -> (V, h, w, C)"""
-        hidden = self.act(self.pwconv1(self.layernorm(convolved.permute(0, 2, 3, 1))))
-        hidden = self.pwconv2(self.grn(hidden) if normalises else hidden)
-        scale = self.layer_scale_parameter
-        return hidden if scale is None else scale * hidden
-
-    def _convolved(self, features: Tensor, top: int, below: int) -> Tensor:
-        """Rows `top` to `below` of what the convolution makes of the map."""
-        first = max(top - int(self.dwconv.padding[0]), 0)
-        read = features[:, :, first : below + int(self.dwconv.padding[0])]  # rows near a cut come out wrong
-        return self.dwconv(read)[:, :, top - first : below - first]
-
-
-class ConvNext(nn.Module):
-    """transformers' ConvNeXt, stage by stage, without norm and head behind the last one."""
-
-    # Of the blocks; transformers sets both where it switches the ViT's layers.
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]
-
-    def __init__(self, shape: ConvNextShape) -> None:
-        super().__init__()
-        from transformers import AutoModel, ConvNextConfig, ConvNextV2Config
-
-        sizes: dict[str, Any] = {
-            "num_stages": len(shape.depths),
-            "depths": list(shape.depths),
-            "hidden_sizes": list(shape.widths),
-            "patch_size": shape.patch,
-        }
-        if shape.version == 1:
-            config: PreTrainedConfig = ConvNextConfig(**sizes, layer_scale_init_value=shape.layer_scale)
-        else:
-            config = ConvNextV2Config(**sizes)
-        model = AutoModel.from_config(config)
-        self.embeddings, self.stages = model.embeddings, model.encoder.stages
-        for stage in self.stages:
-            stage.layers = nn.ModuleList(ConvNextBlock(layer) for layer in stage.layers)
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):  # 1e-6 in all of them, whatever the configuration says
-                module.eps = shape.norm_eps
-
-    def run_stage(self, number: int, features: Tensor) -> Tensor:
-        """Stage `number`, from 1: (V, C, h, h) -> (V, 2 C, h / 2, h / 2), the first one without shrinking."""
-        stage = self.stages[number - 1]
-        for layer in stage.downsampling_layer:
-            features = layer(features)
-        for block in stage.layers:
-            if self.gradient_checkpointing and self.training:
-                features = self._gradient_checkpointing_func(block.__call__, features)
-            else:
-                features = block(features)
-        return features
 
 
 class DualTower(nn.Module):
@@ -666,19 +446,25 @@ class LlavaHR(Method):
     def build_connector(self, widths: Widths) -> LlavaHRConnector:
         return LlavaHRConnector(widths, self.options.projector_depth)
 
-    def fill_tower(self, tower: nn.Module, vit: PreTrainedModel | None) -> None:
+    @property
+    def tower_weights(self) -> str | None:
+        return None if self.options.paths == "low" else self.options.convnext.weights
+
+    def fill_tower(
+        self, tower: nn.Module, vit: PreTrainedModel | None, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """The ViT's weights, and the ConvNeXt's from `convnext.weights`."""
         if self.options.paths != "high":
             super().fill_tower(tower, vit)
         shape = self.options.convnext
         if self.options.paths == "low":
             return
-        if shape.weights is None:
+        if weights is None:
             if vit is not None:
                 LOGGER.warning("the ViT is pretrained and the ConvNeXt is not: set weights in convnext")
         else:
             convnext = tower.get_submodule("convnext")
-            convnext.load_state_dict(convnext_weights(shape, convnext.state_dict()))
+            convnext.load_state_dict(convnext_weights(shape, weights, convnext.state_dict()))
 
     @torch.no_grad()
     def insight(self, tower: nn.Module, views: Callable[[], Tensor], plan: ViewPlan) -> Insight:
@@ -736,49 +522,6 @@ def _cells(plan: ViewPlan, pair: Pair) -> list[Box]:
 def _share(added: Tensor, kept: Tensor) -> Tensor:
     """How large what is added to each token is, compared to the token: (1, N, C), (1, N, C) -> (N,)"""
     return (added.float().norm(dim=-1) / kept.float().norm(dim=-1).clamp(min=1e-12))[0]
-
-
-# Names in timm's ConvNeXts -> transformers'. The authors renamed timm's `gamma` to `weight`.
-TIMM_KEYS = {
-    r"stem\.0\.": r"embeddings.patch_embeddings.",
-    r"stem\.1\.": r"embeddings.layernorm.",
-    r"stages\.(\d+)\.downsample\.": r"stages.\1.downsampling_layer.",
-    r"stages\.(\d+)\.blocks\.(\d+)\.(?:gamma|weight)$": r"stages.\1.layers.\2.layer_scale_parameter",
-    r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.": r"stages.\1.layers.\2.dwconv.",
-    r"stages\.(\d+)\.blocks\.(\d+)\.norm\.": r"stages.\1.layers.\2.layernorm.",
-    r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.": r"stages.\1.layers.\2.pwconv\3.",
-    r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.": r"stages.\1.layers.\2.grn.",
-}
-UNREAD = r"^(?:head|classifier|layernorm)\."  # norms and heads behind the last stage
-
-
-def convnext_weights(shape: ConvNextShape, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the folder `shape.weights`, with timm's or transformers' names, under `own` keys.
-
-    Raises `FoveateError` that names missing, unexpected and wrongly shaped keys.
-    """
-    assert shape.weights is not None
-    folder = checkpoints.local_folder(shape.weights)
-    given: dict[str, Tensor] = {}
-    for key, tensor in checkpoints.read_tensors(folder).items():
-        plain = re.sub(r"^(?:convnext\.|convnextv2\.)?(?:encoder\.)?", "", key)
-        for pattern, replacement in TIMM_KEYS.items():
-            plain = re.sub(f"^{pattern}", replacement, plain)
-        if not re.search(UNREAD, plain):
-            given[plain] = tensor
-    found = [re.fullmatch(r"stages\.(\d+)\.layers\.(\d+)\.dwconv\.bias", key) for key in given]
-    stages = sorted((int(match[1]), int(match[2]), len(given[match[0]])) for match in found if match)
-    widths = {stage: width for stage, _, width in stages}
-    depths = {stage: block + 1 for stage, block, _ in stages}
-    if (tuple(depths.values()), tuple(widths.values())) != (tuple(shape.depths), tuple(shape.widths)):
-        raise FoveateError(
-            f"the ConvNeXt in {folder} has depths {list(depths.values())} and widths "
-            f"{list(widths.values())}: set both in convnext"
-        )
-    wrong = [key for key in given if key in own and given[key].numel() != own[key].numel()]
-    report_keys(folder, own.keys() - given.keys(), given.keys() - own.keys(), wrong)
-    # some of timm's models have 1 x 1 convolutions where others have linear layers
-    return {key: tensor.view_as(own[key]) for key, tensor in given.items()}
 
 
 XXLARGE = {"depths": [3, 4, 30, 3], "widths": [384, 768, 1536, 3072], "norm_eps": 1e-5}

@@ -48,6 +48,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
+from foveate.layers import exact, mlp_projector
+from foveate.methods.base import (
+    Connector,
+    Method,
+    MethodOptions,
+    Query,
+    QueryText,
+    TowerGeometry,
+    VisualTokens,
+    Widths,
+    flat,
+)
+from foveate.methods.layouts import Layout
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -61,19 +74,6 @@ from foveate.picture.geometry import (
     squashed,
     tiled,
     whole,
-)
-from foveate.layers import exact, mlp_projector
-from foveate.methods.layouts import Layout
-from foveate.methods.base import (
-    Connector,
-    Method,
-    MethodOptions,
-    Query,
-    QueryText,
-    TowerGeometry,
-    VisualTokens,
-    Widths,
-    flat,
 )
 
 SEPARATOR = -1  # in `token_sources`

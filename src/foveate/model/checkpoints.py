@@ -11,10 +11,10 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
-from foveate.model.text import load_tokenizer
-from foveate.errors import FoveateError
-from foveate.methods.layouts import Json, Layout, convert_key, report_keys
+from foveate.errors import FoveateError, report_keys
 from foveate.methods import METHODS, method_class
+from foveate.methods.layouts import Json, Layout, convert_key
+from foveate.model.text import load_tokenizer
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}

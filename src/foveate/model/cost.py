@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from foveate import upstream
 from foveate.model.config import FoveateConfig
-from foveate.picture.geometry import Size, ViewPlan
 from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.picture.geometry import Size, ViewPlan
 from foveate.picture.source import Source
 
 
@@ -70,6 +71,28 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
     return FoveateConfig(
         vision_config=vision, text_config=text, method=method, options=options, separator_token_id=1919
     )
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside, with torch's own formulas.
+
+    torch's `FlopCounterMode` also notes the module of each, by hooks that modules in other threads run into;
+    this counts the operations of the calling thread alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operation = kwargs or {}, func._overloadpacket
+        if operation in flop_registry:
+            out = func(*args, **kwargs)
+            self.total += flop_registry[operation](*args, **kwargs, out_val=out)
+            return out
+        with self:  # what it is made of may have formulas
+            parts = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if parts is NotImplemented else parts
 
 
 class Vision(NamedTuple):
@@ -174,25 +197,25 @@ class Pricer:
             pixels = torch.zeros(*picture, 3, device="meta", dtype=torch.uint8)
             source = Source([pixels], torch.ones(1, 2, 3, device="meta"), look)
         with torch.no_grad():
-            with FlopCounterMode(display=False) as encode:
+            with FlopCounter() as encode:
                 features = model.encode_views(blank)
-            with FlopCounterMode(display=False) as connect:
+            with FlopCounter() as connect:
                 encoded = model.connect(features, torch.tensor([picture]), source=source)
-            with FlopCounterMode(display=False) as again:
+            with FlopCounter() as again:
                 for view in looks[:1]:
                     model.encode_views(view[None].to(self.dtype))
             width = model.config.text_config.hidden_size
             hidden = torch.zeros(1, plan.tokens, width, device="meta", dtype=self.dtype)
-            with FlopCounterMode(display=False) as inject:
+            with FlopCounter() as inject:
                 for injector in model.connector.injectors().values():
                     if encoded.injection is not None:
                         injector(hidden, encoded.injection, torch.ones(hidden.shape[:2], dtype=torch.bool))
         return Vision(
-            encode=encode.get_total_flops(),
-            connect=connect.get_total_flops(),
+            encode=encode.total,
+            connect=connect.total,
             looks=len(looks),
-            look=again.get_total_flops(),
-            inject=inject.get_total_flops(),
+            look=again.total,
+            inject=inject.total,
         )
 
     def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
@@ -203,11 +226,11 @@ class Pricer:
         with torch.no_grad():
             if kept:
                 cache = language(inputs_embeds=embeds[:, :kept], use_cache=True)[name]
-            with FlopCounterMode(display=False) as prefill:
+            with FlopCounter() as prefill:
                 cache = language(
                     inputs_embeds=embeds[:, kept:], use_cache=True, logits_to_keep=1, **{name: cache}
                 )[name]
             kv = upstream.cache_bytes(cache)
-            with FlopCounterMode(display=False) as decode:
+            with FlopCounter() as decode:
                 language(inputs_embeds=embeds[:, :1], **{name: cache})
-        return prefill.get_total_flops(), decode.get_total_flops(), kv
+        return prefill.total, decode.total, kv

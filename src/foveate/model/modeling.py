@@ -14,15 +14,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from foveate import upstream
-
-from foveate.model import checkpoints
-from foveate.model.config import FoveateConfig
-from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, ViewPlan
-from foveate.methods.layouts import report_keys
+from foveate.errors import FoveateError, report_keys
 from foveate.methods import method_class
 from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
+from foveate.model import checkpoints
+from foveate.model.config import FoveateConfig
 from foveate.options import merged
+from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.source import Source
 from foveate.versions import names_versions
 

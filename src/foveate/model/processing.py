@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
+from foveate.errors import FoveateError
+from foveate.methods import DEFAULT, method_class
+from foveate.methods.base import Method, TowerGeometry
 from foveate.model import checkpoints
 from foveate.model.text import (
     IMAGE_TOKEN,
@@ -22,11 +25,8 @@ from foveate.model.text import (
     normalise_messages,
     picture_queries,
 )
-from foveate.errors import FoveateError
-from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
-from foveate.methods import DEFAULT, method_class
-from foveate.methods.base import Method, TowerGeometry
 from foveate.options import merged
+from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.picture.reading import read_picture
 from foveate.versions import names_versions
 

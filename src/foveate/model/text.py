@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, installed, missing_extra
+from foveate.methods.base import IMAGE_TOKEN
 
-IMAGE_TOKEN = "<image>"
 TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
 
 
@@ -18,7 +18,10 @@ def chat_template(name: str) -> str:
     if name not in TEMPLATES:
         raise FoveateError(f"unknown chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
     return (
-        resources.files("foveate").joinpath("templates").joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+        resources.files("foveate.model")
+        .joinpath("templates")
+        .joinpath(f"{name}.jinja")
+        .read_text(encoding="utf-8")
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Canvas, Size
 from foveate.layers import exact
+from foveate.picture.geometry import Box, Canvas, Size
 
 BAND = 32  # rows of a view that are computed together
 

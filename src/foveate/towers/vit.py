@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from foveate.errors import FoveateError
+from foveate.upstream import changes
 
 # Towers of which only the layers up to the selected one are built: model type -> name of the norm after
 # the last layer, which hidden states come before. Other towers run whole and have a hidden state picked.
@@ -17,6 +20,12 @@ FINAL_NORM = {
     "siglip_vision_model": "post_layernorm",
     "dinov2": "layernorm",
     "dinov2_with_registers": "layernorm",
+}
+# Towers whose patch embedding, positions and layers are CLIP's -> the norm before their first layer.
+CLIP_LIKE: dict[str, str | None] = {
+    "clip_vision_model": "pre_layrnorm",
+    "chinese_clip_vision_model": "pre_layrnorm",
+    "siglip_vision_model": None,
 }
 # Bytes of the widest activation at a time, at inference on a CPU: the C library hands larger blocks back to
 # the system at once, and each layer would page them in anew (`benchmarks/tower.md`).
@@ -74,3 +83,89 @@ class VisionTower(nn.Module):
                 f"not one token of each of its {self.patches} patches: choose a ViT"
             )
         return hidden[:, hidden.shape[1] - self.patches :]  # (V, N, C)
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """(V, N, C) -> (V, C, h, h), the same memory."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """(V, C, h, h) -> (V, N, C)"""
+    return features.flatten(2).transpose(1, 2)
+
+
+class PatchEmbeddings(nn.Module):
+    """CLIP's patch embedding and positions for any grid; its class token in front only if it is given.
+
+    The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
+    none), once for each grid as long as the table does not change.
+    """
+
+    def __init__(
+        self,
+        patch_embedding: nn.Module,
+        position_embedding: nn.Embedding,
+        patches: int,
+        class_embedding: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.patch_embedding = patch_embedding
+        self.position_embedding = position_embedding
+        self.class_rows = self.position_embedding.num_embeddings - patches
+        self.class_embedding = class_embedding  # (C,)
+        self.cached: tuple[Any, Tensor] | None = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(V, 3, h, h) -> (V, N, C), or (V, 1 + N, C)"""
+        embedded = self.patch_embedding(pixels)
+        tokens = as_tokens(embedded) + self.positions(embedded.shape[-1])
+        if self.class_embedding is None:
+            return tokens
+        first = self.class_embedding + self.position_embedding.weight[0]
+        return torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
+
+    def positions(self, side: int) -> Tensor:
+        """(N, C) for a grid of `side` rows."""
+        table = self.position_embedding.weight
+        if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
+            self.cached = None  # fused optimizers change it without counting up its version
+            return self._resampled(side)
+        state = (side, changes(table), table.data_ptr(), table.dtype, table.device)
+        cached = self.cached  # once: another thread may replace it
+        if cached is None or cached[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self.cached = (state, self._resampled(side))
+        return cached[1]
+
+    def _resampled(self, side: int) -> Tensor:
+        rows = self.position_embedding.weight[self.class_rows :]  # (n, C)
+        if len(rows) == side**2:
+            return rows
+        resampled = F.interpolate(
+            as_map(rows[None].float()), (side, side), mode="bicubic", align_corners=False, antialias=True
+        )
+        return as_tokens(resampled)[0].to(rows.dtype)
+
+
+def build_vit(config: PreTrainedConfig, layers: int, class_token: bool) -> PreTrainedModel:
+    """A CLIP-like ViT cut after `layers` layers, without last norm, with its class token or without."""
+    if config.model_type not in CLIP_LIKE:
+        raise FoveateError(
+            f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
+        )
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+    model = AutoModel.from_config(config)
+    own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
+    first = dict(own.named_parameters(recurse=False)).get("class_embedding")
+    if class_token and first is None:
+        raise FoveateError(f"class_token: a tower of type {config.model_type!r} has none")
+    model.embeddings = PatchEmbeddings(
+        own.patch_embedding, own.position_embedding, patches, first if class_token else None
+    )
+    model.post_layernorm = nn.Identity()
+    return model

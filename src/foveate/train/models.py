@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, set_seed
 
-from foveate.model import checkpoints
-from foveate.devices import DTYPES
-from foveate.model.text import load_tokenizer
 from foveate.composing import compose
+from foveate.devices import DTYPES
 from foveate.errors import FoveateError
 from foveate.methods import method_class
+from foveate.model import checkpoints
 from foveate.model.modeling import FoveateForConditionalGeneration
-from foveate.options import build_options, merged
 from foveate.model.processing import FoveateProcessor
+from foveate.model.text import load_tokenizer
+from foveate.options import build_options, merged
 from foveate.tiny import tiny_model
 from foveate.train.recipe import ModelSpec, Recipe
 

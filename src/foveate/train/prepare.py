@@ -12,15 +12,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from foveate.model.text import TEMPLATES
 from foveate.data.dataset import Samples, errors_of_workers
 from foveate.data.formats import Conversations, read_conversations
 from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
 from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
-from foveate.options import merged
 from foveate.model.processing import FoveateProcessor
+from foveate.model.text import TEMPLATES
+from foveate.options import merged
 from foveate.train.models import base_options, skeleton
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage

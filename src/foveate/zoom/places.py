@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.picture.geometry import Box, Size
 from foveate.model.processing import FoveateProcessor
+from foveate.picture.geometry import Box, Size
 from foveate.zoom.vlm import VLM, message
 
 Places = list[Box | None]  # original pixels; None for tokens that show no part of the picture

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from foveate.errors import FoveateError, missing_extra
+from foveate.devices import usable_device, usable_dtype
+from foveate.errors import FoveateError, missing_extra, report_keys
 from foveate.picture.geometry import Size
-from foveate.methods.layouts import report_keys
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
 
@@ -67,28 +67,22 @@ class VLM:
         Raises:
             FoveateError: there is no such model, or it is no VLM.
         """
-        from foveate.ask import DTYPES, choose_device, load
+        from foveate.ask.foveate import load
         from foveate.model.checkpoints import local_folder, read_json
 
-        if dtype is not None and dtype not in DTYPES:
-            raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-        device = device or choose_device()
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            why = str(error).splitlines()[0]
-            raise FoveateError(f"device {device!r} cannot be used here: {why}") from error
+        device = usable_device(device)
+        number_format = usable_dtype(dtype, device)
         folder = None if model is None else local_folder(model)
         config = {} if folder is None else read_json(folder / "config.json")
         if folder is not None and _loads_by_itself(config.get("model_type")):
-            return cls(*_by_transformers(folder, device, dtype))
+            return cls(*_by_transformers(folder, device, number_format))
         try:
-            own = load(folder, device=device, dtype=dtype)
+            own = load(folder, device=device, dtype=number_format)
         except FoveateError as refusal:
             if folder is None or config.get("model_type") != "llava" or "vision_config" not in config:
                 raise
             try:
-                return cls(*_by_transformers(folder, device, dtype))
+                return cls(*_by_transformers(folder, device, number_format))
             except FoveateError as error:
                 raise FoveateError(f"{refusal}; and by transformers: {error}") from error
         return cls(own.model, own.processor)
@@ -205,17 +199,15 @@ def message(*parts: Image.Image | str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-def _by_transformers(folder: Path, device: str, dtype: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _by_transformers(folder: Path, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor of the Auto classes. Raises `FoveateError` with the folder's name."""
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from foveate.ask import DTYPES, choose_dtype
-
     try:
         network, info = AutoModelForImageTextToText.from_pretrained(
             folder,
-            dtype=DTYPES[dtype] if dtype else choose_dtype(device),
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.errors import FoveateError
+from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.picture.drawing import PICTURE_SIDE, VIEWS_WIDTH, contact_sheet, lay_out, mark_regions
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import Picture, read_picture, write_drawing
@@ -86,8 +86,8 @@ class Answered:
     """The model is asked where to look.
 
     Attributes:
-        form: name of one of `foveate.picture.boxes.BOX_FORMATS`; by default the model's own where it has one, else
-            `unit_xyxy`.
+        form: name of one of `foveate.picture.boxes.BOX_FORMATS`; by default the model's own where it has one,
+            else `unit_xyxy`.
         frame: whether coordinates span the picture, or the square that it is padded to.
         extend: by which part of themselves width and height of the box grow, about its centre.
         prompt: with {question} and {box}, which becomes the form of the answer.

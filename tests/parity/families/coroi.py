@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.picture.geometry import Size
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import (
     Chosen,
@@ -27,6 +26,7 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
+from foveate.picture.geometry import Size
 from foveate.picture.source import Look, Source
 from tests.parity.golden import Comparison, Family, normed
 

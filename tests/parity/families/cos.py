@@ -17,14 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from foveate.ask.context import Context, Prompt
 from foveate.ask.conversation import content
-from foveate.picture.boxes import BOX_FORMATS, Frame, read_box, write_box
-from foveate.model.text import chat_template, normalise_messages
-from foveate.model.checkpoints import read_preprocessor
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
-from foveate.picture.geometry import Box, Size, padded_square
 from foveate.methods.base import Cut, TowerGeometry
 from foveate.methods.chain_of_spot import (
     FURTHER,
@@ -34,9 +31,12 @@ from foveate.methods.chain_of_spot import (
     ChainOfSpot,
     authors_region,
 )
+from foveate.model.checkpoints import read_preprocessor
 from foveate.model.processing import FoveateImageProcessor, FoveateProcessor, image_processor_for
+from foveate.model.text import chat_template, normalise_messages
+from foveate.picture.boxes import BOX_FORMATS, Frame, read_box, write_box
+from foveate.picture.geometry import Box, Size, padded_square
 from foveate.tiny import tiny_tokenizer
-from foveate.ask.context import Context, Prompt
 from tests.parity import cos_relevance
 from tests.parity.checkpoints import load, prompt, tower_folder, words
 from tests.parity.golden import Case, Comparison, Family

@@ -18,10 +18,6 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 
 from foveate import FoveateForConditionalGeneration
-from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
-from foveate.towers.vit import VisionTower
-from foveate.picture.geometry import Size, interleaved, tiled
-from foveate.methods.layouts import convert_key
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import (
     Axis,
@@ -33,7 +29,11 @@ from foveate.methods.inf_llava import (
     Scheme,
     gathered,
 )
+from foveate.methods.layouts import convert_key
+from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
 from foveate.model.processing import cut, image_processor_for
+from foveate.picture.geometry import Size, interleaved, tiled
+from foveate.towers.vit import VisionTower
 from tests.parity.checkpoints import load, prompt, stage_folder, tower_folder, words
 from tests.parity.golden import Comparison, Family, Tensors, normed
 from tests.support import greedy

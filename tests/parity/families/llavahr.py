@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from foveate import FoveateForConditionalGeneration
-from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
-from foveate.methods.layouts import convert_key
 from foveate.methods.base import Widths
+from foveate.methods.layouts import convert_key
 from foveate.methods.llava_hr import (
     DualTower,
     FinalFusion,
@@ -29,8 +28,9 @@ from foveate.methods.llava_hr import (
     as_map,
     as_tokens,
 )
-from foveate.options import build_options
+from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
 from foveate.model.processing import CLIP_MEAN, CLIP_STD, FoveateImageProcessor, image_processor_for
+from foveate.options import build_options
 from tests.parity.checkpoints import embedded, load, model_folder, prompt, stage_folder, tower_folder, words
 from tests.parity.golden import Case, Comparison, Family, Tensors
 from tests.support import greedy

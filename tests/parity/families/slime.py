@@ -14,10 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate import FoveateForConditionalGeneration
-from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
-from foveate.picture.geometry import Size
-from foveate.methods.layouts import convert_key
 from foveate.methods.base import Query, TowerGeometry, Widths
+from foveate.methods.layouts import convert_key
 from foveate.methods.slime import (
     Mixture,
     QueryFormer,
@@ -28,7 +26,9 @@ from foveate.methods.slime import (
     raster,
     sincos_positions,
 )
+from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
 from foveate.model.processing import FoveateImageProcessor, image_processor_for
+from foveate.picture.geometry import Size
 from tests.parity.checkpoints import embedded, load, placeholder, prompt, stage_folder, tower_folder, words
 from tests.parity.golden import Case, Comparison, Family, Tensors, normed
 from tests.support import greedy
