@@ -31,7 +31,7 @@ from foveate.annotate import (
     square,
     weights_of,
 )
-from foveate.data.questions import Question, open_source, questions
+from foveate.data.questions import Question, open_annotatable, questions
 from foveate.data.regions import Regions
 from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
@@ -228,7 +228,7 @@ def test_pictures_and_weights_of_others_are_refused(tmp_path: Path, data: Path, 
 
 
 def test_one_run_a_file(tmp_path: Path, data: Path, vlm: VLM) -> None:
-    source = open_source(data)
+    source = open_annotatable(data)
     (tmp_path / "regions.jsonl.parts").mkdir()
     with (
         FileLock(tmp_path / "regions.jsonl.parts" / "lock"),
@@ -258,7 +258,7 @@ class StopsAfter(Annotator):
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, data: Path, vlm: VLM, unbroken: Path) -> None:
-    source, out, did = open_source(data), tmp_path / "regions.jsonl", list[str]()
+    source, out, did = open_annotatable(data), tmp_path / "regions.jsonl", list[str]()
     for batches in (1, 2, 0, 3):
         annotator = StopsAfter(vlm, source, batches)
         with pytest.raises(Stopped):
@@ -285,7 +285,7 @@ def test_parts_of_several_processes_make_one_file(
     tmp_path: Path, data: Path, vlm: VLM, unbroken: Path
 ) -> None:
     """Three processes begin, one is cut off; two go on, and one alone ends it: the same file."""
-    source, out = open_source(data), tmp_path / "regions.jsonl"
+    source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     did = []
     for index, batches in ((1, 9), (2, 1)):
         worker = StopsAfter(vlm, source, batches)
@@ -318,7 +318,7 @@ def test_two_real_processes(tmp_path: Path, data: Path, model: Path, unbroken: P
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path, data: Path, vlm: VLM) -> None:
-    source, out = open_source(data), tmp_path / "regions.jsonl"
+    source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     with pytest.raises(Stopped):
         run(settings(source), StopsAfter(vlm, source, 1), out)
     with pytest.raises(FoveateError, match="is of a run with batch 3, not 5"):
@@ -329,7 +329,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path, data: Path, vlm: V
 
 
 def test_broken_parts_are_told_from_torn_ones(tmp_path: Path, data: Path, vlm: VLM) -> None:
-    source, out = open_source(data), tmp_path / "regions.jsonl"
+    source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     with pytest.raises(Stopped):
         run(settings(source), StopsAfter(vlm, source, 3), out)
     part = tmp_path / "regions.jsonl.parts" / "00000.jsonl"
@@ -340,7 +340,7 @@ def test_broken_parts_are_told_from_torn_ones(tmp_path: Path, data: Path, vlm: V
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, data: Path, vlm: VLM) -> None:
-    source, out = open_source(data), tmp_path / "regions.jsonl"
+    source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     out.write_text("mine")
     with pytest.raises(FoveateError, match="has no report beside it"):
         run(settings(source), StopsAfter(vlm, source, 99), out)
@@ -363,7 +363,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, vlm: VLM) -> Non
         {"id": "c", "image": "gone.png", "conversations": turns},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    source, out = open_source(tmp_path / "data.json"), tmp_path / "regions.jsonl"
+    source, out = open_annotatable(tmp_path / "data.json"), tmp_path / "regions.jsonl"
     report = run(settings(source), Annotator(vlm, source, RegionRule()), out)
     assert list(json.loads(out.with_suffix(".json").read_text())) == ["000000_a_1_q0", "000000_a_1_q1"]
     assert [r["question"] for r in lines(out)][:2] == ["What?", "And?"]
@@ -428,7 +428,7 @@ def test_datasets(tmp_path: Path, vlm: VLM, columns: str) -> None:
     for other in {"conversations", "messages", "question"} - {columns}:
         table.pop(other, None)
     datasets.DatasetDict({"val": datasets.Dataset.from_dict(table)}).save_to_disk(tmp_path / "set")
-    source = open_source(tmp_path / "set", split="val")
+    source = open_annotatable(tmp_path / "set", split="val")
     run(settings(source), Annotator(vlm, source, RegionRule()), tmp_path / "regions.jsonl")
 
     for i in range(3):
@@ -436,7 +436,7 @@ def test_datasets(tmp_path: Path, vlm: VLM, columns: str) -> None:
     turns = rows()["conversations"][0]
     records = [{"id": f"x/{i}", "image": f"{i}.png", "conversations": turns} for i in range(3)]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    same = open_source(tmp_path / "data.json")
+    same = open_annotatable(tmp_path / "data.json")
     run(settings(same), Annotator(vlm, same, RegionRule()), tmp_path / "same.jsonl")
     assert (tmp_path / "regions.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
 
@@ -445,12 +445,12 @@ def test_datasets_without_the_columns(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"photo": ["a"], "text": ["b"]}).save_to_disk(tmp_path / "set")
     with pytest.raises(FoveateError, match="has the columns photo, text: it needs image or images"):
-        open_source(tmp_path / "set")
+        open_annotatable(tmp_path / "set")
     datasets.DatasetDict({"val": datasets.Dataset.from_dict(rows(1))}).save_to_disk(tmp_path / "other")
     with pytest.raises(FoveateError, match="has no split 'train': choose one of val"):
-        open_source(tmp_path / "other")
+        open_annotatable(tmp_path / "other")
     with pytest.raises(FoveateError, match=r"cannot be read as a dataset"):
-        open_source(tmp_path)
+        open_annotatable(tmp_path)
 
 
 @pytest.mark.parametrize("extra", [{}, {"index": None, "text": None}])
@@ -462,7 +462,7 @@ def test_messages_of_parts(tmp_path: Path, extra: dict[str, Any]) -> None:
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     table = {"images": [[picture(40, 60, i)] for i in range(2)], "messages": [turns] * 2}
     datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "set")
-    asked_of, left_out = questions(open_source(tmp_path / "set"))
+    asked_of, left_out = questions(open_annotatable(tmp_path / "set"))
     assert [(q.key, q.text) for q in asked_of] == [("000000_0_q0", "What?"), ("000001_1_q0", "What?")]
     assert left_out == 0
 
@@ -473,7 +473,7 @@ def test_rows_with_several_pictures_are_left_out(tmp_path: Path) -> None:
     features = datasets.Features({"images": [datasets.Image()], "question": datasets.Value("string")})
     table = {"images": images, "question": ["What?"] * 3}
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
-    source = open_source(tmp_path / "set")
+    source = open_annotatable(tmp_path / "set")
     asked_of, left_out = questions(source)
     assert [q.record for q in asked_of] == [1] and left_out == 2
     assert read_picture(source.picture(1)).size == (9, 8)
@@ -491,7 +491,7 @@ def test_rows_whose_texts_show_other_pictures_are_named(tmp_path: Path) -> None:
     table = {"images": [[picture(8, 9), picture(9, 8)]], "conversations": [turns]}
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
     with pytest.raises(FoveateError, match="record 0: 1 <image> in its texts for 2 pictures"):
-        questions(open_source(tmp_path / "set"))
+        questions(open_annotatable(tmp_path / "set"))
 
 
 def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
@@ -500,12 +500,12 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
     empty = datasets.Dataset.from_dict({"image": [], "question": []}, features=features)
     empty.save_to_disk(tmp_path / "set")
     with pytest.raises(FoveateError, match=r"cannot be read as a dataset|no record of the data"):
-        questions(open_source(tmp_path / "set"))
+        questions(open_annotatable(tmp_path / "set"))
 
 
 @pytest.mark.parametrize("check", [0, 1, 5, 6, 500])
 def test_as_many_are_checked_as_were_asked_for(tmp_path: Path, data: Path, vlm: VLM, check: int) -> None:
-    source = open_source(data)
+    source = open_annotatable(data)
     report = run(
         settings(source, check=check), Annotator(vlm, source, RegionRule()), tmp_path / f"{check}.jsonl"
     )
@@ -534,7 +534,7 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
     features = datasets.Features({"images": [datasets.Image()], "question": datasets.Value("string")})
     table = {"images": shown, "question": ["What?"] * 3}
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
-    qwen, source = VLMS["qwen3_vl"](), open_source(tmp_path / "set")
+    qwen, source = VLMS["qwen3_vl"](), open_annotatable(tmp_path / "set")
     report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "a.jsonl")
     assert (report["regions"], report["problems"], report["records_without_one_picture"]) == (1, 1, 1)
     assert "cannot be read" in report["first_problems"][0]
@@ -543,7 +543,7 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
     turns = [{"from": "human", "value": "<image>\nWhat?\ud83d"}, {"from": "gpt", "value": "That."}]
     records = [{"image": name, "conversations": turns} for name in ("good.png", "thin.png", "good.png")]
     (tmp_path / "data.json").write_text(json.dumps(records))
-    source = open_source(tmp_path / "data.json")
+    source = open_annotatable(tmp_path / "data.json")
     report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "b.jsonl")
     assert (report["regions"], report["problems"]) == (2, 1)
     assert "does not take the picture" in report["first_problems"][0]
@@ -551,7 +551,7 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
 
 def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, data: Path) -> None:
     made = tiny_model("slime")
-    source = open_source(data)
+    source = open_annotatable(data)
     annotator = Annotator(VLM(made.model, made.processor), source, RegionRule())
     with pytest.raises(FoveateError, match="SliME does not say where its visual tokens look"):
         run(settings(source), annotator, tmp_path / "a.jsonl")
@@ -582,7 +582,7 @@ def test_malformed_lines_of_a_file_of_regions(tmp_path: Path) -> None:
 
 def test_a_detector_of_ones_own(tmp_path: Path, data: Path, vlm: VLM) -> None:
     """With a detector, regions are unions of what it found."""
-    source = open_source(data)
+    source = open_annotatable(data)
 
     def halves(shown: Image.Image) -> list[Box]:
         return [Box(0, 0, shown.width / 2, shown.height), Box(shown.width / 2, 0, shown.width, shown.height)]
@@ -656,7 +656,7 @@ def test_data_without_questions(tmp_path: Path) -> None:
         json.dumps([{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}])
     )
     with pytest.raises(FoveateError, match="no record of the data has a question about exactly one picture"):
-        questions(open_source(tmp_path / "data.json"))
+        questions(open_annotatable(tmp_path / "data.json"))
 
 
 def test_from_python(tmp_path: Path, data: Path, model: Path, unbroken: Path) -> None:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from foveate.data.questions import Question, Source, open_source, questions
+from foveate.data.questions import Annotatable, Question, open_annotatable, questions
 from foveate.devices import choose_device
 from foveate.errors import FoveateError, require
 from foveate.picture.geometry import Box, Size
@@ -125,7 +125,9 @@ class Annotator:
         detect: picture -> boxes of its regions; None: the image tokens are the regions.
     """
 
-    def __init__(self, vlm: VLM, source: Source, rule: RegionRule, detect: Detector | None = None) -> None:
+    def __init__(
+        self, vlm: VLM, source: Annotatable, rule: RegionRule, detect: Detector | None = None
+    ) -> None:
         self.vlm, self.source = vlm, source
         self.highlight = Highlighter(vlm, rule, detect)
 
@@ -551,7 +553,7 @@ def annotate_data(
         FoveateError: whatever is wrong with data, model or file, before anything is written.
     """
     paths = Paths.of(out)
-    source = open_source(data, images, split)
+    source = open_annotatable(data, images, split)
     workers = processes()
     if device is None and "LOCAL_RANK" in os.environ and choose_device() == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -39,6 +39,18 @@ print(json.dumps(failures))
 """
 
 ROOT = Path(foveate.__file__).parent
+# The rooms of the house from the ground up: the way of a picture, then the doors.
+ROOMS = (
+    ("errors", "versions", "upstream", "options", "layers", "devices", "shipped"),
+    ("picture",),
+    ("towers",),
+    ("methods",),
+    ("model",),
+    ("ask", "data"),
+    ("zoom",),
+    ("composing", "tiny", "train", "lab", "annotate"),
+    ("cli", "__main__"),
+)
 
 # Modules of transformers that reach its Auto classes, some while they are half imported themselves.
 TRANSFORMERS = [
@@ -94,8 +106,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: Container[str]) -> set[str]:
-    """The package's modules that a file imports as it is imported itself: outside of functions."""
+def imports(path: Path, known: Container[str], everywhere: bool = False) -> set[str]:
+    """The package's modules that a file imports as it is imported itself; `everywhere`: in functions, too."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
@@ -108,9 +120,24 @@ def imports(path: Path, known: Container[str]) -> set[str]:
             assert node.level == 0 and node.module is not None, f"{path}: a relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names} & {*known}
             found |= inner or {node.module}
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        elif everywhere or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             waiting += ast.iter_child_nodes(node)
     return found & {*known}
+
+
+def test_no_import_runs_upwards() -> None:
+    """Every file imports from its own room and from those below it, in functions, too."""
+    floor = {room: n for n, rooms in enumerate(ROOMS) for room in rooms}
+    known = modules()
+    upwards = []
+    for name, path in known.items():
+        if name != "foveate":  # its public names lie in all rooms
+            for other in imports(path, known, everywhere=True) - {"foveate"}:
+                own, theirs = (module.split(".")[1] for module in (name, other))
+                if floor[theirs] > floor[own]:
+                    upwards.append(f"{name} imports {other}")
+    assert not upwards, "\n".join(upwards)
+    assert {module.split(".")[1] for module in known if module != "foveate"} == floor.keys()
 
 
 def test_no_file_imports_in_a_circle() -> None:

@@ -33,7 +33,7 @@ from foveate.methods.coroi import (
     CoroiOptions,
     CrossAttention,
     Group,
-    Regions,
+    InjectedWindows,
     RoiInjector,
     Round,
     Scorer,
@@ -605,7 +605,7 @@ def test_which_windows_a_layer_reads_and_which_tokens_read_them(
     for k, injector in enumerate(m.model.connector.injectors().values()):
         expected = hidden
         for round_ in injection.turns[k % len(turns)]:
-            alone = Regions(injection.features, [[round_]])
+            alone = InjectedWindows(injection.features, [[round_]])
             expected = RoiInjector(m.model.connector.attentions[k], 0)(expected, alone, visual)
         assert torch.equal(injector(hidden, injection, visual), expected)
 
@@ -626,7 +626,7 @@ def test_a_layer_may_be_on_another_device_than_the_connector(llm: str) -> None:
             attention = CrossAttention(8, 12, CoroiOptions())
             number = torch.zeros(1, 4, dtype=torch.long)
             group = Group(rows=number[0, :1], places=number, gates=torch.ones(1))
-            regions = Regions(torch.zeros(1, 16, 8), [[Round(torch.arange(4), [group])]])
+            regions = InjectedWindows(torch.zeros(1, 16, 8), [[Round(torch.arange(4), [group])]])
         hidden, visual = torch.zeros(1, 20, 12, device=llm), torch.ones(1, 20, dtype=torch.bool)
         changed = RoiInjector(attention, 0)(hidden, regions, visual)
         with torch.device(llm):  # as accelerate does, which moves weights and tensors and not what holds them

@@ -15,11 +15,11 @@ from foveate.data.formats import read_conversations
 from foveate.data.toy import write_toy_data
 from foveate.tiny import tiny_model
 from foveate.train.parts import add_adapters, learning_rate, matches, merge_adapters, parts, select
-from foveate.train.recipe import Lora, Source, Stage
+from foveate.train.recipe import DataFile, Lora, Stage
 
 
 def make(trains: list[str], **more: Any) -> Stage:
-    return Stage(trains=trains, data=[Source("x.json")], lr=1e-3, **more)
+    return Stage(trains=trains, data=[DataFile("x.json")], lr=1e-3, **more)
 
 
 @pytest.fixture(scope="module")

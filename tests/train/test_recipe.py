@@ -17,7 +17,7 @@ from foveate import FoveateError
 from foveate.methods import METHODS, method_class
 from foveate.options import build_options, type_name
 from foveate.shipped import find, shipped
-from foveate.train.recipe import Lora, ModelSpec, Recipe, Source, Stage, difference, load_recipe, to_dict
+from foveate.train.recipe import DataFile, Lora, ModelSpec, Recipe, Stage, difference, load_recipe, to_dict
 
 RECIPES = [find("recipe", name) for name in shipped("recipe")]
 TINY = find("recipe", "tiny")
@@ -90,7 +90,7 @@ def test_the_tiny_recipe_names_every_key() -> None:
     named = {(kind, name) for kind, name, _ in keys(yaml.compose(TINY.read_text()), Recipe)}
     every = {
         (kind, field.name)
-        for kind in (Recipe, ModelSpec, Stage, Source, Lora)
+        for kind in (Recipe, ModelSpec, Stage, DataFile, Lora)
         for field in dataclasses.fields(kind)
     }
     assert named == every

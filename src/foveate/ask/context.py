@@ -36,7 +36,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Written:
     """What the model wrote, and how many tokens it read for that.
 
     Attributes:
@@ -94,7 +94,7 @@ class Context:
         known: Sequence[int],
         encoded: EncodedPictures | None,
         **generation: Any,
-    ) -> list[Reply]:
+    ) -> list[Written]:
         """Reads what is new of each prompt and lets the model write.
 
         Args:
@@ -138,7 +138,7 @@ class Context:
         written = [_until(row.tolist(), ends, len(prompts) > 1) for row in sequences[:, past + width :]]
         self._keep(output.get(upstream.CACHE), sequences, prompts, columns, written, past + width)
         return [
-            Reply(new, sum(seen), sum(c >= 0 for c in row[:first]))
+            Written(new, sum(seen), sum(c >= 0 for c in row[:first]))
             for new, seen, row, first in zip(written, visible, columns, known, strict=True)
         ]
 

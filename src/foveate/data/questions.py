@@ -38,7 +38,7 @@ class Question:
         return record if self.number is None else f"{record}_q{self.number}"
 
 
-class Source(Protocol):
+class Annotatable(Protocol):
     """Data that can be annotated. `fingerprint` changes with them."""
 
     fingerprint: str
@@ -152,7 +152,7 @@ def _plain(turn: Any) -> Any:
     return {**turn, "content": parts}
 
 
-def open_source(data: str | Path, images: str | Path | None = None, split: str = "train") -> Source:
+def open_annotatable(data: str | Path, images: str | Path | None = None, split: str = "train") -> Annotatable:
     """A `.json` or `.jsonl` file of conversations; anything else is taken as a dataset of `datasets`.
 
     Raises:
@@ -167,7 +167,7 @@ def open_source(data: str | Path, images: str | Path | None = None, split: str =
 
 
 def questions(
-    source: Source, about: Literal["questions", "pictures"] = "questions"
+    source: Annotatable, about: Literal["questions", "pictures"] = "questions"
 ) -> tuple[list[Question], int]:
     """The questions of all records with one picture, and how many records have none or several.
 

@@ -18,8 +18,8 @@ Where we differ from the authors' code and why:
   is", as the released model is asked; `wording: paper` is equations 7 and 9.
 - `box_format: unit_xxyy` is the order of equation 8, `unit_xyxy` that of the released model.
 - `parser: strict` is the grammar of `foveate.picture.boxes`; what is not a box leads to the whole picture,
-  with the reason in the answer's notes. `parser: authors` cuts off the first and the last character and splits at
-  ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
+  with the reason in the answer's notes. `parser: authors` cuts off the first and the last character and
+  splits at ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
 - `crop: original` cuts out original pixels; `crop: padded` cuts them from the picture padded to a square,
   black beyond it, as the released model has learnt. Pixel coordinates make no huge picture, and a box
   without area is the whole picture; the authors' program stops at one.
@@ -60,7 +60,7 @@ from foveate.methods.base import (
     flat,
 )
 from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
-from foveate.picture.boxes import Frame, Reading, box_format, checked_box, fitted, read_box, write_box
+from foveate.picture.boxes import Frame, ReadBox, box_format, checked_box, fitted, read_box, write_box
 from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 
 PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
@@ -183,23 +183,23 @@ class ChainOfSpot(Method):
         """The second one is that of a region of a quarter of the picture; any other costs the same."""
         return [picture, Size(max(picture.height // 2, 1), max(picture.width // 2, 1))]
 
-    def region(self, text: str, picture: Size) -> Reading:
+    def region(self, text: str, picture: Size) -> ReadBox:
         """The box that the model wrote, in original pixels; beyond the border where the crop may be."""
         if self.options.parser == "authors":
             return authors_region(text, picture)
         return self._strict_region(text, picture)
 
-    def _strict_region(self, text: str, picture: Size) -> Reading:
+    def _strict_region(self, text: str, picture: Size) -> ReadBox:
         if self.options.crop == "original":
             return read_box(text, box_format(self.options.box_format), Frame.padded(picture))
         square, offset = _square(picture)
         box, problem = read_box(text, box_format(self.options.box_format), Frame.whole(square))
         if box is None:
-            return Reading(None, problem)
+            return ReadBox(None, problem)
         box = _moved(self._fitted_in_square(box, square), offset.left, offset.top)
         if not _overlap(Box(*box.rounded()), picture):
-            return Reading(None, "the box lies outside the picture")
-        return Reading(box)
+            return ReadBox(None, "the box lies outside the picture")
+        return ReadBox(box)
 
     def crop(self, picture: Image.Image, box: Box) -> Image.Image:
         """The region's pixels; `plan` zooms them like the first picture."""
@@ -331,7 +331,7 @@ class ChainOfSpot(Method):
         return lesson
 
 
-def authors_region(text: str, picture: Size) -> Reading:
+def authors_region(text: str, picture: Size) -> ReadBox:
     """The box as the authors' evaluation reads it, in original pixels: it may reach beyond the padded square.
 
     What stops their program (no width and no height) is no box here.
@@ -340,13 +340,13 @@ def authors_region(text: str, picture: Size) -> Reading:
     try:
         x0, y0, x1, y1 = (float(part) * side for part in text.strip()[1:-1].split(", ")[:4])
     except ValueError:
-        return Reading(None, "the authors' parser finds no box")
+        return ReadBox(None, "the authors' parser finds no box")
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 < x0 or y1 < y0:
-        return Reading(None, "the authors' parser finds no box that can be cut out")
+        return ReadBox(None, "the authors' parser finds no box that can be cut out")
     if (round(x0), round(y0)) == (round(x1), round(y1)):
-        return Reading(None, "the box has no area")
+        return ReadBox(None, "the box has no area")
     x0, y0, x1, y1 = (min(max(n, -FARTHEST), FARTHEST) for n in (x0, y0, x1, y1))
-    return Reading(_moved(Box(x0, y0, x1, y1), offset.left, offset.top))
+    return ReadBox(_moved(Box(x0, y0, x1, y1), offset.left, offset.top))
 
 
 def _cut_square(picture: Image.Image, box: Box) -> Image.Image:

@@ -251,7 +251,7 @@ def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
 class Group:
     """Windows of one size that are injected at once; one that was chosen several times stands once."""
 
-    rows: Tensor  # (R,) of Regions.features
+    rows: Tensor  # (R,) of InjectedWindows.features
     places: Tensor  # (R, Q) low-resolution tokens that read each, numbers in Round.tokens
     gates: Tensor  # (R,) factor of each window's update
 
@@ -265,7 +265,7 @@ class Round:
 
 
 @dataclass
-class Regions:
+class InjectedWindows:
     """What the injectors get: features (R, N, C) of the windows that differ, and per injector its rounds.
 
     C is the tower's width or, with `injection_reads: projected`, the LLM's. There is one list of rounds where
@@ -333,7 +333,7 @@ class RoiInjector(Injector):
         super().__init__()
         self.attention, self.turn = attention, turn
 
-    def forward(self, hidden: Tensor, injection: Regions, visual: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, injection: InjectedWindows, visual: Tensor) -> Tensor:
         places = visual.flatten().nonzero()[:, 0].to(hidden.device)  # of all visual tokens in (B T)
         states, features = hidden.flatten(0, 1), injection.features
         for round_ in injection.turns[self.turn % len(injection.turns)]:
@@ -584,7 +584,7 @@ class CoroiConnector(Connector):
 
     # For the LLM.
 
-    def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> Regions:
+    def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> InjectedWindows:
         """`counts`: visual tokens per picture; the low-resolution ones come first."""
         options = self.options
         first: dict[tuple[int, Look], int] = {}  # of the windows that are the same
@@ -610,7 +610,7 @@ class CoroiConnector(Connector):
             else:
                 order = [[i for i in mine if i % per_picture == place] for place in range(per_picture)]
                 turns.append([round_of(numbers) for numbers in order if numbers])
-        return Regions(features, turns)
+        return InjectedWindows(features, turns)
 
     def _round(self, chosen: Chosen, rows: list[int], numbers: list[int], starts: list[int]) -> Round:
         """Of the windows with these numbers; `rows` of all windows' features, `starts` of pictures' tokens.

@@ -2,7 +2,7 @@
 
 A text holds a box where it holds exactly one list of numbers and that has exactly four, all finite. Prose,
 brackets, tags and a lone number elsewhere do no harm; nor do two or three numbers outside, where the list
-stands in brackets. Anything else is no box, and `Reading.problem` says why. Corners are put in order and cut
+stands in brackets. Anything else is no box, and `ReadBox.problem` says why. Corners are put in order and cut
 off at the picture's border. No torch.
 
 What the four numbers mean is a `BoxFormat`, and what they are measured in a `Frame`:
@@ -81,7 +81,7 @@ class Frame:
         return {"unit": Size(1, 1), "thousand": Size(1000, 1000), "pixels": self.pixels}[scale]
 
 
-class Reading(NamedTuple):
+class ReadBox(NamedTuple):
     """A box in original pixels, inside the picture and not empty; or the reason why there is none."""
 
     box: Box | None
@@ -102,19 +102,19 @@ def box_format(name: str) -> BoxFormat:
     return BOX_FORMATS[name]
 
 
-def read_box(text: str, form: BoxFormat, frame: Frame) -> Reading:
+def read_box(text: str, form: BoxFormat, frame: Frame) -> ReadBox:
     """The box that a text holds."""
     lists = _lists(text)
     if not lists:
-        return Reading(None, "the text holds no list of numbers")
+        return ReadBox(None, "the text holds no list of numbers")
     if len(lists) > 1:
-        return Reading(None, f"the text holds {len(lists)} lists of numbers, not one")
+        return ReadBox(None, f"the text holds {len(lists)} lists of numbers, not one")
     if len(lists[0]) != 4:
-        return Reading(None, f"the list has {len(lists[0])} numbers, not 4")
+        return ReadBox(None, f"the list has {len(lists[0])} numbers, not 4")
     a, b, c, d = lists[0]
     values = (a, b, c, d) if form.order == "xyxy" else (a, c, b, d)
     if not all(map(math.isfinite, values)):
-        return Reading(None, "a number of the list is not finite")
+        return ReadBox(None, "a number of the list is not finite")
     area, extent = frame.area, frame.extent(form.scale)
     x, y = area.width / extent.width, area.height / extent.height
     placed = [area.left + values[0] * x, area.top + values[1] * y]
@@ -141,20 +141,20 @@ def _runs(text: str, piece: re.Pattern[str]) -> list[list[float]]:
     return runs
 
 
-def checked_box(values: Sequence[float], picture: Size) -> Reading:
+def checked_box(values: Sequence[float], picture: Size) -> ReadBox:
     """A box that comes from anywhere: left, top, right, bottom in original pixels."""
     if len(values) != 4:
-        return Reading(None, f"the list has {len(values)} numbers, not 4")
+        return ReadBox(None, f"the list has {len(values)} numbers, not 4")
     if not all(map(math.isfinite, values)):
-        return Reading(None, "a number of the list is not finite")
+        return ReadBox(None, "a number of the list is not finite")
     left, right = sorted((values[0], values[2]))
     top, bottom = sorted((values[1], values[3]))
     if left == right or top == bottom:
-        return Reading(None, "the box has no area")
+        return ReadBox(None, "the box has no area")
     box = Box(left, top, right, bottom).clipped(picture)
     if box.width <= 0 or box.height <= 0:
-        return Reading(None, "the box lies outside the picture")
-    return Reading(box)
+        return ReadBox(None, "the box lies outside the picture")
+    return ReadBox(box)
 
 
 def write_box(box: Box, form: BoxFormat, frame: Frame) -> str:

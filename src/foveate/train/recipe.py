@@ -53,7 +53,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataFile:
     """A file of conversations: LLaVA JSON or messages, as a JSON list or as JSONL."""
 
     path: str
@@ -97,7 +97,7 @@ class Stage:
     """
 
     trains: list[str]  # modules that train; all others are frozen
-    data: list[Source]
+    data: list[DataFile]
     lr: float  # peak learning rate
     freezes: list[str] = field(default_factory=list)  # modules inside of `trains` that stay frozen
     lrs: dict[str, float] = field(default_factory=dict)  # modules with a learning rate of their own

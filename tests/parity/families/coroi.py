@@ -17,7 +17,7 @@ from foveate.methods.coroi import (
     CoroiConnector,
     CoroiOptions,
     CrossAttention,
-    Regions,
+    InjectedWindows,
     RoiInjector,
     Scorer,
     Window,
@@ -212,7 +212,7 @@ def inject(compare: Comparison) -> None:
         ours = {"q": "query", "k": "key", "v": "value"}
         state = case.part(f"state.{projections}")
         attention.load_state_dict({f"{ours[key[0]]}{key[1:]}": tensor for key, tensor in state.items()})
-        got = RoiInjector(normed(attention, config), 0)(hidden, Regions(features, [rounds]), visual)
+        got = RoiInjector(normed(attention, config), 0)(hidden, InjectedWindows(features, [rounds]), visual)
         compare.close(name, got, expected, CLOSE)
 
 
