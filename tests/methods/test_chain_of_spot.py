@@ -186,10 +186,10 @@ def boxed(made: Foveate, monkeypatch: pytest.MonkeyPatch) -> Foveate:
     """A model whose reply to the first instruction reads as a box that depends on it."""
 
     def region(self: ChainOfSpot, text: str, size: Size) -> Any:
-        from foveate.picture.boxes import Reading
+        from foveate.picture.boxes import ReadBox
 
         left = len(text.encode()) % (size.width // 2)
-        return Reading(Box(left, 0, left + size.width // 2, size.height // 2))
+        return ReadBox(Box(left, 0, left + size.width // 2, size.height // 2))
 
     monkeypatch.setattr(ChainOfSpot, "region", region)
     return made
