@@ -32,6 +32,7 @@ ELSEWHERE = {
     "make slow": "runs for a quarter of an hour",
     "make oldest": "makes another virtual environment",
     "make newest": "makes another virtual environment",
+    "make constraints": "asks the package index",
     "make demo": "makes another virtual environment; its question is asked by tests/test_embedded.py",
     "make embedded": "trains for hours",
     "source .venv/bin/activate": "the tests run in an environment already",
