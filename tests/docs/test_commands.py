@@ -67,6 +67,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
             reader=Schedule(steps=2, batch=4, lr=1e-3),
             cell=Schedule(steps=4, batch=4, lr=1e-3),
             tower_scenes=8,
+            tower_test_scenes=40,
             scenes=16,
             test_scenes=8,
         )
