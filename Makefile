@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test slow newest oldest docs embedded clean
+.PHONY: demo install test slow newest oldest constraints docs embedded clean
 
 # A question about a photograph of 16 megapixels, answered by the model that comes with the package.
 demo: .venv/core
@@ -45,6 +45,18 @@ newest oldest:
 	.venv-$@/bin/pip list
 	.venv-$@/bin/pytest tests/core tests/parity/test_transformers.py tests/methods/test_invariants.py \
 		tests/test_main_job.py
+
+# constraints.txt: what pip takes today, for each of these Pythons.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+constraints: install
+	mkdir -p build
+	for python in $(PYTHONS); do \
+		name=build/$$(basename $$python); \
+		$$python -m venv --clear $$name && $$name/bin/pip install --quiet --dry-run --ignore-installed \
+			--report $$name.json --editable '.[dev,docs]' torch==2.13.0 || exit 1; \
+	done
+	$(BIN)/python tools/requirements.py constraints $(foreach python,$(PYTHONS),build/$(notdir $(python)).json) > constraints.new
+	mv constraints.new constraints.txt
 
 # The documentation on http://127.0.0.1:8000, built anew whenever a page changes.
 docs: install

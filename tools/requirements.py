@@ -20,6 +20,10 @@ import tomllib
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("train", "lab", "annotate", "original", "dev")
 CPU_TORCH = "2.13"  # the oldest that pip has built for CPUs alone; older ones are tried where there is CUDA
+HEAD = """\
+# What `make demo` and `make install` take, for Python 3.10 to 3.13; all tests pass with those for 3.11.
+# Made by `make constraints`; CONTRIBUTING.md says when.
+"""
 OF_TORCH = re.compile(r"nvidia|cuda|triton")  # torch itself says which of these it needs
 
 
@@ -69,7 +73,7 @@ def constraints(reports: list[Path]) -> list[str]:
         for version in sorted({*found.values()}):
             taken = [python for python in pythons if found.get(python) == version]
             lines.append(f"{name}=={version}{marker(taken, pythons)}")
-    return lines
+    return [*HEAD.splitlines(), *lines]
 
 
 def marker(some: list[str], pythons: list[str]) -> str:

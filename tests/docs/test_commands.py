@@ -32,6 +32,7 @@ ELSEWHERE = {
     "make slow": "runs for a quarter of an hour",
     "make oldest": "makes another virtual environment",
     "make newest": "makes another virtual environment",
+    "make constraints": "asks the package index",
     "make demo": "makes another virtual environment; its question is asked by tests/test_embedded.py",
     "make embedded": "trains for hours",
     "source .venv/bin/activate": "the tests run in an environment already",
@@ -66,6 +67,7 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
             reader=Schedule(steps=2, batch=4, lr=1e-3),
             cell=Schedule(steps=4, batch=4, lr=1e-3),
             tower_scenes=8,
+            tower_test_scenes=40,
             scenes=16,
             test_scenes=8,
         )

@@ -23,6 +23,7 @@ NANO = replace(
     convnet=Schedule(steps=3, batch=4, lr=1e-3),
     reader=Schedule(steps=3, batch=4, lr=1e-3),
     tower_scenes=8,
+    tower_test_scenes=40,
     cell=Schedule(steps=6, batch=4, lr=2e-3),
     scenes=16,
     test_scenes=8,

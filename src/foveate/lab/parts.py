@@ -109,7 +109,9 @@ def _prepare_tower(
     scale: Scale, convolutional: bool, seed: int, tell: Callable[[int, float], None]
 ) -> Prepared:
     tower, head = train_tower(scale, convolutional, seed, tell)
-    return Prepared(tower, legibility(tower, head, scale, tower_scenes(scale, "test", 800)))
+    return Prepared(
+        tower, legibility(tower, head, scale, tower_scenes(scale, "test", scale.tower_test_scenes))
+    )
 
 
 def _prepare_reader(scale: Scale, seed: int, tell: Callable[[int, float], None]) -> Prepared:

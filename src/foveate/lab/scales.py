@@ -38,7 +38,8 @@ class Scale:
         vision_width, vision_layers, vision_heads: of the tower.
         text_width, text_layers, text_heads: of the LLM.
         tower, convnet, reader: pre-training of tower, ConvNeXt and LLM; batches of crops and of texts.
-        tower_scenes: pictures that the tower's crops come from.
+        tower_scenes, tower_test_scenes: pictures that the tower's crops come from, in training and when it is
+            measured.
         levels: names of the levels that tower and LLM are pre-trained for.
         page_sizes: factors on the size of the glyphs on the pages that the tower learns to read on.
         uneven: largest ratio of sides of the windows that the tower sees in pre-training; above 1, some
@@ -71,11 +72,12 @@ class Scale:
     page_sizes: tuple[float, ...] = (1.0,)
     uneven: float = 1.0
     warm_up: float = 0.25
+    tower_test_scenes: int = 800
 
     def __post_init__(self) -> None:
         if self.view % self.patch:
             raise FoveateError(f"a view of {self.view} pixels cannot be cut into patches of {self.patch}")
-        if min(self.tower_scenes, self.scenes, self.test_scenes) < 1:
+        if min(self.tower_scenes, self.tower_test_scenes, self.scenes, self.test_scenes) < 1:
             raise FoveateError("a scale needs at least one scene of each kind")
 
     def vision_config(self) -> CLIPVisionConfig:

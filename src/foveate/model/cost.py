@@ -6,15 +6,16 @@ every LLM is priced by the code that will run.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from foveate import upstream
 from foveate.model.config import FoveateConfig
@@ -219,10 +220,37 @@ class Pricer:
         )
 
     def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
+        if len(self._languages) == 1:
+            return self._run_language(self._languages[0], tokens, kept)
+        # Of equal layers two are run: what the second one adds, each further one adds, too.
+        one, two = (self._run_language(language, tokens, kept) for language in self._languages)
+        more = self.model.config.text_config.num_hidden_layers - 1
+        prefill, decode, kv = (first + more * (both - first) for first, both in zip(one, two, strict=True))
+        return prefill, decode, kv
+
+    @cached_property
+    def _languages(self) -> list[PreTrainedModel]:
+        """What is run to price the LLM: itself, or where all layers are equal its first one and first two."""
+        whole = self.model.language_model
+        layers = upstream.decoder_layers(whole.get_decoder())
+        config = whole.config.to_dict()
+        kinds = {*(config.get("layer_types") or ())}  # which attention each layer has, where they differ
+        if layers is None or len(layers) < 3 or len({*map(repr, layers)}) > 1 or len(kinds) > 1:
+            return [whole]
+        short = []
+        for depth in (1, 2):
+            one = copy.deepcopy(whole.config)
+            one.num_hidden_layers = depth
+            if kinds:
+                one.layer_types = one.layer_types[:depth]
+            with torch.device("meta"):
+                short.append(type(whole)(one).to(self.dtype).eval().requires_grad_(False))
+        return short
+
+    def _run_language(self, language: PreTrainedModel, tokens: int, kept: int) -> tuple[int, int, int]:
         width = self.model.config.text_config.hidden_size
         embeds = torch.zeros(1, kept + tokens, width, device="meta", dtype=self.dtype)
-        language, cache = self.model.language_model, None
-        name = upstream.CACHE
+        cache, name = None, upstream.CACHE
         with torch.no_grad():
             if kept:
                 cache = language(inputs_embeds=embeds[:, :kept], use_cache=True)[name]
