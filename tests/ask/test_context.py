@@ -118,7 +118,7 @@ def test_a_remembered_picture_keeps_nothing_of_others(both: Any) -> None:
     kept, _ = both("llava")
     images = [picture(60, 100), picture(33, 33, seed=1)]
     kept.ask_all([(image, "What?") for image in images], **WORDS)
-    for features in map(kept.features, images):
+    for features in map(kept.engine.features, images):
         assert features.untyped_storage().nbytes() == features.nbytes
 
 

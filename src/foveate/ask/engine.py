@@ -232,7 +232,8 @@ class Engine:
 
     def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
         """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
-        memory, new = self.memory, {}
+        memory = self.memory
+        new: dict[str, _Shown] = {}
         for picture in shown:
             if picture.fingerprint not in memory.features:
                 new.setdefault(picture.fingerprint, picture)

@@ -25,12 +25,12 @@ class Introduction:
 
     Args:
         auto: module of `AUTO`; importing it imports ours.
-        ours: module of `foveate`.
+        ours: module of `foveate.model`.
         introduce: called once with both.
     """
 
     def __init__(self, auto: str, ours: str, introduce: Callable[[ModuleType, ModuleType], None]) -> None:
-        self.auto, self.ours = f"{AUTO}.{auto}", f"foveate.{ours}"
+        self.auto, self.ours = f"{AUTO}.{auto}", f"foveate.model.{ours}"
         self.introduce = introduce
         self.complete: dict[str, ModuleType] = {}
         wrapt.register_post_import_hook(self._arrived, self.ours)
