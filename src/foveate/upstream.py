@@ -4,11 +4,12 @@ Such things move between their minor versions. Each stands here once, with a com
 on, and `tests/core/test_upstream.py` has one test for each that fails by its name. What cannot stand here,
 because transformers finds it by its name in our classes, is tested there too:
 
-    forward(mm_encoder_outputs=...), EncodedPictures.pooler_output    `model.FoveateForConditionalGeneration`
-    replace_image_token, get_text_with_replacements                   `FoveateProcessor`
-    _get_train_sampler, get_decay_parameter_names                     `train.trainer.StageTrainer`
-    transformers.models.auto.*                                        `registration`
+    forward(mm_encoder_outputs=...), EncodedPictures.pooler_output    `model.modeling`
+    replace_image_token, get_text_with_replacements                   `model.processing`
+    _get_train_sampler, get_decay_parameter_names                     `train.trainer`
+    transformers.models.auto.*                                        `model.registration`
     gradient_checkpointing, _gradient_checkpointing_func              a tower that checkpoints by itself
+    torch's formulas for FLOPs, and its dispatch mode                 `model.cost.FlopCounter`
     the fingerprint of a data set                                     `data.questions`
 """
 

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from foveate import upstream
 from foveate.model import registration
+from foveate.model.cost import FlopCounter
 from foveate.model.modeling import EncodedPictures, FoveateOutput
 from foveate.tiny import tiny_model, tiny_text
 from foveate.zoom.vlm import _loads_by_itself
@@ -250,3 +251,14 @@ def test_fingerprint_of_a_data_set_is_that_of_its_rows() -> None:
 
     one, same, other = (Dataset.from_dict({"a": rows}) for rows in ([1, 2], [1, 2], [1, 3]))
     assert one._fingerprint == same._fingerprint != other._fingerprint
+
+
+def test_flops_are_those_of_torchs_own_counter(llm: LlamaForCausalLM) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.arange(10, 18).view(2, 4)
+    with torch.no_grad(), FlopCounterMode(display=False) as theirs:
+        llm(input_ids=ids)
+    with torch.no_grad(), FlopCounter() as ours:
+        llm(input_ids=ids)
+    assert ours.total == theirs.get_total_flops() > 0

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 import foveate.methods
+from foveate.lab import run as lab_run
 from foveate.lab.experiment import Experiment
 from foveate.lab.scales import SCALES, Schedule
 from foveate.train.recipe import load_recipe
@@ -73,6 +74,14 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setitem(SCALES, name, short)
     monkeypatch.setattr(Experiment, "training", 4)  # where a file says how many steps
+    whole = lab_run.run
+
+    def first_rows(experiment: Experiment, *arguments: Any, **more: Any) -> Path:
+        """Two rows and one seed: tests/lab/test_experiments.py trains every row of every experiment."""
+        few = replace(experiment, variants=experiment.variants[:2], seeds=experiment.seeds[:1])
+        return whole(few, *arguments, **more)
+
+    monkeypatch.setattr(lab_run, "run", first_rows)
 
 
 class Page:

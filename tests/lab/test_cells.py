@@ -592,13 +592,13 @@ def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["run", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["run", "nowhere.yaml"], "no experiment at nowhere.yaml"),
         (["run", "nowhere.yaml", "--level", "easy"], "--level is for --methods"),
         (["run", "nowhere.yaml", "-o", "llava.fit=pad"], "--option is for --methods"),
         (["export", "out"], "either --method, or --experiment with --row"),
         (["export", "out", "--method", "llava", "--row", "LLaVA-1.5"], "either --method, or --experiment"),
         (["export", "out", "--experiment", "nowhere.yaml"], "either --method, or --experiment"),
-        (["export", "out", "--experiment", "nowhere.yaml", "--row", "a"], "no recipe at nowhere.yaml"),
+        (["export", "out", "--experiment", "nowhere.yaml", "--row", "a"], "no experiment at nowhere.yaml"),
         (
             ["export", "out", "--experiment", "a.yaml", "--row", "a", "--steps", "2"],
             "--steps is for --methods",

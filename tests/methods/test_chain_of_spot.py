@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError, load
+from foveate.ask.engine import Engine, Said
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
@@ -270,13 +272,13 @@ def test_what_is_asked_of_the_answer_is_not_asked_of_the_region(
 def test_a_reply_that_names_the_mark_of_pictures_shows_none(
     made: Foveate, monkeypatch: pytest.MonkeyPatch, reply: str
 ) -> None:
-    say, said = Foveate.say, iter([[reply, "[0.1, 0.5, 0.2, 0.8]"], ["a dog", "a cat"]])
+    say, texts = Engine.say, iter([[reply, "[0.1, 0.5, 0.2, 0.8]"], ["a dog", "a cat"]])
 
-    def says(*args: Any, **more: Any) -> list[str]:
-        say(*args, **more)
-        return next(said)
+    def says(*args: Any, **more: Any) -> list[Said]:
+        said = say(*args, **more)
+        return [replace(one, text=text) for one, text in zip(said, next(texts), strict=True)]
 
-    monkeypatch.setattr(Foveate, "say", says)
+    monkeypatch.setattr(Engine, "say", says)
     pairs = [(picture(60, 90, seed=i), "What is it?") for i in range(2)]
     spotted, other = made.ask_all(pairs, max_new_tokens=3)
     assert len(spotted.crops) == len(other.crops) == 1

@@ -25,9 +25,8 @@ from transformers import (
 )
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
-from foveate.methods import llava_hr
 from foveate.methods.base import TowerGeometry
-from foveate.methods.llava_hr import ConvNext, ConvNextShape, DualTower, LlavaHR, LlavaHROptions, MRAdapter
+from foveate.methods.llava_hr import DualTower, LlavaHR, LlavaHROptions, MRAdapter
 from foveate.model.checkpoints import recognise, stage_files
 from foveate.model.cost import Pricer, reference_config
 from foveate.options import build_options
@@ -35,6 +34,9 @@ from foveate.picture.drawing import COLOURS
 from foveate.picture.geometry import Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.towers import convnext
+from foveate.towers.convnext import ConvNext, ConvNextShape
+from foveate.towers.vit import CLIP_LIKE
 from foveate.train.recipe import load_recipe
 from tests.methods.conftest import TINY_OPTIONS, fresh
 from tests.support import checkpoint_activations, gap, picture
@@ -232,7 +234,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "nu
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", llava_hr.CLIP_LIKE)
+@pytest.mark.parametrize("kind", CLIP_LIKE)
 def test_towers_like_clips(kind: str) -> None:
     config = CONFIG_MAPPING[kind](**SIZES, image_size=56, patch_size=14)
     given = {"resolutions": [[56, 128]], "convnext": SHAPE}
@@ -287,7 +289,7 @@ def test_the_class_token_takes_no_part(tiny: Callable[[str], Any]) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_blocks_in_parts(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block computes a few rows at a time at inference is what it computes at once in training."""
-    monkeypatch.setattr(llava_hr, "WIDE", 2500)
+    monkeypatch.setattr(convnext, "WIDE", 2500)
     built = ConvNext(build_options(ConvNextShape, {**SHAPE, "version": version}, "x"))
     block = built.stages[1].layers[0]
     for p in block.parameters():
