@@ -103,7 +103,7 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     package = find_spec("matplotlib")
     assert package is not None and package.origin is not None
     folder = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
-    return ImageFont.truetype(folder / f"{name}.ttf", size)
+    return ImageFont.truetype(str(folder / f"{name}.ttf"), size)
 
 
 @lru_cache(maxsize=4096)
