@@ -16,7 +16,7 @@ because transformers finds it by its name in our classes, is tested there too:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 # The LLM's key and value cache was called `past_key_values` up to transformers 5.23 and is `cache` since: the
 # field of outputs, the argument of `forward` and `generate`, and the key that accelerate must not move.
@@ -55,6 +56,23 @@ def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any
     config = copy.deepcopy(config)
     rest = {name: value for name, value in {**given, **ours}.items() if name != "generation_config"}
     return {**config.update(**rest), "generation_config": config}
+
+
+# Where the blocks that a template marks as `generation` lie in its text; else only as a mask of tokens.
+def marked_answers(
+    template: str, messages: Sequence[Mapping[str, Any]], **names: Any
+) -> list[tuple[int, int]]:
+    """Start and end, in characters, of the answers in what a chat template writes.
+
+    Args:
+        template: Jinja source.
+        messages: one conversation.
+        **names: what else the template reads.
+    """
+    _, ((*spans,),) = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **names
+    )
+    return spans
 
 
 # The tensors of a cache: `layers`, each with `keys` and `values` (B, heads, T, head width).

@@ -8,8 +8,14 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from foveate import FoveateError, FoveateProcessor
-from foveate.model.text import TEMPLATES, chat_template, normalise_messages, picture_queries
+from foveate import FoveateError, FoveateProcessor, upstream
+from foveate.model.text import (
+    TEMPLATES,
+    answers_in,
+    chat_template,
+    normalise_messages,
+    picture_queries,
+)
 from foveate.tiny import tiny_model
 from tests.support import chat, picture
 
@@ -153,6 +159,69 @@ def test_pictures_stand_where_they_are_said(processor: FoveateProcessor) -> None
     text = processor.apply_chat_template([{"role": "user", "content": parts}])
     gap = "" if name_of(processor) in ("plain", "bare") else "\n"
     assert f"First <image>{gap}then <image>{gap}" in text
+
+
+TOLD = [
+    SYSTEM,
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": "What does it say, USER: or ASSISTANT?"}]},
+    {"role": "assistant", "content": "It says:\n\nASSISTANT\n"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "No."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_answers_are_found_in_a_text(processor: FoveateProcessor, first: int, count: int) -> None:
+    """Those that the template marks, in a text from which the marks are gone."""
+    messages = normalise_messages(TOLD[first : 1 + count])
+    text = processor.apply_chat_template(messages)
+    names = processor.tokenizer.special_tokens_map
+    marked = upstream.marked_answers(processor.chat_template, messages, **names)
+    assert len(marked) == count // 2
+    found = answers_in(text, processor.apply_chat_template)
+    assert found == ([] if name_of(processor) in ("plain", "bare") else marked)
+
+
+def test_what_was_answered_before_a_question_is_not_to_be_learnt(processor: FoveateProcessor) -> None:
+    render = processor.apply_chat_template
+    for messages in (TOLD[:2], TOLD[:4], TOLD[:6]):
+        assert answers_in(render(messages), render) == []
+        assert answers_in(render(messages, add_generation_prompt=True), render) == []
+    begun = render(TOLD[:3], continue_final_message=True)
+    assert answers_in(begun, render) == []
+    assert answers_in("a text of another template", render) == []
+
+
+def test_a_prompt_is_what_the_processor_makes(processor: FoveateProcessor) -> None:
+    """Of one conversation: the same tokens by both ways, with and without its answers to learn."""
+    image = picture(20, 30)
+    shown = [{**TOLD[1], "content": [{**IMAGE, "image": image}, *TOLD[1]["content"][1:]]}, *TOLD[2:]]
+    for messages, learn in ((shown[:1], False), (shown[:3], False), (shown[:4], True)):
+        inputs = processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=not learn,
+            return_assistant_tokens_mask=learn,
+        )
+        prompt = processor.prompt(messages, learn=learn)
+        assert prompt.ids == list(inputs["input_ids"][0])
+        assert [*map(int, prompt.answers)] == (
+            list(inputs["assistant_masks"][0]) if learn else [0] * len(prompt.ids)
+        )
+        ((start, end),) = prompt.places
+        assert set(prompt.ids[start:end]) == {processor.image_token_id}
+        assert prompt.ids.count(processor.image_token_id) == end - start == 16
+        assert prompt.queries == [[]]
+
+
+def test_a_template_must_write_every_picture(processor: FoveateProcessor) -> None:
+    processor.chat_template = "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    with pytest.raises(FoveateError, match="the chat template writes <image> 0 times for 1 pictures"):
+        processor.prompt(chat("What?", picture(20, 30)))
 
 
 def test_unknown_template() -> None:

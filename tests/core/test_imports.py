@@ -83,20 +83,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def start(scenarios: dict[str, str]) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUNNER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdin.write(json.dumps(scenarios))
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
 def modules() -> dict[str, Path]:
     """Every module of the package and its file."""
     found = {}
@@ -159,30 +145,39 @@ def test_circles_are_found(tmp_path: Path) -> None:
     assert graph == {"one": {"two"}, "two": {"one"}, "late": set()}
 
 
-def test_orders_of_imports(folder: Path) -> None:
+def scenarios(folder: Path) -> dict[str, str]:
     """Entry points alone, and Foveate before, between and after modules that reach the Auto classes."""
     loads = LOADS.format(folder=str(folder))
     first = ("foveate.model.modeling", "foveate.model.processing", "foveate.cli")
-    scenarios = {name: f"import {name}\n" for name in first}
-    scenarios |= {
-        f"foveate, then {name}": f"import foveate, transformers.{name}\n{loads}" for name in TRANSFORMERS
-    }
-    scenarios |= {
-        f"{name} between": f"import foveate.model.config, transformers.{name}\n{loads}"
-        for name in TRANSFORMERS[:1]
-    }
-    scenarios["transformers first"] = f"import transformers.pipelines, foveate\n{loads}"
+    orders = {f"{name} alone": f"import {name}\n" for name in first}
+    orders |= {f"foveate, {name}": f"import foveate, transformers.{name}\n{loads}" for name in TRANSFORMERS}
+    orders["between"] = f"import foveate.model.config, transformers.{TRANSFORMERS[0]}\n{loads}"
+    orders["transformers first"] = f"import transformers.pipelines, foveate\n{loads}"
     for auto in ("AutoImageProcessor", "AutoModelForImageTextToText"):
-        scenarios[f"{auto} alone"] = (
+        orders[auto] = (
             f"import foveate\nfrom transformers import {auto}\n"
             f"assert 'Foveate' in type({auto}.from_pretrained({str(folder)!r})).__name__"
         )
-    items = list(scenarios.items())
-    halves = [start(dict(items[i::2])) for i in range(2)]
-    for process in halves:
-        out, error = process.communicate(timeout=300)
-        failures = json.loads(out) if out else {"runner": error}
-        assert not failures, "\n".join(f"{name}:\n{problem}" for name, problem in failures.items())
+    return orders
+
+
+USUAL = ("foveate.model.modeling alone", "transformers first", "AutoImageProcessor")
+
+
+@pytest.mark.parametrize("usual", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_orders_of_imports(folder: Path, usual: bool) -> None:
+    chosen = {name: code for name, code in scenarios(folder).items() if (name in USUAL) == usual}
+    assert len(chosen) == (len(USUAL) if usual else 10)
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(chosen),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    failures = json.loads(process.stdout) if process.stdout else {"runner": process.stderr}
+    assert not failures, "\n".join(f"{name}:\n{problem}" for name, problem in failures.items())
 
 
 def test_import_is_cheap() -> None:

@@ -57,6 +57,19 @@ def test_cache_is_handed_in_by_that_name(llm: LlamaForCausalLM) -> None:
     assert upstream.CACHE in llm._skip_keys_device_placement
 
 
+def test_a_template_s_marks_are_spans_of_its_text() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}"
+        "{% generation %}{{ m['content'] }}{{ end }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    roles = ("user", "assistant", "user", "assistant")
+    said = [
+        {"role": role, "content": word} for role, word in zip(roles, ("Why?", "So.", "", "No"), strict=True)
+    ]
+    spans = upstream.marked_answers(template, said, end="|")
+    assert ["Why?So.|No|"[start:end] for start, end in spans] == ["So.|", "No|"]
+
+
 def test_cache_keys_and_values(read: Any) -> None:
     """Per layer 2 x (2 rows, 2 heads, 4 tokens, 12 wide) in float32."""
     assert upstream.cache_bytes(read[upstream.CACHE]) == 4 * 2 * (2 * 2 * 4 * 12) * 4

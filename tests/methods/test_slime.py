@@ -23,6 +23,7 @@ from foveate.data.toy import write_toy_data
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import Slime
 from foveate.model.cost import Pricer, reference_config
+from foveate.model.text import chat_template
 from foveate.picture.geometry import Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
@@ -258,6 +259,35 @@ def test_what_the_router_reads(reads: str) -> None:
     ]
     batch = Collator(tokenizer.pad_token_id)(items)
     assert batch["query_ids"].shape == batch["query_mask"].shape == (2, int(batch["query_mask"].sum(1).max()))
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama3", "mistral", "chatml"])
+def test_texts_with_answers_read_as_training_does(template: str) -> None:
+    """As other trainers make their inputs: the template first, then the processor."""
+    m = made(router_text="prompt")
+    m.processor.chat_template = chat_template(template)
+    image = picture(60, 100)
+    says = ("Yes.", "A secret, isn't it?")
+    samples = [
+        [
+            *chat("Is it?", image),
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "I am."},
+        ][:n]
+        for answer in says
+        for n in (2, 4)
+    ]
+    texts = m.processor.apply_chat_template(samples)
+    starts = {text.startswith(m.processor.tokenizer.bos_token) for text in texts}
+    for add in {True, False} - starts or {False}:
+        inputs = m.processor(
+            images=[image] * 4, text=texts, padding=True, return_tensors="pt", add_special_tokens=add
+        )
+    for row, (ids, mask) in enumerate(zip(inputs["query_ids"], inputs["query_mask"], strict=True)):
+        item = encode(m.processor, samples[row])
+        assert ids[mask.bool()].tolist() == item["query_ids"][0].tolist()
+    assert torch.equal(inputs["query_ids"][:2], inputs["query_ids"][2:])  # whatever was answered
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ STEPS = 6
 @pytest.mark.parametrize(
     ("method", "trains"),
     [
-        ("anyres", ["connector", "language_model"]),
         ("coroi", ["connector", "language_model"]),
-        ("llava", ["vision_tower", "connector"]),
+        pytest.param("anyres", ["connector", "language_model"], marks=pytest.mark.slow),
+        pytest.param("llava", ["vision_tower", "connector"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from foveate.model.modeling import EncodedPictures, FoveateForConditionalGenerat
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Passage:
     """A conversation up to where the model is to go on.
 
     Attributes:
@@ -75,7 +75,7 @@ class Context:
             self.held = self.held[list(rows)]
             self.rows = [self.rows[row] for row in rows]
 
-    def known(self, row: int, prompt: Prompt) -> int:
+    def known(self, row: int, prompt: Passage) -> int:
         """How many of a prompt's first tokens are in the cache; its last one never counts."""
         if self.cache is None:
             return 0
@@ -90,7 +90,7 @@ class Context:
     def go_on(
         self,
         model: FoveateForConditionalGeneration,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Passage],
         known: Sequence[int],
         encoded: EncodedPictures | None,
         **generation: Any,
@@ -146,7 +146,7 @@ class Context:
         self,
         cache: Any,
         sequences: Tensor,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Passage],
         columns: Sequence[list[int]],
         written: Sequence[list[int]],
         length: int,
@@ -177,7 +177,7 @@ def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, A
 
 
 def _visible(
-    prompts: Sequence[Prompt], known: Sequence[int], encoded: EncodedPictures | None
+    prompts: Sequence[Passage], known: Sequence[int], encoded: EncodedPictures | None
 ) -> list[list[bool]]:
     """Per prompt, which of its tokens behind the known ones the LLM gets: all but the dropped visual ones."""
     kept = iter(encoded.kept if encoded is not None and encoded.kept is not None else [])

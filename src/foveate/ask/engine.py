@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.ask.answer import Ledger, Seen
-from foveate.ask.context import Context, Prompt, can_go_on
+from foveate.ask.context import Context, Passage, can_go_on
 from foveate.model.cost import Pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
-from foveate.model.processing import FoveateProcessor
-from foveate.model.text import picture_queries
+from foveate.model.processing import FoveateProcessor, padded_queries
+from foveate.model.text import pictures_of
 from foveate.picture.geometry import ViewPlan
 from foveate.picture.source import Look, Source
 from foveate.versions import names_versions
@@ -50,18 +50,18 @@ class Said:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A picture in a prompt, with the question that a connector reads with it, (T,) or None."""
+    """A picture in a prompt, with the tokens that a connector reads with it."""
 
     said: Said
     picture: Image.Image
     plan: ViewPlan
     fingerprint: str
-    query: Tensor | None
+    query: tuple[int, ...]
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
         """All that its visual tokens depend on."""
-        return self.fingerprint, () if self.query is None else tuple(self.query.tolist())
+        return self.fingerprint, self.query
 
 
 class Memory:
@@ -162,7 +162,7 @@ class Engine:
         said = [Said() for _ in conversations]
         ledgers = [one.ledger for one in said]
         with self._lock:
-            read = [self._prompt(messages, one) for messages, one in zip(conversations, said, strict=True)]
+            read = [self._passage(messages, one) for messages, one in zip(conversations, said, strict=True)]
             prompts = [prompt for prompt, _ in read]
             known = [context.known(row, prompt) for row, prompt in enumerate(prompts)]
             new = [
@@ -194,41 +194,16 @@ class Engine:
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
-    def _prompt(self, messages: Sequence[Mapping[str, Any]], said: Said) -> tuple[Prompt, list[_Shown]]:
-        """A conversation's token ids, with placeholders counted off the plans, and its pictures."""
-        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+    def _passage(self, messages: Sequence[Mapping[str, Any]], said: Said) -> tuple[Passage, list[_Shown]]:
+        """A conversation's tokens and its pictures."""
+        pictures = pictures_of(messages)
         plans = [self.plan(picture) for picture in pictures]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        placeholders = [self.processor.image_token * plan.tokens for plan in plans]
-        texts, _ = self.processor.get_text_with_replacements([text], placeholders)
-        bos = self.processor.tokenizer.bos_token
-        special = bos is None or not text.startswith(bos)
-        ids = self.processor.tokenizer(texts[0], add_special_tokens=special)["input_ids"]
-        marks = [i for i, token in enumerate(ids) if token == self.processor.image_token_id]
-        places, used = [], 0
-        for plan in plans:
-            places.append((marks[used], marks[used + plan.tokens - 1] + 1))
-            used += plan.tokens
-        queries = self._queries(messages, torch.tensor(ids), len(pictures))
+        prompt = self.processor.prompt(messages, plans)
         shown = [
-            _Shown(said, picture, plan, _fingerprint(picture), query)
-            for picture, plan, query in zip(pictures, plans, queries, strict=True)
+            _Shown(said, picture, plan, _fingerprint(picture), tuple(query))
+            for picture, plan, query in zip(pictures, plans, prompt.queries, strict=True)
         ]
-        return Prompt(ids, [picture.key for picture in shown], places), shown
-
-    def _queries(
-        self, messages: Sequence[Mapping[str, Any]], ids: Tensor, pictures: int
-    ) -> Sequence[Tensor | None]:
-        """Per picture of a conversation the tokens (T,) that its connector reads; None if it reads none."""
-        if not self.model.method.uses_query:
-            return [None] * pictures
-        if self.model.method.query_text == "question":
-            texts = picture_queries(messages)
-            tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            return [torch.tensor(row, dtype=torch.long) for row in tokens]
-        every = torch.ones_like(ids, dtype=torch.bool)
-        rows, mask = self.processor.text_around([ids], [every], [pictures])
-        return [row[seen.bool()] for row, seen in zip(rows, mask, strict=True)]
+        return Passage(prompt.ids, [picture.key for picture in shown], prompt.places), shown
 
     def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
         """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
@@ -259,8 +234,10 @@ class Engine:
             picture.said.ledger.tflop += (vision.connect + vision.inject) / 1e12
         memory.keep({key: found[key] for key in keys})
         start = self._now()
-        queries = [picture.query for picture in shown if picture.query is not None]
-        query_ids, query_mask = self._padded(queries) if queries else (None, None)
+        query_ids, query_mask = None, None
+        if self.model.method.uses_query:
+            queries = padded_queries((p.query for p in shown), self.processor.tokenizer.pad_token_id)
+            query_ids, query_mask = (part.to(self.model.device) for part in queries)
         sizes = torch.tensor([picture.plan.picture for picture in shown])
         features = torch.cat([found[key] for key in keys])
         source = self._source(shown) if self.model.method.reads_source else None
@@ -289,15 +266,6 @@ class Engine:
             ledger.encoded_views += source.encoded[i]
             look = self.pricer.vision(picture.plan.picture).look
             ledger.tflop += source.encoded[i] * look / 1e12
-
-    def _padded(self, queries: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """`query_ids` and `query_mask` (P, longest), padded on the left."""
-        longest = max(len(query) for query in queries)
-        ids = torch.full((len(queries), longest), self.processor.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, query in enumerate(queries):
-            ids[row, longest - len(query) :], mask[row, longest - len(query) :] = query, 1
-        return ids.to(self.model.device), mask.to(self.model.device)
 
 
 def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:

@@ -19,7 +19,8 @@ from foveate.data.formats import Conversations
 from foveate.data.regions import Regions
 from foveate.errors import FoveateError
 from foveate.methods.base import Cut
-from foveate.model.processing import FoveateProcessor
+from foveate.model.processing import FoveateProcessor, padded_queries
+from foveate.model.text import normalise_messages, pictures_of
 from foveate.picture.boxes import checked_box
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture, read_size
@@ -80,13 +81,9 @@ class Samples(Dataset[dict[str, Tensor]]):
             return max(map(self._tokens, lessons), default=0), problems
 
     def _tokens(self, messages: Sequence[dict[str, Any]]) -> int:
-        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in _pictures(messages)]
+        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in pictures_of(messages)]
         plans = [self.processor.image_processor.plan(*size) for size in sizes]
-        text = self.processor.apply_chat_template(messages, tokenize=False)
-        bos = self.processor.tokenizer.bos_token
-        special = bos is None or not text.startswith(bos)
-        ids = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return len(ids) + sum(plan.tokens - 1 for plan in plans)
+        return len(self.processor.prompt(messages, plans, learn=True).ids)
 
     def pictures(self) -> np.ndarray:
         """(S,) number of pictures of each item."""
@@ -113,7 +110,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
     """Reads the size of a conversation's first picture."""
-    pictures = _pictures(messages)
+    pictures = pictures_of(messages)
     return cache(partial(read_size, *pictures[:1]))
 
 
@@ -122,7 +119,7 @@ def _problems(
 ) -> list[str]:
     """What is wrong with the regions of a conversation's questions."""
     answered, found = sum(message["role"] == "assistant" for message in messages), []
-    if known and (shown := len(_pictures(messages))) != 1:
+    if known and (shown := len(pictures_of(messages))) != 1:
         return [f"it shows {shown} pictures"] * len(known)
     for number, box in known.items():
         where = "the picture alone" if number is None else f"question {number}"
@@ -132,10 +129,6 @@ def _problems(
         elif problem is not None:
             found.append(f"{where}: {problem}")
     return found
-
-
-def _pictures(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
 
 
 def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,24 +148,23 @@ def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**m, "content": [resolved(part) for part in m["content"]]} for m in messages]
 
 
-def encode(processor: FoveateProcessor, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def encode(processor: FoveateProcessor, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """One conversation as model inputs with labels, as `Samples` describes them."""
-    inputs = processor.apply_chat_template(
-        [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    answer = torch.as_tensor(inputs.pop("assistant_masks")[0], dtype=torch.bool)
-    ids = torch.as_tensor(inputs["input_ids"][0])
+    messages = normalise_messages(messages)
+    pictures = [read_picture(picture) for picture in pictures_of(messages)]
+    images = processor.image_processor
+    prompt = processor.prompt(messages, [images.plan(p.height, p.width) for p in pictures], learn=True)
+    ids, answers = torch.tensor(prompt.ids), torch.tensor(prompt.answers)
     encoded = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "labels": ids.masked_fill(~answer, IGNORED),
+        "labels": ids.masked_fill(~answers, IGNORED),
     }
-    for name in (*SEEN, "query_ids", "query_mask"):
-        if name in inputs:
-            encoded[name] = torch.as_tensor(inputs[name])
-    if "query_ids" in encoded and processor.image_processor.planner().query_text == "prompt":
-        shown = len(encoded["image_sizes"])
-        encoded["query_ids"], encoded["query_mask"] = processor.text_around([ids], [~answer], [shown])
+    if pictures:
+        encoded |= images(pictures, return_tensors="pt")
+        if images.planner().uses_query:
+            fill = processor.tokenizer.pad_token_id
+            encoded["query_ids"], encoded["query_mask"] = padded_queries(prompt.queries, fill)
     return encoded
 
 
@@ -193,12 +185,15 @@ class Collator:
         for name in SEEN:
             if shown and name in shown[0]:
                 batch[name] = torch.cat([item[name] for item in shown])  # (sum of V, 3, h, w), (sum of P, 2)
-        asked = [item for item in shown if "query_ids" in item]
-        for name, fill in (("query_ids", self.pad_token_id), ("query_mask", 0)):
-            if asked:
-                longest = max(item[name].shape[1] for item in asked)
-                rows = [pad(item[name], (longest - item[name].shape[1], 0), value=fill) for item in asked]
-                batch[name] = torch.cat(rows)  # (sum of P, Tq)
+        if shown and "query_ids" in shown[0]:
+            rows = [
+                query[read.bool()].tolist()
+                for item in shown
+                for query, read in zip(item["query_ids"], item["query_mask"], strict=True)
+            ]
+            batch["query_ids"], batch["query_mask"] = padded_queries(
+                rows, self.pad_token_id
+            )  # (sum of P, Tq)
         return batch
 
 

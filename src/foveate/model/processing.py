@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
+from foveate import upstream
 from foveate.errors import FoveateError
 from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
@@ -20,10 +22,13 @@ from foveate.model import checkpoints
 from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
+    answers_in,
     chat_template,
     load_tokenizer,
     normalise_messages,
     picture_queries,
+    pictures_of,
+    without_pictures,
 )
 from foveate.options import merged
 from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
@@ -179,6 +184,23 @@ def cut(canvas: np.ndarray, view: View) -> np.ndarray:
     return canvas[:, top : bottom : view.steps.height, left : right : view.steps.width]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the LLM and the connector read it.
+
+    Attributes:
+        ids: the LLM's tokens, one placeholder for each visual token.
+        places: per picture its first placeholder and the one after its last.
+        queries: per picture the tokens that the connector reads as the question; empty where it reads none.
+        answers: per token whether the assistant said it and a training learns it.
+    """
+
+    ids: list[int]
+    places: list[tuple[int, int]]
+    queries: list[list[int]]
+    answers: list[bool]
+
+
 class FoveateProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
@@ -288,40 +310,104 @@ class FoveateProcessor(ProcessorMixin):
         if queries is not None:
             if len(queries) != shown:
                 raise FoveateError(f"{len(queries)} queries for {shown} pictures")
-            tokens = self.tokenizer(
-                list(queries), add_special_tokens=False, padding=True, return_tensors="pt"
-            )
-            inputs["query_ids"], inputs["query_mask"] = tokens["input_ids"], tokens["attention_mask"]
+            rows = self.tokenizer(list(queries), add_special_tokens=False)["input_ids"] if shown else []
         else:
-            texts = [text] if isinstance(text, str) else text
-            inputs["query_ids"], inputs["query_mask"] = self.text_around(
-                [torch.as_tensor(row) for row in inputs["input_ids"]],
-                [torch.as_tensor(row, dtype=torch.bool) for row in inputs["attention_mask"]],
-                [one.count(self.image_token) for one in texts],
-            )
+            named = {**kwargs, **kwargs.get("text_kwargs", {})}
+            special = named.get("add_special_tokens", True)
+            rows = [
+                row
+                for one in ([text] if isinstance(text, str) else text)
+                for row in self._around(one, special)
+            ]
+        inputs["query_ids"], inputs["query_mask"] = padded_queries(rows, self.tokenizer.pad_token_id)
         return inputs
 
-    def text_around(
-        self, ids: Sequence[Tensor], reads: Sequence[Tensor], pictures: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Per picture the text of its sample: `query_ids` and `query_mask` (P, longest), padded on the left.
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        plans: Sequence[ViewPlan] | None = None,
+        *,
+        learn: bool = False,
+    ) -> Prompt:
+        """A conversation as the LLM and the connector read it, as for asking or as for training.
 
         Args:
-            ids: per sample (T,), placeholders included.
-            reads: per sample (T,) bool, the tokens that may be read; placeholders never are.
-            pictures: how many each sample shows.
+            messages: contents are texts or lists of parts.
+            plans: of the pictures, in their order; by default those of the pictures in the messages.
+            learn: whether the answers in it are to be learnt. Without, the prompt ends where the model goes
+                on, and what was answered before is text like any other.
+
+        Raises:
+            FoveateError: what is not a message, a picture that cannot be read, a template that does not write
+                one `<image>` for each picture.
         """
-        rows = [
-            row[read & (row != self.image_token_id)]
-            for row, read, shown in zip(ids, reads, pictures, strict=True)
-            for _ in range(shown)
+        messages = normalise_messages(messages)
+        if plans is None:
+            pictures = [read_picture(picture) for picture in pictures_of(messages)]
+            plans = [self.image_processor.plan(p.height, p.width) for p in pictures]
+        text = self.apply_chat_template(messages, add_generation_prompt=not learn)
+        spans = []
+        if learn:
+            names = self.tokenizer.special_tokens_map
+            spans = upstream.marked_answers(self.chat_template, without_pictures(messages), **names)
+        bos = self.tokenizer.bos_token
+        short, learnt = self._tokens(text, spans, bos is None or not text.startswith(bos))
+        if short.count(self.image_token_id) != len(plans):
+            raise FoveateError(
+                f"the chat template writes {self.image_token} {short.count(self.image_token_id)} times for "
+                f"{len(plans)} pictures: name another template"
+            )
+        ids: list[int] = []
+        answers: list[bool] = []
+        places: list[tuple[int, int]] = []
+        for token, answer in zip(short, learnt, strict=True):
+            count = 1
+            if token == self.image_token_id:
+                count = plans[len(places)].tokens
+                places.append((len(ids), len(ids) + count))
+            ids += [token] * count
+            answers += [answer] * count
+        return Prompt(ids, places, self._queries(messages, short, learnt, len(plans)), answers)
+
+    def _queries(
+        self, messages: Sequence[Mapping[str, Any]], ids: Sequence[int], learnt: Sequence[bool], pictures: int
+    ) -> list[list[int]]:
+        """Per picture the tokens that its connector reads, as the method's `query_text` says."""
+        method = self.image_processor.planner()
+        if not (method.uses_query and pictures):
+            return [[]] * pictures
+        if method.query_text == "question":
+            return self.tokenizer(picture_queries(messages), add_special_tokens=False)["input_ids"]
+        return [self._read(ids, learnt)] * pictures
+
+    def _read(self, ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
+        """What a connector that reads the text around a picture gets of it."""
+        if self.image_processor.planner().query_text == "sequence":
+            learnt = [False] * len(ids)
+        return [
+            token
+            for token, answer in zip(ids, learnt, strict=True)
+            if token != self.image_token_id and not answer
         ]
-        longest = max((len(row) for row in rows), default=0)
-        query_ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
-        query_mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            query_ids[i, longest - len(row) :], query_mask[i, longest - len(row) :] = row, 1
-        return query_ids, query_mask
+
+    def _around(self, text: str, special: bool) -> list[list[int]]:
+        """Per picture of a rendered text the tokens around it; answers are found by the chat template."""
+        pictures = text.count(self.image_token)
+        spans = answers_in(text, self.apply_chat_template) if self.chat_template is not None else []
+        return [self._read(*self._tokens(text, spans, special))] * pictures
+
+    def _tokens(
+        self, text: str, spans: Sequence[tuple[int, int]], special: bool
+    ) -> tuple[list[int], list[bool]]:
+        """A text's tokens, one placeholder a picture, and whether each lies in one of the spans."""
+        tokens = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=bool(spans))
+        ids = tokens["input_ids"]
+        if not spans:
+            return ids, [False] * len(ids)
+        return ids, [
+            any(start < last and first < end for first, last in spans)
+            for start, end in tokens["offset_mapping"]
+        ]
 
     @names_versions
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
@@ -345,17 +431,25 @@ class FoveateProcessor(ProcessorMixin):
     def answer_end(self) -> int | None:
         """The special token with which the chat template ends an answer; None where it uses none."""
         messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-        inputs = self.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        pairs = zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True)
-        last = [int(token) for token, answer in pairs if answer][-1]
+        prompt = self.prompt(messages, learn=True)
+        last = [token for token, answer in zip(prompt.ids, prompt.answers, strict=True) if answer][-1]
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         return last if last in special else None
 
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+def padded_queries(rows: Iterable[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Questions to pictures as `query_ids` and `query_mask` (P, longest), padded on the left."""
+    rows = list(rows)
+    longest = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), longest), fill)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
 
 
 def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = None) -> FoveateImageProcessor:

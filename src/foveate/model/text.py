@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,64 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         )
         normal.append({**message, "content": parts})
     return normal
+
+
+def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The pictures of a conversation, as its messages give them."""
+    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+
+
+def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages that say where pictures stand, without the pictures."""
+    return [
+        {
+            **m,
+            "content": [{"type": "image"} if part["type"] == "image" else part for part in m["content"]],
+        }
+        for m in messages
+    ]
+
+
+def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
+    """Where the answers stand in a text that a chat template wrote, end marks included.
+
+    What the template writes around an answer is read off a conversation of known words. A text that ends in
+    a question, or in the middle of an answer, is one to go on with: none of its answers is to be learnt. The
+    same holds where the template writes nothing between question and answer.
+
+    Args:
+        text: as the template wrote it.
+        render: messages, and `add_generation_prompt`, to the template's text.
+
+    Returns:
+        Start and end of each answer, in characters; none where the text has none.
+    """
+    words = ("the first question", "the first answer", "the second question", "the second answer")
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    known = render(messages)
+    if not all(known.count(word) == 1 for word in words):
+        return []
+    before, opens, closes, _, end = re.split("|".join(words), known)
+    prompt = render(messages[:1], add_generation_prompt=True)
+    if known.startswith(prompt):  # what stands behind it belongs to the answer
+        opens = prompt[len(before) + len(words[0]) :]
+    if not opens.strip():
+        return []
+    closes, end = closes.rstrip(), end.rstrip()
+    spans: list[tuple[int, int]] = []
+    start = text.find(opens)
+    while start >= 0:
+        start += len(opens)
+        stop = text.find(closes, start) if closes else -1
+        if stop < 0:
+            last = text[start:].rstrip()
+            unended = not last.endswith(end) or not last.removesuffix(end).strip()
+            return [] if unended else [*spans, (start, start + len(last))]
+        stop += len(end) if closes.startswith(end) else 0
+        spans.append((start, stop))
+        start = text.find(opens, stop)
+    return []
 
 
 def picture_queries(messages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.ask.context import Context, Prompt
+from foveate.ask.context import Context, Passage
 from foveate.ask.conversation import content
 from foveate.data.dataset import Samples
 from foveate.data.formats import read_conversations
@@ -137,7 +137,7 @@ def one_after_the_other(compare: Comparison, model: Any, pictures: list[Image.Im
         ids = inputs["input_ids"][0].tolist()
         marks = [place for place, token in enumerate(ids) if token == shown]
         places = [(marks[k * each], marks[(k + 1) * each - 1] + 1) for k in range(len(stored))]
-        written = Prompt(ids, list(range(len(stored))), places)
+        written = Passage(ids, list(range(len(stored))), places)
         known = context.known(0, written)
         # All of the prompt before, or what both begin with where the case says how much that is.
         kept = case.json.get("prefix", {}).get("length", len(before)) if before else 0
