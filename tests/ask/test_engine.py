@@ -123,7 +123,7 @@ def test_a_turn_says_what_it_cost_alone() -> None:
     (first,) = made.engine.say([messages], context, **WORDS)
     messages += [{"role": "assistant", "content": [{"type": "text", "text": first.text}]}, *chat("Sure?")]
     (second,) = made.engine.say([messages], context, **WORDS)
-    assert [len(said.seen) for said in (first, second)] == [1, 0]
+    assert [len(said.accounts) for said in (first, second)] == [1, 0]
     assert second.ledger.views == second.ledger.visual_tokens == 0
     whole_cost = Ledger()
     for said in (first, second):

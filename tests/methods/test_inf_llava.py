@@ -558,30 +558,28 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     assert [view.role for view in answer.plan.views] == ["tile"] * 9 + ["interleaved"]
     drawing = np.asarray(answer.show(tmp_path / "seen.png")).astype(int)
     assert (tmp_path / "seen.png").is_file()
-    insight = m.model.connector.insight(lambda: m.engine.features(image), answer.plan)
-    assert insight.notes == [
+    account = m.engine.account(image, answer.plan)
+    assert account.notes == [
         "warm: where the enhancement looked most",
         "8 of the 18 views cannot reach the answer and are not read",
     ]
-    assert len(insight.heat) == 12 * 12
+    assert len(account.heat()) == 12 * 12
     for n, most in ((3, 4), (3, 1), (5, 4)):
         bound = made(tiles=[n, n], max_visual_tokens=most)
-        notes = bound.model.connector.insight(
-            lambda m=bound: m.engine.features(image), bound.plan(image)
-        ).notes
+        notes = bound.engine.account(image, bound.plan(image)).notes
         read = len(bound.plan(image).views)
         assert (
             notes[-1]
             == f"{2 * n * n - read} of the {2 * n * n} views cannot reach the answer and are not read"
         )
-    assert max(weight for _, weight in insight.heat) == 1
-    assert min(weight for _, weight in insight.heat) > 0  # nothing was dropped
-    boxes = [box for box, _ in insight.heat]
+    assert max(weight for _, weight in account.heat()) == 1
+    assert min(weight for _, weight in account.heat()) > 0  # nothing was dropped
+    boxes = [box for box, _ in account.heat()]
     assert sum(float(box.width * box.height) for box in boxes) == pytest.approx(112 * 168)
     plain = made(enhance="none")
     plain.model.load_state_dict(m.model.state_dict(), strict=False)
     unseen = np.asarray(plain.ask(image, "What?", max_new_tokens=2).show()).astype(int)
-    assert plain.model.connector.insight(lambda: torch.zeros(0), answer.plan).heat == []
+    assert plain.engine.account(image, answer.plan).heat() == []
     assert np.abs(drawing[24:400, 24:640] - unseen[24:400, 24:640]).mean() > 1
 
 

@@ -833,8 +833,8 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
     answer = made.ask(image, "What is it?", max_new_tokens=3)
     processor, built = made.processor.image_processor, made.model.vision_tower
     pixels = torch.from_numpy(processor.views(image, answer.plan))
-    insight = made.model.method.insight(built, lambda: pixels, answer.plan)
-    ((role, low),) = insight.views
+    account = made.engine.account(image, answer.plan)
+    ((role, low),) = account.views
     assert (role, low.shape) == ("low resolution", (3, 56, 56))
     assert processor.shown(pixels[0]).tobytes() == processor.paint(image, answer.plan.canvases[0]).tobytes()
     with torch.no_grad():
@@ -844,8 +844,8 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
         built(pixels)
         hook.remove()
         gate = adapter.parts(*seen[0]).gate.item()
-    assert insight.notes[0] == f"gates behind blocks 1: {gate:.3f}"
-    boxes, weights = zip(*insight.heat, strict=True)
+    assert account.notes[0] == f"gates behind blocks 1: {gate:.3f}"
+    boxes, weights = zip(*account.heat(), strict=True)
     assert max(weights) == 1.0
     assert min(weights) == 0.01
     assert sum(float(box.width * box.height) for box in boxes) == pytest.approx(6000)  # padding is left out

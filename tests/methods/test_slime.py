@@ -121,7 +121,10 @@ def test_a_bound_keeps_the_tokens_that_matter_most() -> None:
     whole = made(gamma=1.0 - 1e-6)
     batch = prepare(whole.processor, [chat("What is it?", image)])
     plan = whole.plan(image)
-    tokens, heat = encoded(whole.model, batch).pooler_output[0], encoded(whole.model, batch).heat[0]
+    tokens, heat = (
+        encoded(whole.model, batch).pooler_output[0],
+        encoded(whole.model, batch).accounts[0].heat(),
+    )
     assert plan.tokens == 16 + 1 + 6 * 4
     for bound in (41, 30, 18):
         m = made(gamma=1.0 - 1e-6, max_visual_tokens=bound)

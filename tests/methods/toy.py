@@ -23,6 +23,7 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
+from foveate.picture.account import Account
 from foveate.picture.geometry import Box, Size, View, ViewPlan, letterboxed, squashed, tiled, whole
 
 
@@ -81,7 +82,9 @@ class ToyConnector(Connector):
         added = tokens * self.question(said.to(tokens))[owner]
         kept = (place + lengths.to(place)[owner]) % 2 == 0 if self.drop else None
         regions = [[plan.regions[int(n) % len(plan.regions)]] for plan, n in zip(plans, lengths, strict=True)]
-        return VisualTokens(tokens, kept, ToyInjection(added, kept), regions)
+        return VisualTokens(
+            tokens, kept, ToyInjection(added, kept), accounts=[Account(regions=own) for own in regions]
+        )
 
 
 class Toy(Method):

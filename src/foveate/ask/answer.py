@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from foveate.methods.base import Chain, Insight
+from foveate.picture.account import Account, Chain
 from foveate.picture.drawing import cut_view, draw
 from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.reading import write_drawing
@@ -67,47 +64,52 @@ class Ledger:
 
 
 @dataclass
-class Seen:
-    """What the connector said of a picture as the LLM got it."""
-
-    regions: list[Box] | None
-    heat: Tensor | None
-    chains: list[Chain]
-
-
-@dataclass
 class Answer:
     """The model's text, where it looked, and what it cost.
 
     Attributes:
         text: the answer.
-        regions: parts of the picture that were looked at (left, top, right, bottom), original pixels.
         ledger: the costs.
         question: what was asked.
+        account: where the method looked.
         picture: what it was asked about.
         plan: the views that the picture was cut into.
-        heat: for methods that keep what matters to the question, parts of the picture in original pixels
-            with a weight from 0 (dropped) to 1; else empty.
-        chains: for methods that look at parts of the picture one after the other, these parts.
         crops: pictures that a method with several turns showed the model after the first one.
-        notes: sentences about how the method came to the answer, for example why it found no region.
     """
 
     text: str
-    regions: list[Box]
     ledger: Ledger
     question: str
+    account: Account = field(repr=False)
     picture: Image.Image = field(repr=False)
     plan: ViewPlan = field(repr=False)
-    heat: list[tuple[Box, float]] = field(repr=False)
-    chains: list[Chain] = field(repr=False)
     crops: list[Image.Image] = field(repr=False)
-    notes: list[str]
-    _draw: Callable[[Answer], Image.Image] = field(repr=False)
+    _engine: Engine = field(repr=False)
+
+    @property
+    def regions(self) -> list[Box]:
+        """Parts of the picture that were looked at, in original pixels."""
+        return list(self.plan.regions) if self.account.regions is None else self.account.regions
+
+    @property
+    def heat(self) -> list[tuple[Box, float]]:
+        """For methods that keep what matters to the question: parts of the picture, in original pixels, with
+        a weight from 0 (dropped) to 1; else empty."""
+        return self.account.heat()
+
+    @property
+    def chains(self) -> list[Chain]:
+        """For methods that look at parts of the picture one after the other: these parts."""
+        return self.account.chains
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about how the method came to the answer, for example why it found no region."""
+        return self.account.notes
 
     def show(self, out: str | Path | None = None) -> Image.Image:
         """A picture of what the model saw: regions and views. Also written to the file `out` if given."""
-        drawing = self._draw(self)
+        drawing = _drawn(self)
         if out is not None:
             write_drawing(drawing, out)
         return drawing
@@ -123,8 +125,8 @@ class Answer:
         }
 
 
-def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
-    """The drawing of an answer by the engine that gave it."""
+def _drawn(answer: Answer) -> Image.Image:
+    engine = answer._engine
     processor, plan, ledger = engine.processor.image_processor, answer.plan, answer.ledger
     canvases = [processor.paint(answer.picture, canvas) for canvas in plan.canvases]
     costs = (
@@ -135,10 +137,9 @@ def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
         f"{ledger.total_seconds:.2f} s"
     )
     caption = [(f"Q  {answer.question}", False), (f"A  {answer.text or '(no text)'}", True), (costs, False)]
-    insight = _insight(engine, answer)
-    own_views = [(role, processor.shown(pixels)) for role, pixels in insight.views]
-    caption += [(note, False) for note in (*insight.notes, *answer.notes)]
-    heat = answer.heat or insight.heat
+    account = engine.account(answer.picture, plan).joined(answer.account)
+    caption += [(note, False) for note in account.notes]
+    own_views = [(role, processor.shown(pixels)) for role, pixels in account.views]
     regions = answer.regions
     if answer.crops:  # their numbers follow those of the whole picture's views
         regions = [*plan.regions, *(region for region in regions if region not in plan.regions)]
@@ -148,19 +149,6 @@ def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
         own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
     chains = [
         (chain.name, chain.boxes, [processor.shown(view) for view in chain.pixels()])
-        for chain in answer.chains
+        for chain in account.chains
     ]
-    return draw(answer.picture, regions, plan, canvases, caption, heat, own_views, chains)
-
-
-def _insight(engine: Engine, answer: Answer) -> Insight:
-    """What the tower and the connector did with the answer's picture."""
-    model, processor = engine.model, engine.processor.image_processor
-
-    def views() -> Tensor:
-        pixels = torch.from_numpy(processor.views(answer.picture, answer.plan))
-        return pixels.to(model.device, model.dtype)
-
-    made = model.method.insight(model.vision_tower, views, answer.plan)
-    read = model.connector.insight(lambda: engine.features(answer.picture), answer.plan)
-    return Insight(made.views + read.views, made.heat or read.heat, made.notes + read.notes)
+    return draw(answer.picture, regions, plan, canvases, caption, account.heat(), own_views, chains)

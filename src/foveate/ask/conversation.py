@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
-from foveate.ask.answer import Answer, Ledger, Seen, draw_answer
+from foveate.ask.answer import Answer, Ledger
 from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
 from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN, Reply, Turn
-from foveate.picture.geometry import Box
+from foveate.picture.account import Account
 
 # Arguments of `generate` that are about the answer's end and words, and would spoil a box on the way to it.
 OF_ANSWERS = (
@@ -32,7 +32,7 @@ class Chat:
         self.engine = engine
         self.picture = picture
         self.messages: list[dict[str, Any]] = []
-        self.seen: list[Seen] = []
+        self.accounts: list[Account] = []
         self._context = Context()
 
     def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
@@ -64,25 +64,21 @@ class Chat:
                 "the parts that were looked at belong to the message that showed the picture: this question "
                 "did not choose them"
             )
-        self.messages, self.seen = asked.messages, asked.seen
-        plan = self.engine.plan(self.picture)
-        seen = asked.seen[0]
-        chosen = list(plan.regions) if seen.regions is None else seen.regions
-        heat: list[tuple[Box, float]] = []
-        if seen.heat is not None:
-            heat = list(zip(method.cells(plan), seen.heat.tolist(), strict=True))
+        self.messages, self.accounts = asked.messages, asked.accounts
+        account = asked.accounts[0]
         return Answer(
             text=end.text,
-            regions=chosen if end.regions is None else end.regions,
             ledger=asked.ledger,
             question=question,
+            account=replace(
+                account,
+                regions=account.regions if end.regions is None else end.regions,
+                notes=account.notes + notes,
+            ),
             picture=self.picture,
-            plan=plan,
-            heat=heat,
-            chains=seen.chains,
+            plan=self.engine.plan(self.picture),
             crops=asked.crops,
-            notes=notes,
-            _draw=partial(draw_answer, self.engine),
+            _engine=self.engine,
         )
 
 
@@ -90,7 +86,7 @@ class Asked:
     """A question on its way to an answer: what was said and shown, and what it has cost."""
 
     def __init__(self, chat: Chat) -> None:
-        self.messages, self.seen = list(chat.messages), list(chat.seen)
+        self.messages, self.accounts = list(chat.messages), list(chat.accounts)
         self.ledger = Ledger()
         self.crops: list[Image.Image] = []
 
@@ -100,7 +96,7 @@ class Asked:
     def hear(self, said: Said, text: str) -> None:
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
         pictures = sum(part["type"] == "image" for m in self.messages for part in m["content"])
-        self.seen = [*self.seen[: pictures - len(said.seen)], *said.seen]
+        self.accounts = [*self.accounts[: pictures - len(said.accounts)], *said.accounts]
         self.ledger.add(said.ledger)
 
 

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.ask.answer import Ledger, Seen
+from foveate.ask.answer import Ledger
 from foveate.ask.context import Context, Passage, can_go_on
 from foveate.model.cost import Pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, padded_queries
 from foveate.model.text import pictures_of
+from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
 from foveate.picture.source import Look, Source
 from foveate.versions import names_versions
@@ -40,12 +41,12 @@ class Said:
     Attributes:
         text: without special tokens.
         ledger: what this turn cost.
-        seen: of the pictures that were read now, the conversation's last ones.
+        accounts: where the method looked in the pictures that were read now, the conversation's last ones.
     """
 
     text: str = ""
     ledger: Ledger = field(default_factory=Ledger)
-    seen: list[Seen] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,18 @@ class Engine:
                 return known
             pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
             return self.model.encode_views(pixels.to(self.model.device, self.model.dtype))
+
+    def account(self, picture: Image.Image, plan: ViewPlan) -> Account:
+        """What running tower or connector once more tells of a picture."""
+
+        def views() -> Tensor:
+            pixels = torch.from_numpy(self.processor.image_processor.views(picture, plan))
+            return pixels.to(self.model.device, self.model.dtype)
+
+        model = self.model
+        return model.method.account(
+            model.vision_tower, model.connector, views, lambda: self.features(picture), plan
+        )
 
     @cached_property
     def pricer(self) -> Pricer:
@@ -271,13 +284,7 @@ class Engine:
 def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
     """Tells each picture's conversation what the connector said of it."""
     for i, picture in enumerate(shown):
-        picture.said.seen.append(
-            Seen(
-                None if encoded.regions is None else encoded.regions[i],
-                None if encoded.heat is None else encoded.heat[i],
-                [] if encoded.chains is None else encoded.chains[i],
-            )
-        )
+        picture.said.accounts.append(Account() if encoded.accounts is None else encoded.accounts[i])
         kept = picture.plan.tokens if encoded.kept is None else int(encoded.kept[i].sum())
         picture.said.ledger.visual_tokens += kept
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError, report_keys
 from foveate.methods.layouts import Layout
 from foveate.options import build_options
+from foveate.picture.account import Account
 from foveate.picture.geometry import Box, Size, ViewPlan
 
 if TYPE_CHECKING:
@@ -103,21 +104,6 @@ class Query(NamedTuple):
 
 
 @dataclass
-class Chain:
-    """Parts of a picture that a connector looked at one after the other.
-
-    Attributes:
-        name: what tells it from the picture's other chains, for the drawing of an answer.
-        boxes: in original pixels.
-        pixels: makes their views (n, 3, h, w), normalised, as the tower got them.
-    """
-
-    name: str
-    boxes: list[Box]
-    pixels: Callable[[], Tensor]
-
-
-@dataclass
 class VisualTokens:
     """What a connector hands to the LLM, all pictures of the batch after each other.
 
@@ -125,35 +111,15 @@ class VisualTokens:
         tokens: (T, D); picture p has `plans[p].tokens` rows.
         kept: (T,) bool, False where the LLM must not see a token; None keeps all.
         injection: whatever the method's injectors read in the LLM's layers.
-        regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
         separators: (T,) bool, rows in whose place the LLM's own embedding of the separator token stands.
-        heat: per picture, for each of `Method.cells`, how much it matters to the question, 0 to 1; 0 where
-            it was dropped.
-        chains: per picture, parts of it that were looked at one after the other.
+        accounts: per picture where the method looked; None where it sees what its views show.
     """
 
     tokens: Tensor
     kept: Tensor | None = None
     injection: Any = None
-    regions: list[list[Box]] | None = None
     separators: Tensor | None = None
-    heat: list[Tensor] | None = None
-    chains: list[list[Chain]] | None = None
-
-
-@dataclass
-class Insight:
-    """What a tower or a connector did with one picture, for the drawing of an answer.
-
-    Attributes:
-        views: views that the tower made itself: role and pixels (3, h, w), normalised.
-        heat: boxes in original pixels with a weight, 0 to 1.
-        notes: sentences for the caption.
-    """
-
-    views: list[tuple[str, Tensor]] = field(default_factory=list)
-    heat: list[tuple[Box, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    accounts: list[Account] | None = None
 
 
 class Injector(nn.Module):
@@ -185,13 +151,6 @@ class Connector(nn.Module):
     def injectors(self) -> Mapping[int, Injector]:
         """Decoder layer (0-based) -> module that changes its output. Empty for most methods."""
         return {}
-
-    def insight(self, features: Callable[[], Tensor], plan: ViewPlan) -> Insight:
-        """What the drawing of an answer shows of the connector's work on one picture.
-
-        `features` gives those of the picture's views (V, N, C); most methods have no need of them.
-        """
-        return Insight()
 
 
 @dataclass
@@ -299,16 +258,24 @@ class Method(ABC):
         report_keys("the vision tower", wanted.keys() - given.keys())
         place.load_state_dict({key: given[key] for key in wanted})
 
-    def insight(self, tower: nn.Module, views: Callable[[], Tensor], plan: ViewPlan) -> Insight:
-        """What the drawing of an answer shows of the tower's work on one picture.
-
-        `views` makes the picture's views (V, 3, h, w), normalised; most methods have no need of them.
-        """
-        return Insight()
-
     @abstractmethod
     def build_connector(self, widths: Widths) -> Connector:
         """A fresh connector."""
+
+    def account(
+        self,
+        tower: nn.Module,
+        connector: Connector,
+        views: Callable[[], Tensor],
+        features: Callable[[], Tensor],
+        plan: ViewPlan,
+    ) -> Account:
+        """What more there is to tell of a picture, where that takes running tower or connector once more.
+
+        Asked for drawings and explanations alone. `views` makes the picture's views (V, 3, h, w), normalised,
+        and `features` what the tower makes of them (V, N, C).
+        """
+        return Account()
 
     def converse(self, picture: Image.Image, question: str) -> Generator[Turn, str, Reply]:
         """The conversation about one picture: yields turns, is sent the model's replies, returns the end.
@@ -355,10 +322,6 @@ class Method(ABC):
     def reads_source(self) -> bool:
         """Whether the connector looks at parts of the original pictures, at their own resolution."""
         return False
-
-    def cells(self, plan: ViewPlan) -> list[Box]:
-        """The boxes, in original pixels, to which a connector's `heat` refers."""
-        return []
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         """Per visual token the part of the picture it stands for, original pixels; None where it is no part.

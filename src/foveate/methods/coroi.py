@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.layers import mlp_projector
 from foveate.methods.base import (
-    Chain,
     Connector,
     Injector,
     Method,
@@ -54,6 +53,7 @@ from foveate.methods.base import (
     Widths,
     square_grid,
 )
+from foveate.picture.account import Account, Chain
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -429,8 +429,10 @@ class CoroiConnector(Connector):
         return VisualTokens(
             tokens,
             injection=self._injection(chosen, looks, [plan.tokens for plan in plans]),
-            regions=regions,
-            chains=[self._chains(p, regions[p], looks, source) for p in range(len(plans))],
+            accounts=[
+                Account(regions=regions[p], chains=self._chains(p, regions[p], looks, source))
+                for p in range(len(plans))
+            ],
         )
 
     def _tokens(self, projected: Tensor) -> Tensor:

@@ -53,7 +53,6 @@ from foveate.errors import FoveateError
 from foveate.layers import exact, mlp_projector
 from foveate.methods.base import (
     Connector,
-    Insight,
     Method,
     MethodOptions,
     Query,
@@ -63,6 +62,7 @@ from foveate.methods.base import (
     square_grid,
 )
 from foveate.methods.layouts import Layout, connector_options, known_projector
+from foveate.picture.account import Account
 from foveate.picture.geometry import (
     Box,
     Canvas,
@@ -517,7 +517,7 @@ class InfConnector(Connector):
         return (dual + low) / 2 if self.options.low_mix == "mean" else dual + low
 
     @torch.no_grad()
-    def insight(self, features: Callable[[], Tensor], plan: ViewPlan) -> Insight:
+    def account(self, features: Callable[[], Tensor], plan: ViewPlan) -> Account:
         """Where the enhancement looked, and which views cannot reach the answer."""
         scheme = self.scheme(plan.tiles)
         cuts = CUTS if self.options.crops == "both" else (self.options.crops,)
@@ -525,7 +525,7 @@ class InfConnector(Connector):
         dead = len({*every} - {_pixels(view) for view in scheme.views})
         notes = [f"{dead} of the {len(every)} views cannot reach the answer and are not read"] if dead else []
         if not scheme.groups:
-            return Insight(notes=notes)
+            return Account(notes=notes)
         attended = self.attended(features()[None], scheme)
         weights = (attended / attended.max()).clip(min=0.01)  # 0 would mean that it was dropped
         page = ViewPlan(plan.picture, plan.canvases, (View(0, whole(scheme.canvas), "page"),), plan.tokens)
@@ -536,7 +536,7 @@ class InfConnector(Connector):
             for (r, c), weight in np.ndenumerate(weights)
         ]
         heat = [(box.clipped(plan.picture), float(weight)) for box, weight in cells]
-        return Insight(heat=heat, notes=["warm: where the enhancement looked most", *notes])
+        return Account(heat=lambda: heat, notes=["warm: where the enhancement looked most", *notes])
 
     @torch.no_grad()
     def attended(self, views: Tensor, scheme: Scheme) -> np.ndarray:
@@ -666,6 +666,17 @@ class InfLlava(Method):
 
     def build_connector(self, widths: Widths) -> InfConnector:
         return InfConnector(widths, self.scheme, self.tower.grid, self.options)
+
+    def account(
+        self,
+        tower: nn.Module,
+        connector: Connector,
+        views: Callable[[], Tensor],
+        features: Callable[[], Tensor],
+        plan: ViewPlan,
+    ) -> Account:
+        assert isinstance(connector, InfConnector)
+        return connector.account(features, plan)
 
 
 _DEM = r"^model\.spatial_embed\."

@@ -50,7 +50,6 @@ from foveate.errors import FoveateError
 from foveate.layers import mlp_projector
 from foveate.methods.base import (
     Connector,
-    Insight,
     Method,
     MethodOptions,
     Query,
@@ -60,6 +59,7 @@ from foveate.methods.base import (
     flat,
 )
 from foveate.methods.layouts import Layout, connector_options, known_projector
+from foveate.picture.account import Account
 from foveate.picture.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.towers.convnext import TIMM_KEYS, ConvNext, ConvNextShape, convnext_weights
 from foveate.towers.vit import CLIP_LIKE, as_map, as_tokens, build_vit
@@ -467,10 +467,17 @@ class LlavaHR(Method):
             convnext.load_state_dict(convnext_weights(shape, weights, convnext.state_dict()))
 
     @torch.no_grad()
-    def insight(self, tower: nn.Module, views: Callable[[], Tensor], plan: ViewPlan) -> Insight:
+    def account(
+        self,
+        tower: nn.Module,
+        connector: Connector,
+        views: Callable[[], Tensor],
+        features: Callable[[], Tensor],
+        plan: ViewPlan,
+    ) -> Account:
         """The low-resolution view, the gates, and how much high resolution was added to each token."""
         if self.options.paths != "both":
-            return Insight()
+            return Account()
         assert isinstance(tower, DualTower)
         pixels = views()
         pair = tower.pair_of(pixels)
@@ -505,9 +512,10 @@ class LlavaHR(Method):
         seen = [(cell, change) for cell, change in changes if cell.width * cell.height]
         least, most = min(change for _, change in seen), max(change for _, change in seen)
         notes.append(f"warm: changed most by high resolution; by {least:.2f} to {most:.2f} of a token's size")
-        return Insight(
+        heat = [(cell, max((change - least) / (most - least or 1), 0.01)) for cell, change in seen]
+        return Account(
             views=[("low resolution", tower.shrunk(pixels, pair.low)[0])],
-            heat=[(cell, max((change - least) / (most - least or 1), 0.01)) for cell, change in seen],
+            heat=lambda: heat,
             notes=notes,
         )
 

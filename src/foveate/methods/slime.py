@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from math import isqrt
 from typing import Any, Literal
@@ -61,6 +61,7 @@ from foveate.methods.base import (
     flat,
 )
 from foveate.methods.layouts import Layout
+from foveate.picture.account import Account
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -343,17 +344,32 @@ class SlimeConnector(Connector):
         table = torch.cat([*tokens, torch.zeros_like(tokens[0][:1])])  # the separator's place last
         places = Places.of(plans, [self._sources(plan) for plan in plans], self.per_view, self.per_tile)
         kept: Tensor | None = None
-        heat: list[Tensor] | None = None
+        accounts: list[Account] | None = None
         if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
-            rows, kept, heat = self._route(tokens[-1], places, query)
+            rows, kept, weights = self._route(tokens[-1], places, query)
+            accounts = [
+                Account(heat=partial(self.heat, plan, row)) for plan, row in zip(plans, weights, strict=True)
+            ]
         else:
             rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
         separators = rows == len(table) - 1 if self.separator else None
-        return VisualTokens(table[rows], kept, separators=separators, heat=heat)
+        return VisualTokens(table[rows], kept, separators=separators, accounts=accounts)
+
+    def heat(self, plan: ViewPlan, weights: Tensor) -> list[tuple[Box, float]]:
+        """The local tokens' parts of the picture, in their order, with their weights (L,)."""
+        first = int(plan.views[0].role == "global")
+        x, y = (Fraction(n, self.side) for n in (plan.views[-1].size.width, plan.views[-1].size.height))
+        boxes = []
+        for number in raster(plan.tiles, self.side).tolist():
+            tile, query = divmod(number, self.side**2)
+            row, column = divmod(query, self.side)
+            box = Box(column * x, row * y, (column + 1) * x, (row + 1) * y)
+            boxes.append(plan.to_picture(first + tile, box).clipped(plan.picture))
+        return list(zip(boxes, weights.tolist(), strict=True))
 
     @torch.no_grad()
     def _route(self, local: Tensor, places: Places, query: Query) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Per place that is left its row and whether it is kept; per picture the heat of its local tokens."""
+        """Per place that is left its row and whether it is kept; per picture its local tokens' weights."""
         owner, padded, spots, slots, picture, rows = (
             torch.from_numpy(getattr(places, name)).to(local.device)
             for name in ("owner", "padded", "spots", "slots", "picture", "rows")
@@ -364,7 +380,7 @@ class SlimeConnector(Connector):
         asked = query.mask.sum(1) > 0  # (P,)
         kept = kept | ~asked[:, None]  # without text, nothing is dropped
         fits = rank < slots[:, None]
-        heat = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~(kept & fits), 0)
+        weights = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~(kept & fits), 0)
         counts = torch.bincount(owner, minlength=len(padded)).tolist()
         fixed = spots < 0
         stays = fixed | kept.flatten()[spots]  # (full,)
@@ -372,7 +388,7 @@ class SlimeConnector(Connector):
             even = torch.from_numpy(places.evenly()).to(local.device)
             stands = torch.where(asked[picture], fixed | fits.flatten()[spots], even)
             rows, stays = rows[stands], stays[stands]
-        return rows, stays, [row[:n] for row, n in zip(heat, counts, strict=True)]
+        return rows, stays, [row[:n] for row, n in zip(weights, counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -506,18 +522,6 @@ class Slime(Method):
 
     def build_connector(self, widths: Widths) -> SlimeConnector:
         return SlimeConnector(widths, self.tower.grid, self.side, self.options)
-
-    def cells(self, plan: ViewPlan) -> list[Box]:
-        """Of the local tokens, in their order: each query has a place in its tile."""
-        first = int(plan.views[0].role == "global")
-        boxes = []
-        for number in raster(plan.tiles, self.side).tolist():
-            tile, query = divmod(number, self.side**2)
-            row, column = divmod(query, self.side)
-            x, y = (Fraction(n, self.side) for n in (self.tower.side.width, self.tower.side.height))
-            box = Box(column * x, row * y, (column + 1) * x, (row + 1) * y)
-            boxes.append(plan.to_picture(first + tile, box).clipped(plan.picture))
-        return boxes
 
 
 def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from foveate import upstream
 from foveate.errors import FoveateError, report_keys
 from foveate.methods import method_class
-from foveate.methods.base import Chain, Injector, Method, Query, TowerGeometry, Widths
+from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
 from foveate.model.config import FoveateConfig
 from foveate.options import merged
-from foveate.picture.geometry import Box, ViewPlan
+from foveate.picture.account import Account
+from foveate.picture.geometry import ViewPlan
 from foveate.picture.source import Source
 from foveate.versions import names_versions
 
@@ -33,18 +34,14 @@ class EncodedPictures(ModelOutput):
         pooler_output: per picture (n, D) visual tokens, one for each of its placeholders.
         kept: per picture (n,) bool, False for tokens that the LLM must not see; None: all are seen.
         injection: what the method's injectors read in the LLM's layers.
-        regions: per picture, where the method chose to look, in original pixels; None: where its views lie.
-        heat: per picture, how much each of the method's cells matters to the question.
-        chains: per picture, parts of it that the connector looked at one after the other.
+        accounts: per picture where the method looked; None where it sees what its views show.
         pictures: how many there are; `generate` repeats `pooler_output` for beams and several answers.
     """
 
     pooler_output: list[Tensor]  # the name that `generate` looks for
     kept: list[Tensor] | None = None
     injection: Any = None
-    regions: list[list[Box]] | None = None
-    heat: list[Tensor] | None = None
-    chains: list[list[Chain]] | None = None
+    accounts: list[Account] | None = None
     pictures: int | None = None
 
 
@@ -242,9 +239,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pooler_output=list(visual.tokens.split(counts)),
             kept=None if visual.kept is None else list(visual.kept.split(counts)),
             injection=visual.injection,
-            regions=visual.regions,
-            heat=visual.heat,
-            chains=visual.chains,
+            accounts=visual.accounts,
             pictures=len(plans),
         )
 

@@ -1,0 +1,67 @@
+"""Where a method looked in a picture: told once, by the method, and read by drawings, JSON and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from foveate.picture.geometry import Box
+
+
+@dataclass
+class Chain:
+    """Parts of a picture that were looked at one after the other.
+
+    Attributes:
+        name: what tells it from the picture's other chains.
+        boxes: in original pixels.
+        pixels: makes their views (n, 3, h, w), normalised, as the tower got them.
+    """
+
+    name: str
+    boxes: list[Box]
+    pixels: Callable[[], Tensor]
+
+
+@dataclass
+class Account:
+    """Where a method looked in one picture; boxes are in original pixels.
+
+    Attributes:
+        regions: parts that it chose to look at; None where it chose none, and saw what its views show.
+        heat: makes parts of the picture with a weight, how much each mattered, from 0 (dropped) to 1.
+        chains: parts that were looked at one after the other.
+        views: views that the tower made itself: role and pixels (3, h, w), normalised.
+        notes: sentences about what it did.
+    """
+
+    regions: list[Box] | None = None
+    heat: Callable[[], list[tuple[Box, float]]] = list
+    chains: list[Chain] = field(default_factory=list)
+    views: list[tuple[str, Tensor]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def joined(self, more: Account) -> Account:
+        """With what `more` adds: its regions and its heat count where this one has none."""
+        return Account(
+            regions=more.regions if self.regions is None else self.regions,
+            heat=lambda: self.heat() or more.heat(),
+            chains=self.chains + more.chains,
+            views=self.views + more.views,
+            notes=self.notes + more.notes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; boxes (left, top, right, bottom) in whole pixels."""
+        return {
+            "regions": None if self.regions is None else [list(box.rounded()) for box in self.regions],
+            "heat": [{"box": list(box.rounded()), "weight": weight} for box, weight in self.heat()],
+            "chains": [
+                {"name": chain.name, "boxes": [list(box.rounded()) for box in chain.boxes]}
+                for chain in self.chains
+            ],
+            "notes": list(self.notes),
+        }
