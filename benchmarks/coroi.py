@@ -29,7 +29,7 @@ from transformers import CLIPVisionConfig
 
 from benchmarks.arguments import Whole, arguments
 from foveate.methods.base import Query, TowerGeometry, Widths
-from foveate.methods.coroi import Chosen, Coroi, CoroiConnector, LowView, Scorer
+from foveate.methods.coroi import Chosen, Coroi, CoroiConnector, LowView
 from foveate.picture.geometry import Size, ViewPlan
 from foveate.picture.source import Source
 from foveate.towers.vit import VisionTower
@@ -72,8 +72,7 @@ class OneByOne:
     ) -> tuple[list[tuple[int, int]], Tensor]:
         """Windows, picture after picture, scale after scale, step after step, and their features."""
         windows, features = [], []
-        scorer = self.connector.scorers[0]
-        assert isinstance(scorer, Scorer)
+        scorer = self.connector.scorer
         for p, picture in enumerate(pictures):
             words = self.connector.question(query.embeds[p : p + 1])
             for scale, side in zip(self.connector.options.scales, self.connector.sides, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -32,6 +32,14 @@ def gap(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     return float((a.detach().float() - b.detach().float()).abs().max())
+
+
+def awake(module: Any) -> Any:
+    """Layers that start as zero, and hide what comes before them, get other weights. Returns the module."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm) and not layer.weight.any():
+            layer.reset_parameters()
+    return module
 
 
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

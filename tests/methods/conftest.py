@@ -10,19 +10,18 @@ import pytest
 from foveate import Foveate
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model
+from tests.support import awake
 
 # Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
     "llava_hr": {
         "resolutions": [[56, 128]],
         "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32], "layer_scale": 0.5},
-        "vit_layer": "config",
         "blocks": [1],
-        "zero_init": False,  # a fresh adapter would hide what the gate and f_h do
     },
-    "coroi": {"zero_init": False},  # fresh injectors would hide what was injected
 }
 LOOKS = {"coroi": 4}  # how often a method's connector calls the tower again, at most
+READ_LAST = ("llava_hr",)  # methods that read the tower's last layer, whatever hidden state is named
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -47,4 +46,7 @@ def tiny(toy: None) -> Callable[[str], Foveate]:
 
 
 def fresh(method: str, **options: Any) -> Foveate:
-    return tiny_model(method, {**TINY_OPTIONS.get(method, {}), **options})
+    """A tiny model none of whose parts starts as nothing: that would hide what the part does."""
+    made = tiny_model(method, {**TINY_OPTIONS.get(method, {}), **options})
+    awake(made.model)
+    return made

@@ -88,7 +88,7 @@ def test_what_is_no_box_shows_the_whole_picture_and_says_why(
     assert len(end.notes) == 1 and why in end.notes[0] and len(end.notes[0]) < 250
 
 
-def test_small_regions_grow_and_boxes_may_be_extended() -> None:
+def test_small_regions_grow_and_boxes_may_be_extended(monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(100, 100)
     assert told("[0.5, 0.51, 0.5, 0.52]", image)[1].regions == [Box(43, 44, 57, 58)]
     assert told("[0.2, 0.4, 0.2, 0.4]", image, extend=0.5)[1].regions == [Box(15, 15, 45, 45)]
@@ -96,11 +96,12 @@ def test_small_regions_grow_and_boxes_may_be_extended() -> None:
     assert told("[0, 0.1, 0.4, 0.6]", picture(1, 300))[1].regions == [Box(0, 0, 30, 1)]
     padded = picture(200, 300)  # 50 rows of padding above and below
     assert told("[0.5, 0.4, 0.501, 0.6]", padded, **RELEASED)[1].regions == [Box(143, 70, 157, 130)]
-    assert told("[0.5, 0.5, 0.503, 0.503]", padded, **RELEASED, extend=1.0, least_side=50)[1].regions == [
-        Box(125, 75, 175, 125)
-    ]
     _, end = told("[0.1, 0.0, 0.9, 0.168]", padded, **RELEASED)  # less than a row of the picture
     assert end.regions == [Box(0, 0, 300, 200)] and "outside the picture" in end.notes[0]
+    monkeypatch.setattr("foveate.methods.chain_of_spot.LEAST_SIDE", 50)
+    assert told("[0.5, 0.5, 0.503, 0.503]", padded, **RELEASED, extend=1.0)[1].regions == [
+        Box(125, 75, 175, 125)
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen_vl", "qwen2_5_vl", "internvl", "unit_xyxy"])
@@ -116,7 +117,6 @@ def test_other_box_formats(name: str) -> None:
         ({"box_format": "corners"}, "corners"),
         ({"extend": -1.0}, "extend"),
         ({"parser": "authors"}, "belongs to crop: padded"),
-        ({"region_tokens": 0}, "region_tokens"),
         ({**RELEASED, "parser": "authors", "extend": 0.1}, "extend must be 0"),
         ({"suffix": "See <image>."}, "suffix"),
         ({"wording": "ours"}, "paper, released"),
@@ -452,11 +452,12 @@ def conversation() -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, answer]
 
 
-def test_lessons_show_what_asking_shows() -> None:
+def test_lessons_show_what_asking_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Extension works alike in both, whatever the crop is cut from; least sides are those of the original."""
     image, box = picture(100, 200), Box(40, 20, 80, 60)
-    for options in ({}, {"extend": 0.5}, {"least_side": 60}):
-        for crop in ("original",) if "least_side" in options else ("original", "padded"):
+    for options, least in (({}, 14), ({"extend": 0.5}, 14), ({}, 60)):
+        monkeypatch.setattr("foveate.methods.chain_of_spot.LEAST_SIDE", least)
+        for crop in ("original",) if least == 60 else ("original", "padded"):
             made = method(crop=crop, box_format="unit_xyxy", **options)
             (lesson,) = made.lessons(conversation(), lambda: Size(100, 200), {0: box})
             cut = lesson[2]["content"][1]["image"]

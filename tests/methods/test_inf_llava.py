@@ -387,8 +387,8 @@ def test_a_square_picture_at_its_own_pixels(ratio: int) -> None:
         assert plan.tokens == tower.tokens
 
 
-def test_as_many_views_as_the_picture_carries() -> None:
-    """Equations 9 and 10; a picture smaller than a view gets one, a very large one `limit` along its side."""
+def test_as_many_views_as_the_picture_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equations 9 and 10; a picture smaller than a view gets one, a very large one no more than a bound."""
     method = InfLlava(PAPER, {"tiles": "picture"})
     for (height, width), tiles in {
         (336, 336): (1, 1),
@@ -403,7 +403,8 @@ def test_as_many_views_as_the_picture_carries() -> None:
         plan = method.plan(height, width)
         assert plan.tiles == tiles
         assert plan.tokens == 576
-    two = InfLlava(PAPER, {"tiles": "picture", "limit": 2})
+    monkeypatch.setattr("foveate.methods.inf_llava.MOST_VIEWS", 2)
+    two = InfLlava(PAPER, {"tiles": "picture"})
     assert two.plan(3000, 4000).tiles == (1, 2)
     assert two.plan(4001, 4001).tiles == (2, 2)
 
@@ -434,8 +435,9 @@ def test_sizes_that_are_no_multiples(fit: str, tiles: Any) -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_different_shapes_in_one_batch() -> None:
-    m = made(tiles="picture", limit=3)
+def test_pictures_of_different_shapes_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.methods.inf_llava.MOST_VIEWS", 3)
+    m = made(tiles="picture")
     images = [
         picture(60, 170),
         picture(170, 60),
@@ -478,12 +480,10 @@ def options_error(options: dict[str, Any], message: str) -> None:
         ({"tiles": [0, 3]}, r"tiles must be rows and columns, each at least 1, or 'picture', not \[0, 3\]"),
         ({"tiles": [3]}, "tiles must be rows and columns"),
         ({"tiles": "all"}, "tiles: expected list of whole number or picture, got 'all'"),
-        ({"limit": 0}, "limit must be at least 1"),
         (
             {"tiles": [40, 40]},
             "40 x 40 views of 336 pixels are more than 67108864 pixels: make tiles smaller",
         ),
-        ({"tiles": "picture", "limit": 25}, "make limit smaller"),
         ({"heads": 0}, "heads must be at least 1"),
         ({"pool": "max"}, "'max' is not one of bilinear, average"),
         ({"fusion": "sum"}, "'sum' is not one of concat, conv, multiply, weighted, max, add"),
@@ -493,6 +493,11 @@ def options_error(options: dict[str, Any], message: str) -> None:
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     options_error(options, message)
+
+
+def test_a_tower_too_large_for_as_many_views_as_fit_is_named() -> None:
+    with pytest.raises(FoveateError, match=r"5 x 5 views of 2000 pixels .* make tiles smaller"):
+        InfLlava(TowerGeometry(2000, 20), {"tiles": "picture"})
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
-    CLIPVisionModel,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
     ConvNextV2Config,
     ConvNextV2Model,
     Dinov2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from foveate import FoveateError, FoveateForConditionalGeneration, compose
@@ -39,19 +40,23 @@ from foveate.towers.convnext import ConvNext, ConvNextShape
 from foveate.towers.vit import CLIP_LIKE
 from foveate.train.recipe import load_recipe
 from tests.methods.conftest import TINY_OPTIONS, fresh
-from tests.support import checkpoint_activations, gap, picture
+from tests.support import awake, checkpoint_activations, gap, picture
 
 SHAPE = TINY_OPTIONS["llava_hr"]["convnext"]
 CLIP = TowerGeometry(336, 14)
 
 
-def tower(layers: int = 4, layer: int = -1, **options: Any) -> DualTower:
-    """A dual tower with 56 and 128 pixels and 4 ViT layers, its adapters awake."""
+def fresh_tower(layers: int = 4, **options: Any) -> DualTower:
+    """A dual tower with 56 and 128 pixels and 4 ViT layers."""
     torch.manual_seed(0)
-    given = {"resolutions": [[56, 128]], "convnext": SHAPE, "zero_init": False, **options}
+    given = {"resolutions": [[56, 128]], "convnext": SHAPE, **options}
     config = tiny_vision(num_hidden_layers=layers)
-    built = LlavaHR(TowerGeometry.of(config), given).build_tower(config, layer)
-    return built.eval()
+    return LlavaHR(TowerGeometry.of(config), given).build_tower(config, -1).eval()
+
+
+def tower(layers: int = 4, **options: Any) -> DualTower:
+    """The same with its adapters awake."""
+    return awake(fresh_tower(layers, **options))
 
 
 def views(side: int = 128, count: int = 2) -> Tensor:
@@ -72,16 +77,15 @@ def test_a_fresh_adapter_changes_nothing(gate: str, per: str) -> None:
     adapter = MRAdapter(12, 20, options(gate=gate, gate_per=per))
     low, high = torch.randn(2, 12, 4, 4), torch.randn(2, 20, 8, 8)
     assert torch.equal(adapter(low, high), low)
-    awake = MRAdapter(12, 20, options(gate=gate, gate_per=per, zero_init=False))
-    assert gap(awake(low, high), low) > 0.01
+    assert gap(awake(adapter)(low, high), low) > 0.01
 
 
 @torch.no_grad()
 def test_gates() -> None:
     low, high = torch.randn(3, 12, 4, 4), torch.randn(3, 20, 4, 4)
     for per, channels in (("picture", 1), ("channel", 12)):
-        tanh = MRAdapter(12, 20, options(gate_per=per, zero_init=False))
-        sigmoid = MRAdapter(12, 20, options(gate_per=per, gate="sigmoid", zero_init=False))
+        tanh = awake(MRAdapter(12, 20, options(gate_per=per)))
+        sigmoid = MRAdapter(12, 20, options(gate_per=per, gate="sigmoid"))
         sigmoid.load_state_dict(tanh.state_dict())
         gate = tanh.parts(low, high).gate
         assert gate.shape == (3, channels, 1, 1)
@@ -89,7 +93,7 @@ def test_gates() -> None:
         assert gap(sigmoid.parts(low, high).gate, gate.atanh().sigmoid()) < 1e-5
         biased = {name for name, _ in tanh.named_parameters() if name.startswith("gate") and "bias" in name}
         assert bool(biased) == (per == "picture")
-    without = MRAdapter(12, 20, options(gate="none", zero_init=False))
+    without = awake(MRAdapter(12, 20, options(gate="none")))
     kept, gate, incoming = without.parts(low, high)
     assert gate.unique().tolist() == [1.0]
     assert torch.equal(without(low, high), kept + incoming)
@@ -100,7 +104,7 @@ def test_what_the_gate_reads() -> None:
     """F + f_l(F) or f_l(F), pooled, beside the incoming features."""
     low, high = torch.randn(2, 12, 4, 4), torch.randn(2, 20, 4, 4)
     for reads in ("sum", "mapped"):
-        adapter = MRAdapter(12, 20, options(zero_init=False, gate_reads=reads))
+        adapter = awake(MRAdapter(12, 20, options(gate_reads=reads)))
         kept, gate, incoming = adapter.parts(low, high)
         read = adapter.f_l(low) if reads == "mapped" else low + adapter.f_l(low)
         pooled = torch.cat([read.mean((2, 3)), incoming.mean((2, 3))], 1)
@@ -125,11 +129,10 @@ def test_structures(low_map: str, low_kernel: int, high_map: str, high_kernel: i
 @torch.no_grad()
 def test_sleeping_adapters_are_fresh_ones() -> None:
     """The first stage without adapters computes what one with fresh ones would, bit for bit."""
-    with_them, without = tower(zero_init=True), tower(zero_init=True, adapters=False)
+    with_them, without = fresh_tower(), fresh_tower(adapters=False)
     assert without.state_dict().keys() == with_them.state_dict().keys()
     assert torch.equal(with_them(views()), without(views()))
-    awake, asleep = tower(), tower(adapters=False)
-    assert gap(awake(views()), asleep(views())) > 1e-3
+    assert gap(tower()(views()), tower(adapters=False)(views())) > 1e-3
 
 
 def test_where_adapters_are() -> None:
@@ -138,8 +141,6 @@ def test_where_adapters_are() -> None:
     assert tower(blocks=[1, 4]).places == (1, 4)
     assert len(tower(blocks=[]).adapters) == 0
     assert tower(layers=8).places == (2, 4, 6)
-    assert tower(layers=8, layer=-2, vit_layer="config").places == (2, 4, 6)  # as if all were run
-    assert tower(layers=8, layer=5, vit_layer="config").places == (2, 4)
     assert tower(direction="low_to_high").places == (1, 2, 3)
     with pytest.raises(FoveateError, match="a ViT of 6 blocks cannot be cut into 4 equal groups"):
         tower(layers=6)
@@ -185,30 +186,30 @@ def test_one_pathway_alone() -> None:
 
 
 @torch.no_grad()
-def test_the_papers_sum_has_no_layer_on_the_low_side() -> None:
-    built = tower(fusion="high")
-    assert [name for name, _ in built.fusion.named_parameters()] == ["high.weight", "high.bias"]
+def test_both_sides_of_the_last_sum_have_a_layer() -> None:
+    built = tower()
+    names = [name for name, _ in built.fusion.named_parameters()]
+    assert names == ["low.weight", "low.bias", "high.weight", "high.bias"]
     nn.init.zeros_(built.fusion.high.weight)
     nn.init.zeros_(built.fusion.high.bias)
     pixels = views()
     plain = built.read_low(built.shrunk(pixels, 56), built.read_high(pixels))
-    assert torch.equal(built(pixels), plain)
+    assert torch.equal(built(pixels), built.fusion.low(plain))
 
 
 @torch.no_grad()
 def test_low_view() -> None:
-    """By default without antialiasing: far more of noise is left than an antialiased view keeps."""
+    """Without antialiasing: far more of noise is left than an antialiased view keeps."""
     noise = views(1024, 1)
     sharp = tower().shrunk(noise, 448)
-    smooth = tower(low_view="antialias").shrunk(noise, 448)
+    smooth = F.interpolate(noise, (448, 448), mode="bicubic", align_corners=False, antialias=True)
     assert sharp.shape == smooth.shape == (1, 3, 448, 448)
     assert sharp.std() > 1.4 * smooth.std()
     assert torch.equal(tower().shrunk(noise, 1024), noise)
     for kind in (torch.bfloat16, torch.float16):  # computed in float32
-        for name, exact in (("bilinear", sharp), ("antialias", smooth)):
-            low = tower(low_view=name).shrunk(noise.to(kind), 448)
-            assert low.dtype == kind
-            assert gap(low.float(), exact) < 0.03
+        low = tower().shrunk(noise.to(kind), 448)
+        assert low.dtype == kind
+        assert gap(low.float(), sharp) < 0.03
 
 
 @torch.no_grad()
@@ -240,27 +241,20 @@ def test_towers_like_clips(kind: str) -> None:
     given = {"resolutions": [[56, 128]], "convnext": SHAPE}
     method = LlavaHR(TowerGeometry.of(config), given)
     assert method.build_tower(config, -1).eval()(views()).shape == (2, 16, 32)
-    with_class = LlavaHR(TowerGeometry.of(config), {**given, "class_token": True})
-    if kind == "siglip_vision_model":
-        with pytest.raises(FoveateError, match="class_token: a tower of type 'siglip_vision_model' has none"):
-            with_class.build_tower(config, -1)
-    else:
-        assert with_class.build_tower(config, -1).eval()(views()).shape == (2, 16, 32)
 
 
 @torch.no_grad()
-def test_features_of_llava() -> None:
-    """H9: the last layer but one, with the class token, is what transformers' CLIP gives LLaVA-1.5."""
-    config = tiny_vision(num_hidden_layers=4)
-    clip = CLIPVisionModel(config).eval()
-    built = tower(layer=-2, vit_layer="config", class_token=True, paths="low")
-    LlavaHR(TowerGeometry.of(config), {"paths": "low"}).fill_tower(built, clip)
+def test_the_last_layer_is_read() -> None:
+    """H9: as transformers' SigLIP runs, which has no class token, whatever hidden state is named."""
+    config = SiglipVisionConfig(**SIZES, image_size=56, patch_size=14)
+    siglip = SiglipVisionModel(config).eval()
+    method = LlavaHR(TowerGeometry.of(config), {"paths": "low", "resolutions": [[56, 56]]})
     pixels = views(56)
-    expected = clip(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    assert gap(built(pixels), expected) < 1e-5
-    with_adapters = tower(layer=-2, vit_layer="config", class_token=True)
-    assert with_adapters.places == (1, 2, 3)
-    assert with_adapters(views()).shape == (2, 16, 32)
+    expected = siglip(pixels, output_hidden_states=True).hidden_states[-1]
+    for layer in (-1, -2):
+        built = method.build_tower(config, layer).eval()
+        method.fill_tower(built, siglip)
+        assert gap(built(pixels), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -281,7 +275,7 @@ def test_the_class_token_takes_no_part(tiny: Callable[[str], Any]) -> None:
         for layer in built.model.encoder.layers
     ]
     built(views())
-    assert lengths == [16, 16]
+    assert lengths == [16, 16, 16]
     for hook in hooks:
         hook.remove()
 
@@ -782,7 +776,7 @@ def test_stage_1_projectors(tmp_path: Path) -> None:
 
 def test_a_first_stage_then_a_second(tmp_path: Path) -> None:
     """The first trains projector and fusion; the second wakes the adapters, which start as nothing."""
-    base = {**TINY_OPTIONS["llava_hr"], "zero_init": True}
+    base = TINY_OPTIONS["llava_hr"]
     first = tiny_model("llava_hr", {**base, "adapters": False, "resolutions": [[56, 64]], "fit": "crop"})
     first.model.requires_grad_(False)
     first.model.connector.requires_grad_(True)

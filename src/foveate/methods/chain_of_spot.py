@@ -69,6 +69,8 @@ LONGEST = 2**14  # side of such a crop
 FARTHEST = 2.0**31  # a coordinate: pictures of PIL end there
 FINEST = 1000  # what box formats count in, over the whole picture, or finer
 CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
+LEAST_SIDE = 14  # of a crop, pixels of the original: one patch of the tower when it is shown 1 : 1
+REGION_TOKENS = 64  # bound on the reply to the first instruction; a box of any format has fewer
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,15 @@ class ChainOfSpotOptions(MethodOptions):
     parser: Literal["strict", "authors"] = "strict"  # what is read as a box
     crop: Literal["original", "padded"] = "original"  # whether the crop is cut from the padded square
     extend: float = 0.0  # by which part of themselves a region's sides grow before it is cut out
-    least_side: int = 14  # of a crop, pixels of the original
-    region_tokens: int = 64  # bound on the reply to the first instruction
-    suffix: str = ""  # text behind the second instruction
+    suffix: str = ""  # text behind the second instruction, which the authors have for MMBench and ScienceQA
     region_from: Literal["question", "questions", "image", "centre"] = "question"  # in training, table 3a
     others: Literal["drop", "append"] = "drop"  # in training, the picture's other questions
 
     def __post_init__(self) -> None:
         super().__post_init__()
         box_format(self.box_format)
-        if self.extend < 0 or self.least_side < 1 or self.region_tokens < 1:
-            raise FoveateError("extend must be at least 0, least_side and region_tokens at least 1")
+        if self.extend < 0:
+            raise FoveateError(f"extend must be at least 0, not {self.extend}")
         if self.parser == "authors" and (self.crop, self.box_format) != ("padded", "unit_xyxy"):
             raise FoveateError("parser: authors belongs to crop: padded and box_format: unit_xyxy")
         if self.parser == "authors" and self.extend:
@@ -164,7 +164,7 @@ class ChainOfSpot(Method):
     def converse(self, picture: Image.Image, question: str) -> Generator[Turn, str, Reply]:
         options, wording, notes = self.options, WORDINGS[self.options.wording], []
         first = wording.where.format(q=question)
-        said = yield Turn(first, [picture], inner=True, max_new_tokens=options.region_tokens)
+        said = yield Turn(first, [picture], inner=True, max_new_tokens=REGION_TOKENS)
         size = Size(picture.height, picture.width)
         box, problem = self.region(said, size)
         if box is None:
@@ -213,14 +213,13 @@ class ChainOfSpot(Method):
         return box.clipped(picture) if self.options.crop == "padded" else self._fitted(box, picture)
 
     def _fitted(self, box: Box, picture: Size) -> Box:
-        return fitted(box, picture, extend=self.options.extend, minimum=self.options.least_side)
+        return fitted(box, picture, extend=self.options.extend, minimum=LEAST_SIDE)
 
     def _fitted_in_square(self, box: Box, square: Size) -> Box:
         """As `_fitted`, in pixels of the padded square; a box that is large enough keeps its fractions."""
-        least = self.options.least_side
-        if not self.options.extend and min(box.width, box.height) >= min(least, square.width):
+        if not self.options.extend and min(box.width, box.height) >= min(LEAST_SIDE, square.width):
             return box
-        return fitted(box, square, extend=self.options.extend, minimum=least)
+        return fitted(box, square, extend=self.options.extend, minimum=LEAST_SIDE)
 
     # Training: section 3.3.
 

@@ -14,15 +14,14 @@ Authors' code: none is public; this is written from the paper.
     576 tokens, or 2880                            Coroi.plan            section 4.1, "Model Variants"
     two stages                                     train/recipes/coroi   section 3.3
 
-The paper leaves much open. Each choice is an option; docs/methods/coroi.md lists them with the reasons. Those
-that change most:
+The paper leaves much open. docs/methods/coroi.md lists the choices with the reasons. Those that change most:
 
     gradient straight_through    an arg-max has no gradient and the tower is frozen, so that the scorer, taken
                                  literally, never learns; a gate on the residual, 1 in value, lets it
     pixels original              the text enlarges the 336-pixel picture, which adds no detail; here a window
                                  is cut from the original, resized to the scale
     distinct true                a chain chooses no window twice; the text does not say
-    zero_init true               the value norms start at zero: a fresh model is its LLM, to the bit
+    values start at zero         a fresh model is its LLM, to the bit
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ from foveate.methods.base import (
     Method,
     MethodOptions,
     Query,
-    QueryText,
     TowerGeometry,
     VisualTokens,
     Widths,
@@ -57,11 +55,9 @@ from foveate.picture.account import Account, Chain
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
-    Canvas,
     Size,
     View,
     ViewPlan,
-    padded_square,
     squashed,
     tiled,
     whole,
@@ -71,38 +67,26 @@ from foveate.picture.source import Look, Source, view_of
 
 @dataclass(frozen=True)
 class CoroiOptions(MethodOptions):
-    # Views
     variant: Literal["v1", "v2"] = "v1"  # v2: the picture at twice the size as well, four views more
-    fit: Literal["squash", "pad"] = "squash"  # how the picture becomes a square
     # Chain
     scales: tuple[int, ...] = (2, 3, 4)  # lambda: how much larger the pictures are that windows are cut from
     chain: bool = True  # false: its parts are there, but not run (first stage)
     rois: int = 4  # n: windows per scale, one after the other
     pixels: Literal["original", "upsampled"] = "original"  # what a window is cut from
-    text: Literal["question", "prompt"] = "question"  # U: the user's text, or all text but the answer
     history: Literal["last", "all", "none"] = (
         "last"  # earlier windows that join the question; none: no movement
     )
-    chain_reads: Literal["vision", "projected"] = "vision"  # features of those windows
     distinct: bool = True  # whether a chain may not choose a window twice
     # Scorer
-    scorers: Literal["shared", "scale", "step"] = "shared"  # one, or one per scale or per step
     scorer_heads: int | None = None  # of both attentions; null: one per 64 channels
-    scorer_norm: Literal["before", "after"] = "before"  # where the norms stand
-    scorer_positions: bool = False  # whether tokens get learnt positions besides those of the tower
     guide_norm: bool = False  # whether words and windows are normed before the scorer reads them
     gradient: Literal["straight_through", "centred", "weighted", "gumbel", "none"] = "straight_through"
     temperature: float = 0.5  # of the softmax over a scale's windows
     # Injection
     layers: Literal["six", "three", "one"] | tuple[int, ...] = "six"  # decoder layers, 0-based
-    layer_weights: Literal["own", "shared"] = "own"  # whether each layer has its attention
     projections: Literal["linear_norm", "norm_linear"] = "linear_norm"  # of query, key and value
     heads: int = 1  # of the attention to a window
-    injection_reads: Literal["vision", "projected"] = "vision"  # features that are keys and values
-    assignment: Literal["every", "in_turn"] = "every"  # windows of a layer: all, or each in one layer alone
     overlap: Literal["add", "sequence"] = "add"  # windows of one token: all read the same state, or in turn
-    queries: Literal["window", "all"] = "window"  # which low-resolution tokens read a window
-    zero_init: bool = True  # whether injection starts as nothing
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +154,7 @@ class Attention(nn.Module):
 
 
 class LowView(NamedTuple):
-    """The low-resolution view as a scorer reads it, before any question: the same in all steps and scales."""
+    """The low-resolution view as the scorer reads it, before any question; the same all along."""
 
     tokens: Tensor  # (P, N, C) after the self attention
     queries: Tensor  # (P, heads, N, C / heads) of the cross attention
@@ -179,39 +163,30 @@ class LowView(NamedTuple):
 class Scorer(nn.Module):
     """f_theta_v: self attention of low-resolution tokens, cross attention to their guides, feed-forward."""
 
-    def __init__(self, width: int, tokens: int, options: CoroiOptions) -> None:
+    def __init__(self, width: int, options: CoroiOptions) -> None:
         super().__init__()
         heads = options.scorer_heads or max(1, width // 64)
         if width % heads:
             raise FoveateError(f"scorer_heads {heads} must divide the vision tower's width {width}")
-        self.before = options.scorer_norm == "before"
         self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
-        norm = [nn.LayerNorm(width)] if self.before else []
         # The same number added to all scores changes no choice: a last bias would have nothing to learn from.
         last = nn.Linear(4 * width, 1, bias=options.gradient == "weighted")
-        self.feed_forward = nn.Sequential(*norm, nn.Linear(width, 4 * width), nn.GELU(), last)
+        first = nn.Linear(width, 4 * width)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), last)
         self.guide_norm = nn.LayerNorm(width) if options.guide_norm else nn.Identity()
-        if options.scorer_positions:
-            self.positions = nn.Parameter(torch.zeros(tokens, width))
-        self.placed = options.scorer_positions
 
     def read(self, low: Tensor) -> LowView:
         """(P, N, C)"""
-        x = low + self.positions if self.placed else low
-        read = self.self_norm(x) if self.before else x
-        x = x + self.self_attention(self.self_attention.queries(read), read)
-        if not self.before:
-            x = self.self_norm(x)
-        return LowView(x, self.cross_attention.queries(self.cross_norm(x) if self.before else x))
+        read = self.self_norm(low)
+        x = low + self.self_attention(self.self_attention.queries(read), read)
+        return LowView(x, self.cross_attention.queries(self.cross_norm(x)))
 
     def forward(self, low: LowView, guides: Tensor, mask: Tensor) -> Tensor:
         """Guides (B, M, C) and where there is one (B, M), B a multiple of P -> scores (B, N)."""
         copies = len(guides) // len(low.tokens)
         tokens, queries = (x.repeat_interleave(copies, 0) for x in low)
         x = tokens + self.cross_attention(queries, self.guide_norm(guides), mask)
-        if not self.before:
-            x = self.cross_norm(x)
         return self.feed_forward(x)[..., 0]
 
 
@@ -266,14 +241,10 @@ class Round:
 
 @dataclass
 class InjectedWindows:
-    """What the injectors get: features (R, N, C) of the windows that differ, and per injector its rounds.
-
-    C is the tower's width or, with `injection_reads: projected`, the LLM's. There is one list of rounds where
-    all injectors have the same.
-    """
+    """What the injectors get: features (R, N, C) of the windows that differ, and when they are read."""
 
     features: Tensor
-    turns: list[list[Round]]
+    rounds: list[Round]
 
 
 class Projection(nn.Module):
@@ -296,15 +267,16 @@ class Projection(nn.Module):
 class CrossAttention(nn.Module):
     """f_theta': low-resolution tokens of a window, in the LLM's states, read the window's features."""
 
-    def __init__(self, read: int, width: int, options: CoroiOptions) -> None:
+    def __init__(self, widths: Widths, options: CoroiOptions) -> None:
         super().__init__()
+        read, width = widths.vision, widths.text
         if width % options.heads:
             raise FoveateError(f"heads {options.heads} must divide the LLM's width {width}")
         self.heads = options.heads
         norm_first = options.projections == "norm_linear"
         self.query = Projection(width, width, norm_first, zero=False)
         self.key = Projection(read, width, norm_first, zero=False)
-        self.value = Projection(read, width, norm_first, zero=options.zero_init)
+        self.value = Projection(read, width, norm_first, zero=True)
 
     def forward(self, hidden: Tensor, round_: Round, features: Tensor) -> Tensor:
         """Updates (U, D) of the hidden states (U, D) of the round's tokens."""
@@ -329,14 +301,14 @@ class RoiInjector(Injector):
     update comes back.
     """
 
-    def __init__(self, attention: CrossAttention, turn: int) -> None:
+    def __init__(self, attention: CrossAttention) -> None:
         super().__init__()
-        self.attention, self.turn = attention, turn
+        self.attention = attention
 
     def forward(self, hidden: Tensor, injection: InjectedWindows, visual: Tensor) -> Tensor:
         places = visual.flatten().nonzero()[:, 0].to(hidden.device)  # of all visual tokens in (B T)
         states, features = hidden.flatten(0, 1), injection.features
-        for round_ in injection.turns[self.turn % len(injection.turns)]:
+        for round_ in injection.rounds:
             here = places[round_.tokens.to(places.device)]
             update = self.attention(states[here].to(features.device), round_, features)
             states = states.index_add(0, here, update.to(states.device))
@@ -383,29 +355,17 @@ class CoroiConnector(Connector):
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
         nn.init.zeros_(self.question.bias)  # small embeddings would be lost beside it
-        if options.chain_reads == "projected" and options.history != "none" and options.rois > 1:
-            self.past = nn.Linear(widths.text, widths.vision)
-        count = {"shared": 1, "scale": len(options.scales), "step": options.rois}[options.scorers]
-        self.scorers = nn.ModuleList(Scorer(widths.vision, tower.tokens, options) for _ in range(count))
+        self.scorer = Scorer(widths.vision, options)
         self.layers = decoder_layers(options.layers, widths.layers)
-        windows = options.rois * len(options.scales)
-        if options.assignment == "in_turn" and windows < len(self.layers):
-            raise FoveateError(
-                f"assignment in_turn: {windows} windows for {len(self.layers)} layers leave some without any"
-            )
-        read = widths.vision if options.injection_reads == "vision" else widths.text
-        count = 1 if options.layer_weights == "shared" else len(self.layers)
-        self.attentions = nn.ModuleList(CrossAttention(read, widths.text, options) for _ in range(count))
+        self.attentions = nn.ModuleList(CrossAttention(widths, options) for _ in self.layers)
 
     def injectors(self) -> Mapping[int, Injector]:
         # Without a chain they have nothing to inject, but an LLM that cannot take it is refused before the
         # stage that does.
-        shared = self.options.layer_weights == "shared"
         found: dict[int, Injector] = {}
-        for turn, layer in enumerate(self.layers):
-            attention = self.attentions[0 if shared else turn]
+        for layer, attention in zip(self.layers, self.attentions, strict=True):
             assert isinstance(attention, CrossAttention)
-            found[layer] = RoiInjector(attention, turn)
+            found[layer] = RoiInjector(attention)
         return found
 
     def forward(
@@ -449,11 +409,11 @@ class CoroiConnector(Connector):
         """Section 3.1, all pictures and scales in step: the tower runs once a step, for new windows only."""
         options, (pictures, scales) = self.options, (len(plans), len(self.sides))
         words, mask = self._words(low, query)  # (P, 1, T, C), (P, 1, T)
-        views = [scorer.read(low) for scorer in self.scorers]  # type: ignore[operator]
+        view = self.scorer.read(low)
         numbers: list[list[list[int]]] = []  # (n, P, m) windows
         gates: list[Tensor] = []  # (P, m) each
         features: list[Tensor] = []  # (P, m, N, C) each
-        past: list[Tensor] = []  # as the scorers read them
+        past: list[Tensor] = []  # those that join the question
         taken: list[Tensor | None] = [None] * scales
         aims: list[Tensor] = []
         if any(source.told):  # in single precision whatever the model's: of equal windows, 1e-3 decides
@@ -461,13 +421,14 @@ class CoroiConnector(Connector):
         spread = self._spread() if low.is_meta else []
         sums = None
         for step in range(options.rois):
-            if sums is None or past or options.scorers == "step":
+            if sums is None or past:
                 guides, there = words, mask
                 if past:
                     read = torch.cat(past[-1:] if options.history == "last" else past, 2)  # (P, m, M, C)
                     guides = torch.cat([words.expand(-1, scales, -1, -1), read], 2)
                     there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[2]), value=True)
-                sums = integral(self._scores(step, views, guides, there))  # (P, 1 or m, h + 1, w + 1)
+                scores = self.scorer(view, guides.flatten(0, 1), there.flatten(0, 1))  # (P or P m, N)
+                sums = integral(scores.view(pictures, -1, *self.tower.grid))  # (P, 1 or m, h + 1, w + 1)
             means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
             picked = [self.select(mean, taken[s], aims[s] if aims else None) for s, mean in enumerate(means)]
             chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
@@ -479,7 +440,7 @@ class CoroiConnector(Connector):
             read = source.look(looks, self.tower.side).to(low).unflatten(0, (pictures, scales))
             features.append(read)
             if options.history != "none" and step + 1 < options.rois:
-                past.append(self.past(self.projector(read)) if options.chain_reads == "projected" else read)
+                past.append(read)
         windows = [w for step, chosen in enumerate(numbers) for w in self._windows(step, chosen)]
         factors = torch.stack(gates, 2)  # (P, m, n)
         if options.gradient == "centred" and factors.requires_grad:
@@ -492,19 +453,6 @@ class CoroiConnector(Connector):
             nothing = self.question(low.new_zeros(len(low), 1, 1, self.question.in_features))
             return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
         return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
-
-    def _scores(self, step: int, views: list[LowView], guides: Tensor, mask: Tensor) -> Tensor:
-        """Guides (P, g, M, C) with g one for all scales, or one for each -> maps (P, g or m, h, w)."""
-        if self.options.scorers == "scale":
-            g = guides.shape[1]
-            maps = [
-                scorer(view, guides[:, s % g], mask[:, s % g])
-                for s, (scorer, view) in enumerate(zip(self.scorers, views, strict=True))
-            ]
-            return torch.stack(maps, 1).unflatten(2, tuple(self.tower.grid))
-        number = step if self.options.scorers == "step" else 0
-        maps = self.scorers[number](views[number], guides.flatten(0, 1), mask.flatten(0, 1))
-        return maps.view(*guides.shape[:2], *self.tower.grid)
 
     def select(
         self, values: Tensor, taken: Tensor | None, aims: Tensor | None = None
@@ -588,31 +536,16 @@ class CoroiConnector(Connector):
 
     def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> InjectedWindows:
         """`counts`: visual tokens per picture; the low-resolution ones come first."""
-        options = self.options
         first: dict[tuple[int, Look], int] = {}  # of the windows that are the same
         for i, (window, look) in enumerate(zip(chosen.windows, looks, strict=True)):
             first.setdefault((window.picture, look), i)
         row_of = {key: row for row, key in enumerate(first)}
         rows = [row_of[window.picture, look] for window, look in zip(chosen.windows, looks, strict=True)]
         features = chosen.features[torch.tensor(list(first.values()), device=chosen.features.device)]
-        if options.injection_reads == "projected":
-            features = self.projector(features)
         starts = [0, *accumulate(counts)]
-        per_picture = options.rois * len(self.sides)
-
-        def round_of(numbers: list[int]) -> Round:
-            return self._round(chosen, rows, numbers, starts)
-
-        turns = []
-        parts = len(self.layers) if options.assignment == "in_turn" else 1
-        for part in range(parts):
-            mine = [i for i in range(len(rows)) if i % per_picture % parts == part]
-            if options.overlap == "add":
-                turns.append([round_of(mine)] if mine else [])
-            else:
-                order = [[i for i in mine if i % per_picture == place] for place in range(per_picture)]
-                turns.append([round_of(numbers) for numbers in order if numbers])
-        return InjectedWindows(features, turns)
+        apart = 1 if self.options.overlap == "add" else self.options.rois * len(self.sides)
+        parts = [[i for i in range(len(rows)) if i % apart == place] for place in range(apart)]
+        return InjectedWindows(features, [self._round(chosen, rows, part, starts) for part in parts])
 
     def _round(self, chosen: Chosen, rows: list[int], numbers: list[int], starts: list[int]) -> Round:
         """Of the windows with these numbers; `rows` of all windows' features, `starts` of pictures' tokens.
@@ -648,9 +581,7 @@ class CoroiConnector(Connector):
     def _cells(self, row: int, column: int, side: int) -> np.ndarray:
         """Numbers of the low-resolution tokens that read a window."""
         grid = np.arange(self.tower.tokens).reshape(self.tower.grid)
-        if self.options.queries == "window":
-            grid = grid[row : row + side, column : column + side]
-        return grid.flatten()
+        return grid[row : row + side, column : column + side].flatten()
 
     def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
         """One per scale, for the drawing. They keep this picture and nothing else of the batch."""
@@ -704,10 +635,6 @@ class Coroi(Method):
         return {"scales": [*(scale for scale in (2, 3, 4) if scale < largest), largest]}
 
     @property
-    def query_text(self) -> QueryText:
-        return self.options.text
-
-    @property
     def uses_query(self) -> bool:  # type: ignore[override]
         return self.options.chain
 
@@ -718,19 +645,15 @@ class Coroi(Method):
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
         picture, side, two = Size(height, width), self.tower.side, self.options.variant == "v2"
-        canvases = [self._fitted(picture, side.height)]
+        canvases = [squashed(picture, side)]
         views = [View(0, whole(side), "global")]
         if two:
-            canvases.append(self._fitted(picture, 2 * side.height))
+            canvases.append(squashed(picture, Size(2 * side.height, 2 * side.width)))
             views += tiled(1, Size(2, 2), side)
         tokens = len(views) * self.tower.tokens
         if not self._within_budget(tokens):
             raise self._refuse_budget(tokens)
         return ViewPlan(picture, tuple(canvases), tuple(views), tokens, Size(2, 2) if two else NO_TILES)
-
-    def _fitted(self, picture: Size, side: int) -> Canvas:
-        pad = self.options.fit == "pad"
-        return padded_square(picture, side) if pad else squashed(picture, Size(side, side))
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         """The low-resolution view's grid, then in v2 that of the picture at twice the size."""

@@ -80,13 +80,13 @@ from foveate.picture.geometry import (
 Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th
 CUTS: tuple[Cut, Cut] = ("local", "global")
 MOST_PIXELS = 2**26  # of all views of one kind together: 200 MB as bytes
+MOST_VIEWS = 5  # along a side, where the picture decides: table 3 goes so far
 
 
 @dataclass(frozen=True)
 class InfLlavaOptions(MethodOptions):
     # Views
     tiles: tuple[int, ...] | Literal["picture"] = (3, 3)  # rows and columns; picture: as many as it fills
-    limit: int = 5  # views along a side, where the picture decides
     fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture takes the shape of all tiles together
     crops: Literal["both", "local", "global"] = "both"  # table 6: one kind of views stands for both
     low_view: Literal["centre", "resized", "none"] = "centre"  # centre: the middle interleaved view
@@ -110,9 +110,8 @@ class InfLlavaOptions(MethodOptions):
             raise FoveateError(
                 f"tiles must be rows and columns, each at least 1, or 'picture', not {list(self.tiles)}"
             )
-        for name in ("limit", "heads"):
-            if getattr(self, name) < 1:
-                raise FoveateError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.heads < 1:
+            raise FoveateError(f"heads must be at least 1, not {self.heads}")
 
 
 # Rows and columns: everything here is along one axis, since both croppings treat the axes alike.
@@ -620,11 +619,11 @@ class InfLlava(Method):
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(tower, options)
         budget, tiles = self.options.max_visual_tokens, self.options.tiles
-        rows, columns = (self.options.limit,) * 2 if tiles == "picture" else tiles
+        rows, columns = (MOST_VIEWS, MOST_VIEWS) if tiles == "picture" else tiles
         if rows * columns * tower.image_size**2 > MOST_PIXELS:
             raise FoveateError(
                 f"{rows} x {columns} views of {tower.image_size} pixels are more than {MOST_PIXELS} pixels: "
-                f"make {'limit' if tiles == 'picture' else 'tiles'} smaller"
+                "make tiles smaller"
             )
         side = tower.grid.height
         self.pooled = side if budget is None else min(side, isqrt(budget))  # side of the pooled grid
@@ -651,12 +650,12 @@ class InfLlava(Method):
         return ViewPlan(picture, canvases[:used], tuple(scheme.views), self.pooled**2, scheme.tiles)
 
     def _tiles(self, picture: Size) -> Size:
-        """Eqs 9-10: as many views as lie side by side in the picture, shrunk to `limit` of them."""
+        """Eqs 9-10: as many views as lie side by side in the picture, `MOST_VIEWS` at most."""
         if self.options.tiles != "picture":
             return Size(*self.options.tiles)
-        longest, most = max(picture), self.options.limit
-        if longest > most * self.tower.image_size:
-            return Size(*(max(1, n * most // longest) for n in picture))
+        longest = max(picture)
+        if longest > MOST_VIEWS * self.tower.image_size:
+            return Size(*(max(1, n * MOST_VIEWS // longest) for n in picture))
         return Size(*(max(1, n // self.tower.image_size) for n in picture))
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:

@@ -11,20 +11,20 @@ arXiv 2403.03003. Authors' code: luogen1996/LLaVA-HR (Apache-2.0).
     ... + F_vh                              FinalFusion.forward                 equation 2
     -> MLP -> LLM                           LlavaHRConnector                    section 3
 
-Where paper and code differ, the defaults are the code's: the released checkpoints need them. The options that
-change them, with the code's choice first:
+Where paper and code differ, we do as the code: the released checkpoints need it. In front the options that
+change it, if there are any, with the code's choice first:
 
     gate_per: picture | channel             g is one number per picture and has biases, not a vector without
     gate_reads: sum | mapped                the gate reads F + f_l(F), not f_l(F) alone
-    fusion: both | high                     a linear layer on both sides of the last sum, not on F_vh alone
-    low_view: bilinear | antialias          I_l is made from the normalised I_h, without antialiasing
     groups: 4, blocks                       adapters between four groups of blocks, not behind each block
-    vit_layer: last | config                the last layer's output, not the last but one
-    class_token: false | true               the class token takes no part in the ViT's attention
-    zero_init: true | false                 a fresh adapter changes nothing; the paper does not say
     low_map, high_map: conv, mlp            7 x 7 depthwise or 1 x 1 convolution, GELU, 1 x 1 convolution
     fit: pad | crop                         the first stage cuts out the centre
     adapters: true | false                  the first stage does without
+                                            a linear layer on both sides of the last sum, not on F_vh alone
+                                            I_l is made from the normalised I_h, without antialiasing
+                                            the ViT's last layer is read, not the last but one
+                                            the class token takes no part in the ViT's attention
+                                            a fresh adapter changes nothing; the paper does not say
 
 No norm follows the ViT's last layer. In the numbers we differ from the code in nothing: attention never holds
 its maps in memory, positions are resampled once, layers that nobody reads are not built, activations are
@@ -76,10 +76,7 @@ class LlavaHROptions(MethodOptions):
     resolutions: tuple[tuple[int, int], ...] | None = None  # null: `default_sides`
     magnify: int | None = None  # instead of resolutions: the tower's own side, and so many times as much
     fit: Literal["pad", "crop"] = "pad"  # how a picture becomes a square
-    low_view: Literal["bilinear", "antialias"] = "bilinear"  # how the low-resolution view is made
     convnext: ConvNextShape = field(default_factory=ConvNextShape)
-    vit_layer: Literal["last", "config"] = "last"  # config: the model's vision_feature_layer
-    class_token: bool = False  # whether it takes part in the ViT's attention
     groups: int = 4  # of ViT blocks, equally many; an adapter behind each but the last
     blocks: tuple[int, ...] | None = None  # instead of groups: ViT blocks, from 1, with an adapter behind
     adapters: bool = True  # false: they are there, but not run (first stage)
@@ -90,8 +87,6 @@ class LlavaHROptions(MethodOptions):
     gate: Literal["tanh", "sigmoid", "none"] = "tanh"
     gate_per: Literal["picture", "channel"] = "picture"
     gate_reads: Literal["sum", "mapped"] = "sum"  # F + f_l(F), or f_l(F)
-    fusion: Literal["both", "high"] = "both"  # sides of the last sum with a linear layer
-    zero_init: bool = True
     projector_depth: int = 2  # linear layers of the projector
 
     def __post_init__(self) -> None:
@@ -156,8 +151,8 @@ def aligned(features: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(features, own // side)
 
 
-def mapping(kind: str, wide_in: int, wide_out: int, zero_init: bool) -> nn.Sequential:
-    """f_l or f_h: a 7 x 7 depthwise (`conv`) or 1 x 1 (`mlp`) convolution, GELU, a 1 x 1 convolution."""
+def mapping(kind: str, wide_in: int, wide_out: int) -> nn.Sequential:
+    """f_l or f_h: a 7 x 7 depthwise (`conv`) or 1 x 1 (`mlp`) convolution, GELU, a 1 x 1 one of zeros."""
     if kind == "conv":
         first = nn.Conv2d(wide_in, wide_in, 7, padding=3, groups=wide_in)
     else:
@@ -167,8 +162,7 @@ def mapping(kind: str, wide_in: int, wide_out: int, zero_init: bool) -> nn.Seque
     for layer in (first, last):
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)
-    if zero_init:
-        nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.weight)
     return nn.Sequential(first, nn.GELU(), last)
 
 
@@ -201,8 +195,8 @@ class MRAdapter(nn.Module):
     def __init__(self, width: int, incoming: int, options: LlavaHROptions) -> None:
         super().__init__()
         self.reads, self.kind = options.gate_reads, options.gate
-        self.f_l = mapping(options.low_map, width, width, options.zero_init)
-        self.f_h = mapping(options.high_map, incoming, width, options.zero_init)
+        self.f_l = mapping(options.low_map, width, width)
+        self.f_h = mapping(options.high_map, incoming, width)
         if self.kind != "none":
             vector = options.gate_per == "channel"
             self.gate = nn.Sequential(
@@ -234,9 +228,7 @@ class FinalFusion(nn.Module):
 
     def __init__(self, low: int, high: int, options: LlavaHROptions) -> None:
         super().__init__()
-        self.low: nn.Module = nn.Identity()
-        if options.paths == "both" and options.fusion == "both":
-            self.low = nn.Linear(low, low)
+        self.low: nn.Module = nn.Linear(low, low) if options.paths == "both" else nn.Identity()
         self.high = nn.Linear(high, low)
 
     def forward(self, tokens: Tensor | None, high: Tensor, grid: int) -> Tensor:
@@ -255,14 +247,11 @@ class DualTower(nn.Module):
 
     Args:
         config: the ViT's configuration.
-        layer: hidden state of it that is read where `vit_layer` is `config`.
         options: the method's.
         pairs: resolutions that may come.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, layer: int, options: LlavaHROptions, pairs: Sequence[Pair]
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, options: LlavaHROptions, pairs: Sequence[Pair]) -> None:
         super().__init__()
         self.options = options
         self.pairs = {pair.high: pair for pair in pairs}
@@ -270,17 +259,13 @@ class DualTower(nn.Module):
         self.places: tuple[int, ...] = ()  # blocks or stages, from 1, with an adapter behind
         width, widths = config.hidden_size, options.convnext.widths
         if options.paths != "high":
-            depth = config.num_hidden_layers
-            count = depth if options.vit_layer == "last" else depth + 1 + layer if layer < 0 else layer
-            if not 0 < count <= depth:
-                raise FoveateError(f"vision_feature_layer {layer} of a tower with {depth} layers")
-            self.model = build_vit(config, count, options.class_token)  # the name that all towers have
+            self.model = build_vit(config)  # the name that all towers have
             self.norm = CLIP_LIKE[config.model_type]
         if options.paths != "low":
             self.convnext = ConvNext(options.convnext)
             self.fusion = FinalFusion(width, widths[-1], options)
         if options.paths == "both" and options.direction == "high_to_low":
-            self.places = adapter_places(options, config.num_hidden_layers, count)
+            self.places = adapter_places(options, config.num_hidden_layers)
             self.adapters.extend(MRAdapter(width, widths[-1], options) for _ in self.places)
         elif options.paths == "both":
             self.places = tuple(range(1, len(widths)))
@@ -321,10 +306,7 @@ class DualTower(nn.Module):
         if pixels.shape[-1] == side:
             return pixels
         exact = pixels.float()
-        if self.options.low_view == "antialias":
-            low = F.interpolate(exact, (side, side), mode="bicubic", align_corners=False, antialias=True)
-        else:
-            low = F.interpolate(exact, (side, side), mode="bilinear", align_corners=True)
+        low = F.interpolate(exact, (side, side), mode="bilinear", align_corners=True)
         return low.to(pixels.dtype)
 
     def read_high(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -340,15 +322,13 @@ class DualTower(nn.Module):
     def read_low(self, pixels: Tensor, high: Tensor | None = None) -> Tensor:
         """(V, 3, r, r) -> (V, N, C); adapters between the blocks where high-resolution features are given."""
         hidden = self.model.embeddings(pixels)
-        first = int(self.options.class_token)  # of the tokens on the grid
         if self.norm is not None:
             hidden = self.model.get_submodule(self.norm)(hidden)
         for number, layer in enumerate(self.model.encoder.layers, 1):
             hidden = layer(hidden, None)
             if high is not None and (adapter := self._adapter_behind(number)):
-                changed = as_tokens(adapter(as_map(hidden[:, first:]), high))
-                hidden = torch.cat([hidden[:, :first], changed], 1) if first else changed
-        return hidden[:, first:]
+                hidden = as_tokens(adapter(as_map(hidden), high))
+        return hidden
 
     def _adapter_behind(self, number: int) -> nn.Module | None:
         """The adapter behind block or stage `number`, if there is one and it is to run."""
@@ -357,22 +337,19 @@ class DualTower(nn.Module):
         return self.adapters[self.places.index(number)]
 
 
-def adapter_places(options: LlavaHROptions, depth: int, read: int) -> tuple[int, ...]:
-    """Blocks, from 1, with an adapter behind, of a ViT of `depth` blocks of which the first `read` are run.
-
-    Raises `FoveateError`.
-    """
+def adapter_places(options: LlavaHROptions, depth: int) -> tuple[int, ...]:
+    """Blocks, from 1, with an adapter behind, of a ViT of `depth` blocks. Raises `FoveateError`."""
     if options.blocks is not None:
-        blocks, known = list(options.blocks), range(1, read + 1)
+        blocks, known = list(options.blocks), range(1, depth + 1)
         if blocks != sorted({*blocks}) or not {*blocks} <= {*known}:
-            raise FoveateError(f"blocks must be rising numbers from 1 to {read}, not {blocks}")
+            raise FoveateError(f"blocks must be rising numbers from 1 to {depth}, not {blocks}")
         return options.blocks
     if options.groups < 1 or depth % options.groups:
         raise FoveateError(
             f"a ViT of {depth} blocks cannot be cut into {options.groups} equal groups: set groups or blocks"
         )
     size = depth // options.groups
-    return tuple(place for place in range(size, depth, size) if place <= read)
+    return tuple(range(size, depth, size))
 
 
 class LlavaHRConnector(Connector):
@@ -441,7 +418,7 @@ class LlavaHR(Method):
         return ViewPlan(picture, (canvas,), (view,), fitting[-1].grid ** 2)
 
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> DualTower:
-        return DualTower(vision_config, layer, self.options, self.pairs)
+        return DualTower(vision_config, self.options, self.pairs)
 
     def build_connector(self, widths: Widths) -> LlavaHRConnector:
         return LlavaHRConnector(widths, self.options.projector_depth)

@@ -11,20 +11,21 @@ Authors' code: yfzhang114/SliME at 5c89ec9 (Apache-2.0).
     global | separator | local, in raster   SlimeConnector       figure 2 (d)
     three stages, four runs                 train/recipes/slime  section 2.2, "Alternating Training Scheme"
 
-Paper and authors' code differ. Each difference is an option; defaults are what the released checkpoints need:
+Paper and authors' code differ. Defaults are what the released checkpoints need; the first column names the
+option where there is one:
 
-    option (default, other)                     default: authors' code             other: paper
+    option (default, other)                     here: authors' code                paper
     grids authors, paper                        2 to 7 tiles near the own area     1 x 1 to 6 x 6
-    global_view squash, pad                     stretched to the square            padded
+    global view                                 stretched to the square            padded
     gate authors, paper                         noise scale softplus(x W_g)+0.01,  softplus(x W_noise),
                                                 gates / (sum + 1e-6)               plain softmax
-    gate_per token, view                        a gate per token                   not said
-    expert_mlp shared, own                      f_q ends in f_m's MLP              an adapter of its own
+    gate                                        a gate per token                   not said
+    query former of the global view             f_q ends in f_m's MLP              an adapter of its own
     similarity cosine_sum, dot_mean,            cosine, summed over text           dot product, averaged
                cosine_mean
     router_text prompt, question, sequence      all text but the answer            the question
     gamma 0.95                                  of all fine-tuning scripts         0.5, 0.75, 0.9
-    separator true, false                       the comma's embedding              none
+    separator                                   the comma's embedding              none
 
 Where we differ from the authors: in training their router also reads the answer (`router_text: sequence`
 does, too); without any text nothing is dropped; similarities are one product with the summed text, not a
@@ -71,13 +72,13 @@ from foveate.picture.geometry import (
     ViewPlan,
     best_fit,
     letterboxed,
-    padded_square,
     squashed,
     tiled,
     whole,
 )
 
 SEPARATOR = -1  # in `token_sources`
+ROUTER_NOISE = 0.1  # standard deviation of what training adds to the router's scores
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,18 @@ class SlimeOptions(MethodOptions):
     # Views
     grids: Literal["authors", "paper"] = "authors"  # which grids of tiles may be chosen
     grid_limit: int = 6  # authors: tiles aimed at, one more may come; paper: rows and columns
-    global_view: Literal["squash", "pad"] = "squash"  # how the whole picture becomes a square
-    enlarge: bool = True  # false: no picture is enlarged on its tiles; one that fits one view gets no tiles
     use_global_only: bool = False  # no tiles
     use_local_only: bool = False  # tiles alone, without separator
     # Connector
     experts: Literal["mixture", "mlp", "query_former"] = "mixture"  # adapters of the global view
     gate: Literal["authors", "paper"] = "authors"  # the gate's noise in training, and its normalisation
-    gate_per: Literal["token", "view"] = "token"
-    expert_mlp: Literal["shared", "own"] = "shared"  # what projects the query former of the global view
     queries: int | None = None  # N_q per tile, a square number; null: a quarter of the tower's tokens
     heads: int | None = None  # of attention; null: one per 128 channels
-    separator: bool = True  # whether the comma's embedding stands between global and local tokens
     # Router
     gamma: float = 0.95  # local tokens are kept until their probabilities pass this sum; 1: all
     similarity: Literal["cosine_sum", "cosine_mean", "dot_mean"] = "cosine_sum"
     temperature: float = 1.0  # of the softmax over local tokens
     router_text: QueryText = "prompt"  # what the router reads
-    router_noise: float = 0.1  # standard deviation of what training adds to the scores
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +118,6 @@ class SlimeOptions(MethodOptions):
             raise FoveateError(f"gamma must be above 0 and at most 1, not {self.gamma}")
         if self.temperature <= 0:
             raise FoveateError(f"temperature must be above 0, not {self.temperature}")
-        if self.router_noise < 0:
-            raise FoveateError(f"router_noise must not be negative, but is {self.router_noise}")
 
 
 # Views.
@@ -142,15 +135,6 @@ def candidate_grids(picture: Size, side: Size, options: SlimeOptions) -> Iterato
         yield from (
             Size(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0
         )
-
-
-def unenlarged(picture: Size, canvas: Size) -> Canvas:
-    """As `letterboxed`, but a picture smaller than the canvas keeps its pixels."""
-    if picture.height > canvas.height or picture.width > canvas.width:
-        return letterboxed(picture, canvas)
-    left, top = (canvas.width - picture.width) // 2, (canvas.height - picture.height) // 2
-    content = Box(left, top, left + picture.width, top + picture.height)
-    return Canvas(canvas, whole(picture), content)
 
 
 def raster(tiles: Size, side: int) -> np.ndarray:
@@ -233,24 +217,19 @@ class Mixture(nn.Module):
         self.gate = nn.Parameter(torch.zeros(widths.vision, 2))
         if options.gate == "paper":
             self.noise = nn.Parameter(torch.zeros(widths.vision, 2))
-        if options.expert_mlp == "own":
-            self.former_mlp = mlp_projector(widths.vision, widths.text)
 
     def forward(self, features: Tensor) -> Tensor:
         """(P, N, C) -> (P, N, D)"""
         if self.options.experts == "mlp":
             return self.mlp(features)
-        former_mlp = self.mlp if self.options.expert_mlp == "shared" else self.former_mlp
-        read = former_mlp(self.former(features))
+        read = self.mlp(self.former(features))
         if self.options.experts == "query_former":
             return read
-        first, second = self.gates(features).to(read).split(1, dim=-1)  # (P, N or 1, 1) each
+        first, second = self.gates(features).to(read).split(1, dim=-1)  # (P, N, 1) each
         return first * self.mlp(features) + second * read
 
     def gates(self, features: Tensor, noise: Tensor | None = None) -> Tensor:
-        """G(x), (P, N, C) -> (P, N or 1, 2). `noise`: draws of Normal(0, 1); drawn here while training."""
-        if self.options.gate_per == "view":
-            features = features.mean(1, keepdim=True)
+        """G(x), (P, N, C) -> (P, N, 2). `noise`: draws of Normal(0, 1); drawn here while training."""
         logits = features @ self.gate.to(features)
         if self.training and noise is None:
             noise = torch.randn_like(logits)
@@ -289,10 +268,10 @@ class Router(nn.Module):
 
     def probabilities(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
         """(P, L) scores, -inf where there is no token -> (P, L). `noise` as for `Mixture.gates`."""
-        if self.training and noise is None and self.options.router_noise:
+        if self.training and noise is None:
             noise = torch.randn_like(scores)
         if noise is not None:
-            scores = scores + self.options.router_noise * noise
+            scores = scores + ROUTER_NOISE * noise
         return (scores / self.options.temperature).softmax(1)
 
     def forward(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,7 +295,6 @@ class SlimeConnector(Connector):
             raise FoveateError(f"heads {heads} and 4 must divide the vision tower's width {widths.vision}")
         self.per_view, self.per_tile, self.side = grid.height * grid.width, side * side, side
         self.gamma = options.gamma
-        self.separator = options.separator
         self.adapter = Mixture(widths, grid, heads, options)
         self.compressor = QueryFormer(widths.vision, Size(side, side), grid, heads)
         self.router = Router(options)
@@ -329,7 +307,7 @@ class SlimeConnector(Connector):
         """
         parts = [raster(plan.tiles, self.side) + self.per_view]
         if plan.views[0].role == "global":
-            comma = [SEPARATOR] if self.separator and plan.tiles != NO_TILES else []
+            comma = [SEPARATOR] if plan.tiles != NO_TILES else []
             parts = [np.arange(self.per_view), np.array(comma, dtype=np.int64), *parts]
         return np.concatenate(parts)
 
@@ -352,8 +330,7 @@ class SlimeConnector(Connector):
             ]
         else:
             rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
-        separators = rows == len(table) - 1 if self.separator else None
-        return VisualTokens(table[rows], kept, separators=separators, accounts=accounts)
+        return VisualTokens(table[rows], kept, separators=rows == len(table) - 1, accounts=accounts)
 
     def heat(self, plan: ViewPlan, weights: Tensor) -> list[tuple[Box, float]]:
         """The local tokens' parts of the picture, in their order, with their weights (L,)."""
@@ -493,17 +470,14 @@ class Slime(Method):
         canvases: list[Canvas] = []
         views: list[View] = []
         if not options.use_local_only:
-            square = squashed(picture, side)
-            canvases.append(
-                square if options.global_view == "squash" else padded_square(picture, side.height)
-            )
+            canvases.append(squashed(picture, side))
             views.append(View(0, whole(side), "global"))
         if tiles != NO_TILES:
             canvas = Size(tiles.height * side.height, tiles.width * side.width)
             views += tiled(len(canvases), tiles, side)
-            canvases.append(letterboxed(picture, canvas) if options.enlarge else unenlarged(picture, canvas))
+            canvases.append(letterboxed(picture, canvas))
         local = tiles.height * tiles.width * self.side**2
-        fixed = 0 if options.use_local_only else self.tower.tokens + (options.separator and local > 0)
+        fixed = 0 if options.use_local_only else self.tower.tokens + (local > 0)
         budget = options.max_visual_tokens
         if not self._within_budget(fixed + min(local, 1)):
             raise self._refuse_budget(fixed + min(local, 1))
@@ -514,8 +488,6 @@ class Slime(Method):
         side, options = self.tower.side, self.options
         if options.use_global_only:
             return NO_TILES
-        if not options.enlarge and picture.height <= side.height and picture.width <= side.width:
-            return Size(1, 1) if options.use_local_only else NO_TILES  # a view shows every pixel
         grids = candidate_grids(picture, side, options)
         canvases = {Size(g.height * side.height, g.width * side.width): g for g in grids}
         return canvases[best_fit(picture, canvases)]

@@ -97,34 +97,23 @@ def as_tokens(features: Tensor) -> Tensor:
 
 
 class PatchEmbeddings(nn.Module):
-    """CLIP's patch embedding and positions for any grid; its class token in front only if it is given.
+    """CLIP's patch embedding and positions for any grid, without its class token.
 
     The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
     none), once for each grid as long as the table does not change.
     """
 
-    def __init__(
-        self,
-        patch_embedding: nn.Module,
-        position_embedding: nn.Embedding,
-        patches: int,
-        class_embedding: nn.Parameter | None,
-    ) -> None:
+    def __init__(self, patch_embedding: nn.Module, position_embedding: nn.Embedding, patches: int) -> None:
         super().__init__()
         self.patch_embedding = patch_embedding
         self.position_embedding = position_embedding
         self.class_rows = self.position_embedding.num_embeddings - patches
-        self.class_embedding = class_embedding  # (C,)
         self.cached: tuple[Any, Tensor] | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(V, 3, h, h) -> (V, N, C), or (V, 1 + N, C)"""
+        """(V, 3, h, h) -> (V, N, C)"""
         embedded = self.patch_embedding(pixels)
-        tokens = as_tokens(embedded) + self.positions(embedded.shape[-1])
-        if self.class_embedding is None:
-            return tokens
-        first = self.class_embedding + self.position_embedding.weight[0]
-        return torch.cat([first.expand(len(tokens), 1, -1), tokens], 1)
+        return as_tokens(embedded) + self.positions(embedded.shape[-1])
 
     def positions(self, side: int) -> Tensor:
         """(N, C) for a grid of `side` rows."""
@@ -149,23 +138,17 @@ class PatchEmbeddings(nn.Module):
         return as_tokens(resampled)[0].to(rows.dtype)
 
 
-def build_vit(config: PreTrainedConfig, layers: int, class_token: bool) -> PreTrainedModel:
-    """A CLIP-like ViT cut after `layers` layers, without last norm, with its class token or without."""
+def build_vit(config: PreTrainedConfig) -> PreTrainedModel:
+    """A CLIP-like ViT without its last norm and its class token."""
     if config.model_type not in CLIP_LIKE:
         raise FoveateError(
             f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
         )
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False
     model = AutoModel.from_config(config)
     own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
-    first = dict(own.named_parameters(recurse=False)).get("class_embedding")
-    if class_token and first is None:
-        raise FoveateError(f"class_token: a tower of type {config.model_type!r} has none")
-    model.embeddings = PatchEmbeddings(
-        own.patch_embedding, own.position_embedding, patches, first if class_token else None
-    )
+    model.embeddings = PatchEmbeddings(own.patch_embedding, own.position_embedding, patches)
     model.post_layernorm = nn.Identity()
     return model

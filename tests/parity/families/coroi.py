@@ -208,11 +208,11 @@ def inject(compare: Comparison) -> None:
             own = places[tokens] - r["sample"] * hidden.shape[1]
             compare.equal(f"{name}, tokens of window {i}", own.tolist(), r["positions"])
         rounds = [module._round(chosen, rows, part, firsts) for part in order]
-        attention = CrossAttention(features.shape[-1], hidden.shape[-1], module.options)
+        attention = CrossAttention(Widths(*widths), module.options)
         ours = {"q": "query", "k": "key", "v": "value"}
         state = case.part(f"state.{projections}")
         attention.load_state_dict({f"{ours[key[0]]}{key[1:]}": tensor for key, tensor in state.items()})
-        got = RoiInjector(normed(attention, config), 0)(hidden, InjectedWindows(features, [rounds]), visual)
+        got = RoiInjector(normed(attention, config))(hidden, InjectedWindows(features, rounds), visual)
         compare.close(name, got, expected, CLOSE)
 
 
@@ -220,7 +220,7 @@ def scorer(compare: Comparison) -> None:
     case, config = compare.case, compare.case.config
     low, state = case.tensors["V_low"], case.part("state")
     options = CoroiOptions(scorer_heads=config["heads"], gradient=gradient(state, "fc2.bias"))
-    module = load_scorer(Scorer(low.shape[-1], len(low), options), state, config)
+    module = load_scorer(Scorer(low.shape[-1], options), state, config)
     view = module.read(low[None])
     words = case.tensors["U"][None]
     for name, expected in case.part("out").items():
@@ -279,7 +279,7 @@ def chain(compare: Comparison) -> None:
             scorer_heads=config["heads"],
             gradient=gradient(state, "fc2.bias"),
         )
-        load_scorer(module.scorers[0], state, config)  # type: ignore[arg-type]
+        load_scorer(module.scorer, state, config)
         torch.nn.init.eye_(module.question.weight)
         torch.nn.init.zeros_(module.question.bias)
         low = encode((picture.permute(2, 0, 1)[None] / 255 - 0.5).float())

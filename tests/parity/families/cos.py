@@ -25,6 +25,7 @@ from foveate.data.regions import Regions
 from foveate.methods.base import Cut, TowerGeometry
 from foveate.methods.chain_of_spot import (
     FURTHER,
+    LEAST_SIDE,
     LONGEST,
     MOST_PIXELS,
     WORDINGS,
@@ -116,7 +117,7 @@ def region(compare: Comparison, method: ChainOfSpot, picture: Image.Image, crop:
     expected = Box(x0 + left, y0 + top, x1 + left, y1 + top)
     found = method.region(about["turn1_answer_used"], size).box
     inside = min(x0, y0) >= 0 and max(x1, y1) <= max(size)
-    if not inside or min(x1 - x0, y1 - y0) < method.options.least_side:  # which they take as it is
+    if not inside or min(x1 - x0, y1 - y0) < LEAST_SIDE:  # which they take as it is
         found = authors_region(about["turn1_answer_used"], size).box
     assert found is not None
     compare.close("region", torch.tensor(found).double(), torch.tensor(expected).double(), 1e-4)

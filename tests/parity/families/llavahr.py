@@ -161,7 +161,7 @@ def encoder(compare: Comparison) -> None:
     options = build_options(LlavaHROptions, given, compare.case.id)
     # Made apart from the method, which refuses grids of which neither divides the other: theirs enlarges any.
     pair = Pair(about["fast_size"], about["input_image_size"], about["fast_size"] // clip["patch"])
-    tower = DualTower(vision, -1, options, [pair]).eval()
+    tower = DualTower(vision, options, [pair]).eval()
     connector = LlavaHRConnector(Widths(clip["hidden"], about["llm_hidden"]), options.projector_depth)
     projector = {key: state.pop(key) for key in list(state) if key.startswith("mm_projector.")}
     fill(tower, state, "model.vision_tower.", "vision_tower.")
