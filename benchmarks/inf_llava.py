@@ -6,7 +6,7 @@ Two comparisons at n = 3, with random weights in the shape of CLIP ViT-L/14-336:
 
     one picture, from its pixels of 1008 x 1008 to 576 tokens for an LLM 4096 wide. The full form encodes 9
     tiles, 9 interleaved views and the low-resolution view one by one, through all layers of the tower, and
-    enhances part by part (`tests/methods/inf_llava_full.py`), as the authors' code goes about it;
+    enhances part by part (`foveate.methods.inf_llava_plain`), as the authors' code goes about it;
     the enhancement and pooling alone, at 1024 channels.
 
 Both sides have the same weights and run alternately. Prints a Markdown table of medians with their range, in
@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.arguments import Whole, arguments
+from foveate.methods import inf_llava_plain as full
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import InfConnector, InfLlava
 from foveate.model.processing import cut
 from foveate.picture.geometry import Size
 from foveate.towers.vit import VisionTower
-from tests.methods import inf_llava_full as full
 
 SIDE, GRID, TILES = 336, 24, Size(3, 3)
 Record = list[tuple[float, float]]

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from foveate.picture.source import Source
+
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Random pixels, the same for the same seed and size."""
@@ -26,6 +28,13 @@ def chat(question: str, *images: Any) -> list[dict[str, Any]]:
     """One user message: pictures, then a question."""
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def source_of(*images: Image.Image) -> Source:
+    """Original pictures, and a tower that hands on their views' pixels as features."""
+    pixels = [torch.from_numpy(np.array(image)) for image in images]
+    norms = torch.tensor([[0.5] * 3, [0.25] * 3]).expand(len(images), -1, -1)
+    return Source(pixels, norms, lambda views: views.flatten(2).transpose(1, 2))
 
 
 def gap(a: Tensor, b: Tensor) -> float:

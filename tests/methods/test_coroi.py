@@ -48,8 +48,9 @@ from foveate.picture.source import Look, Source
 from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
+from tests.methods.conftest import fresh
 from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
-from tests.support import awake, chat, checkpoint_activations, gap, greedy, picture, rows
+from tests.support import awake, chat, checkpoint_activations, gap, greedy, picture, rows, source_of
 from tests.train.support import stage, write_recipe
 
 PAPER = TowerGeometry(336, 14)
@@ -59,9 +60,7 @@ OF_PICTURES = ("pixel_values", "image_sizes", "query_ids", "query_mask", "source
 
 def made(**options: Any) -> Foveate:
     """A tiny model whose windows change what it says."""
-    m = tiny_model("coroi", options)
-    awake(m.model)
-    return m
+    return fresh("coroi", **options)
 
 
 def encoded(model: Any, batch: dict[str, Tensor]) -> Any:
@@ -78,12 +77,6 @@ def tower_calls(model: Any) -> Iterator[list[int]]:
 
 
 # The original picture.
-
-
-def source_of(*images: Image.Image) -> Source:
-    pixels = [torch.from_numpy(np.array(image)) for image in images]
-    norms = torch.tensor([[0.5] * 3, [0.25] * 3]).expand(len(images), -1, -1)
-    return Source(pixels, norms, lambda views: views.flatten(2).transpose(1, 2))
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -149,8 +142,6 @@ def test_pictures_and_what_belongs_to_them_must_agree() -> None:
         Source.unpacked(pixels, torch.tensor([[2, 2]]), norms, lambda views: views)
     with pytest.raises(FoveateError, match="2 original pictures with 1 norms"):
         Source([pixels, pixels], norms, lambda views: views)
-    with pytest.raises(FoveateError, match="2 told regions for 1 original pictures"):
-        Source([pixels], norms, lambda views: views, told=[None, None])
     m = made()
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
     del batch["source_pixels"]
@@ -361,57 +352,6 @@ def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
     assert seen == [1, 1]
     assert len(windows) == 4
     assert len(set(windows)) == 1
-
-
-@torch.no_grad()
-def test_who_is_told_a_region_looks_there() -> None:
-    m = made(scales=[2, 4], rois=1)
-    connector = m.model.connector
-    images = [picture(112, 112, seed=s) for s in range(2)]
-    plans = [m.model.method.plan(112, 112)] * 2
-    low, query = torch.randn(2, 16, 32), Query(torch.randn(2, 3, 48), torch.ones(2, 3))
-    told = Box(44, 40, 66, 66)  # in the middle of the 4 x 4 tokens, more of it in the second row and column
-    source = source_of(*images)
-    source.encode = m.model.encode_views
-    free = connector.chain(low, plans, query, source).windows
-    source.told = [None, told]
-    aimed = connector.chain(low, plans, query, source).windows
-    assert aimed[:2] == free[:2]  # the first picture's question says nothing
-    half, quarter = ((w.row, w.column) for w in aimed[2:])
-    assert half == (1, 1)  # of windows that show all of it, the one with the nearest middle
-    assert quarter == (1, 1)
-    for row, column in ((0, 0), (3, 3), (0, 3)):
-        source.told[1] = Box(28 * column + 3, 28 * row + 3, 28 * column + 20, 28 * row + 20)
-        assert connector.chain(low, plans, query, source).windows[3][3:] == (row, column)
-
-
-@pytest.mark.parametrize("gradient", ["weighted", "gumbel"])
-def test_who_is_told_a_region_looks_there_whatever_the_scores_are_used_for(gradient: str) -> None:
-    m = made(gradient=gradient, temperature=5.0, scales=[4], rois=1)
-    connector = m.model.connector.train()
-    source = source_of(picture(112, 112))
-    source.encode, source.told = m.model.encode_views, [Box(3, 31, 20, 48)]
-    query = Query(torch.randn(1, 3, 48), torch.ones(1, 3))
-    for _ in range(8):
-        low = torch.randn(1, 16, 32)
-        chosen = connector.chain(low, [m.model.method.plan(112, 112)], query, source)
-        assert chosen.windows[0][3:] == (1, 0)
-        if gradient == "weighted":
-            view = connector.scorer.read(low)
-            score = connector.scorer(view, *(x[:, 0] for x in connector._words(low, query)))[0, 4]
-            assert gap(chosen.gates[0], score.sigmoid()) < CLOSE
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_windows_that_show_all_the_nearest_middle_wins_in_any_precision(dtype: torch.dtype) -> None:
-    m = made(scales=[2], rois=1)
-    m.model.to(dtype)
-    source = source_of(picture(112, 112))
-    source.encode, source.told = lambda views: m.model.encode_views(views.to(dtype)), [Box(43, 43, 53, 53)]
-    low, plan = torch.randn(1, 16, 32, dtype=dtype), m.model.method.plan(112, 112)
-    query = Query(torch.randn(1, 3, 48, dtype=dtype), torch.ones(1, 3))
-    assert m.model.connector.chain(low, [plan], query, source).windows[0][3:] == (1, 1)
 
 
 @torch.no_grad()

@@ -23,15 +23,16 @@ from foveate.composing import compose
 from foveate.data.dataset import encode
 from foveate.data.toy import write_toy_data
 from foveate.methods import inf_llava
+from foveate.methods import inf_llava_plain as full
 from foveate.methods.base import TowerGeometry, Widths
-from foveate.methods.inf_llava import CUTS, Axis, InfConnector, InfLlava, gathered, pooling
+from foveate.methods.inf_llava import InfConnector, InfLlava, pooling
+from foveate.methods.inf_llava_index import CUTS, Axis, gathered
 from foveate.model.cost import Pricer, reference_config
 from foveate.picture.geometry import Size, View
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from tests.methods import inf_llava_full as full
 from tests.methods.inf_llava_release import released_names, write_release
 from tests.methods.test_invariants import CLOSE, prepare
 from tests.support import chat, gap, greedy, picture

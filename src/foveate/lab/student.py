@@ -21,6 +21,7 @@ from foveate.lab.levels import level_named
 from foveate.lab.optimise import optimiser
 from foveate.lab.packing import PADDING, Packed, Sample, all_right, pack
 from foveate.lab.questions import Question
+from foveate.lab.told import told_windows
 from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.model.modeling import EncodedPictures
@@ -198,8 +199,14 @@ class Student:
         ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
         lengths = torch.tensor([[len(text)] for text in asked])
         mask = (torch.arange(ids.shape[1]) < lengths).long()
-        source = self._source(data, rows) if self.method.reads_source else None
-        return self.model.connect(features, sizes, ids, mask, source)
+        if not self.method.reads_source:
+            return self.model.connect(features, sizes, ids, mask)
+        source = self._source(data, rows)
+        if not self.cell.told:
+            return self.model.connect(features, sizes, ids, mask, source)
+        plans, regions = [self.plan] * len(rows), [row.region for row in rows]
+        with told_windows(self.model.connector, self.method.tower, plans, regions):
+            return self.model.connect(features, sizes, ids, mask, source)
 
     def _source(self, data: Examples, rows: Sequence[Row]) -> Source:
         """The pictures themselves; what a frozen tower has seen of them once is kept."""
@@ -209,7 +216,6 @@ class Student:
             torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(rows))),
             torch.no_grad()(self.model.encode_views),
             [memory.setdefault(row.picture, {}) for row in rows],
-            [row.region for row in rows] if self.cell.told else None,
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:

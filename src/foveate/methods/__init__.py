@@ -1,4 +1,7 @@
-"""The registry of methods. A new method is one file in this folder and one line here."""
+"""The registry of methods. A new method is one file in this folder and one line here.
+
+A file that no line names is no method.
+"""
 
 from __future__ import annotations
 

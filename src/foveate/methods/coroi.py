@@ -26,7 +26,7 @@ The paper leaves much open. docs/methods/coroi.md lists the choices with the rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import accumulate
@@ -207,6 +207,11 @@ def pooled(sums: Tensor, side: int) -> Tensor:
     return total / side**2
 
 
+def best(values: Tensor) -> Tensor:
+    """Averages of windows (P, rows, columns) -> number of the best, (P,); of equal ones the first."""
+    return values.flatten(1).argmax(1)
+
+
 def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
     """What the update of the chosen windows is multiplied by: (B, R) values of windows, (B,) -> (B,).
 
@@ -356,6 +361,7 @@ class CoroiConnector(Connector):
         self.question = nn.Linear(widths.text, widths.vision)
         nn.init.zeros_(self.question.bias)  # small embeddings would be lost beside it
         self.scorer = Scorer(widths.vision, options)
+        self.choose: Callable[[Tensor], Tensor] = best
         self.layers = decoder_layers(options.layers, widths.layers)
         self.attentions = nn.ModuleList(CrossAttention(widths, options) for _ in self.layers)
 
@@ -415,9 +421,6 @@ class CoroiConnector(Connector):
         features: list[Tensor] = []  # (P, m, N, C) each
         past: list[Tensor] = []  # those that join the question
         taken: list[Tensor | None] = [None] * scales
-        aims: list[Tensor] = []
-        if any(source.told):  # in single precision whatever the model's: of equal windows, 1e-3 decides
-            aims = [self._aims(s, plans, source.told).to(low.device, torch.float32) for s in range(scales)]
         spread = self._spread() if low.is_meta else []
         sums = None
         for step in range(options.rois):
@@ -430,7 +433,7 @@ class CoroiConnector(Connector):
                 scores = self.scorer(view, guides.flatten(0, 1), there.flatten(0, 1))  # (P or P m, N)
                 sums = integral(scores.view(pictures, -1, *self.tower.grid))  # (P, 1 or m, h + 1, w + 1)
             means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
-            picked = [self.select(mean, taken[s], aims[s] if aims else None) for s, mean in enumerate(means)]
+            picked = [self.select(mean, taken[s]) for s, mean in enumerate(means)]
             chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
             gates.append(torch.stack([value for _, value in picked], 1))
             numbers.append([spread[step]] * pictures if low.is_meta else chosen.tolist())
@@ -454,39 +457,18 @@ class CoroiConnector(Connector):
             return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
         return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
 
-    def select(
-        self, values: Tensor, taken: Tensor | None, aims: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def select(self, values: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
         """Averages of one scale's windows (P, rows, columns) -> number of the best and its gate, (P,) each.
 
-        `taken` (P, rows columns): windows that may not be chosen. `aims` (P, rows, columns): what decides in
-        their place where it is not NaN. Of equal ones, the first in row order is chosen.
+        `taken` (P, rows columns): windows that may not be chosen.
         """
-        values = values.flatten(1)
         if self.training and self.options.gradient == "gumbel":
             uniform = torch.rand_like(values).clamp(min=1e-20)
             values = values - self.options.temperature * (-uniform.log()).clamp(min=1e-20).log()
-        free = torch.ones_like(values, dtype=torch.bool) if taken is None else ~taken
-        values = values.where(free, -torch.inf)
-        told = values if aims is None else values.where(aims.flatten(1).isnan(), aims.flatten(1))
-        chosen = told.where(free, -torch.inf).argmax(1)
-        return chosen, gate(values, chosen, self.options)
-
-    def _aims(self, scale: int, plans: Sequence[ViewPlan], told: Sequence[Box | None]) -> Tensor:
-        """What stands in for the scores where a region is told, (P, rows, columns); NaN elsewhere.
-
-        How much of the region's height and of its width a window shows, added up, and of windows that show
-        as much, the nearest middle: no window shows more of the region than the first one that is chosen.
-        """
-        side, grid = self.sides[scale], self.tower.grid
-        rows, columns = grid.height - side + 1, grid.width - side + 1
-        aims = np.full((len(plans), rows, columns), np.nan)
-        for p, (plan, region) in enumerate(zip(plans, told, strict=True)):
-            if region is None:
-                continue
-            left, top, right, bottom = (float(n) / self.tower.patch_size for n in plan.to_view(0, region))
-            aims[p] = _shown(rows, side, top, bottom)[:, None] + _shown(columns, side, left, right)
-        return torch.from_numpy(aims)
+        if taken is not None:
+            values = values.masked_fill(taken.view_as(values), -torch.inf)
+        chosen = self.choose(values)
+        return chosen, gate(values.flatten(1), chosen, self.options)
 
     def _count(self, scale: int) -> int:
         """How many windows a scale has."""
@@ -593,13 +575,6 @@ class CoroiConnector(Connector):
             views = partial(_views, pixels, norms, mine, side)
             chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], views))
         return chains
-
-
-def _shown(windows: int, side: int, first: float, last: float) -> np.ndarray:
-    """How much of first..last each window of an axis shows, less a little for its distance, (windows,)."""
-    starts = np.arange(windows)
-    both = np.minimum(starts + side, last) - np.maximum(starts, first)
-    return both.clip(min=0) - 1e-3 * np.abs(starts + side / 2 - (first + last) / 2)
 
 
 def _views(pixels: Tensor, norms: Tensor, looks: Sequence[Look], side: Size) -> Tensor:

@@ -4,8 +4,8 @@ Paper: Ma et al., INF-LLaVA: Dual-perspective Perception for High-Resolution Mul
 arXiv 2407.16198. Authors' code: WeihuangLin/INF-LLaVA at ea3e986 (Apache-2.0).
 
     local and global views of a picture     geometry.tiled, geometry.interleaved   eqs 9-13, 14-17 (DCM)
-    F_loc, F_glo out of views' features     Axis.split, Axis.join                  eqs 5-6
-    parts of both maps, C_loc and C_glo     Axis.split, AxisPlan.groups            eqs 18-19, 22-23
+    F_loc, F_glo out of views' features     inf_llava_index.Axis                   eqs 5-6
+    parts of both maps, C_loc and C_glo     inf_llava_index.AxisPlan.groups        eqs 18-19, 22-23
     A = softmax(q k / scale), V = A v       CrossAttention                         eqs 20-21, 24-25
     V_dual                                  Fusion                                 eqs 26-27
     F_pool                                  pooling                                eq. 7
@@ -29,20 +29,20 @@ Paper and authors' code differ. Each difference is an option; defaults are what 
 Where we differ from the authors: a reduction by bilinear interpolation reads one row in n of the large map,
 or two where n is even. What no such row depends on, views, queries and all that follows, is never computed;
 all views go through the tower in one call, and all parts through one attention for each direction. The
-results are the same. At inference their loader shows a picture of 336 pixels blown up to 1008; we show what
-they train on. For even n their low-resolution view would be sampled between pixels without antialiasing; ours
-is the picture resized.
+results are those of `inf_llava_plain`, which computes everything. At inference their loader shows a picture
+of 336 pixels blown up to 1008; we show what they train on. For even n their low-resolution view would be
+sampled between pixels without antialiasing; ours is the picture resized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate, product
 from math import isqrt
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,6 +61,19 @@ from foveate.methods.base import (
     Widths,
     square_grid,
 )
+from foveate.methods.inf_llava_index import (
+    CUTS,
+    Axis,
+    AxisPlan,
+    Cut,
+    Direction,
+    Groups,
+    covered,
+    gathered,
+    index,
+    neighbours,
+    parts_of,
+)
 from foveate.methods.layouts import Layout, connector_options, known_projector
 from foveate.picture.account import Account
 from foveate.picture.geometry import (
@@ -77,8 +90,6 @@ from foveate.picture.geometry import (
     whole,
 )
 
-Cut: TypeAlias = Literal["local", "global"]  # contiguous, or every n-th
-CUTS: tuple[Cut, Cut] = ("local", "global")
 MOST_PIXELS = 2**26  # of all views of one kind together: 200 MB as bytes
 MOST_VIEWS = 5  # along a side, where the picture decides: table 3 goes so far
 
@@ -114,28 +125,6 @@ class InfLlavaOptions(MethodOptions):
             raise FoveateError(f"heads must be at least 1, not {self.heads}")
 
 
-# Rows and columns: everything here is along one axis, since both croppings treat the axes alike.
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of the large map: `views` views of `tokens` tokens each."""
-
-    views: int
-    tokens: int
-
-    def split(self, cut: Cut, row: int) -> tuple[int, int]:
-        """A row of the large map -> the view, or the part, that it belongs to, and its row in there."""
-        if cut == "local":
-            return divmod(row, self.tokens)
-        place, view = divmod(row, self.views)
-        return view, place
-
-    def join(self, cut: Cut, view: int, place: int) -> int:
-        """The inverse of `split`."""
-        return view * self.tokens + place if cut == "local" else place * self.views + view
-
-
 def pooling(rows: int, pooled: int, mode: str) -> np.ndarray:
     """Weights (pooled, rows) of a reduction as torch's bilinear (not aligned) or adaptive average one."""
     weights = np.zeros((pooled, rows))
@@ -151,16 +140,6 @@ def pooling(rows: int, pooled: int, mode: str) -> np.ndarray:
     return weights
 
 
-@dataclass(frozen=True)
-class Direction:
-    """One of the two enhancements: queries of one map look into keys of the other, part by part."""
-
-    name: Cut  # of the map that is enhanced
-    queries: Cut
-    keys: Cut
-    parts: Cut
-
-
 def directions(options: InfLlavaOptions) -> tuple[Direction, ...]:
     found = []
     other: Mapping[Cut, Cut] = {"local": "global", "global": "local"}
@@ -171,92 +150,16 @@ def directions(options: InfLlavaOptions) -> tuple[Direction, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The queries of one direction along one axis, grouped by the part that they look into.
-
-    Groups are as long as the longest; `real` tells what fills them up.
-    """
-
-    queries: np.ndarray  # (parts, m) rows of the queries' stack
-    keys: np.ndarray  # (parts, tokens) rows of the keys' stack
-    real: np.ndarray  # (parts, m) bool
-    part: np.ndarray  # (live,) where each live row's query is
-    slot: np.ndarray  # (live,)
-
-
-class AxisPlan:
-    """What must be computed along one axis of the large map, and where it lies.
-
-    Features of views are never rearranged into large maps. They stay in stacks, one below the other in the
-    order of `views`; `at` says where a row of the large map lies in its stack.
-
-    Attributes:
-        fused: rows of the large map that the pooled one depends on.
-        weights: (pooled, fused) of the pooling.
-        live: rows that the fused ones depend on: themselves, or their neighbours as well.
-        near: (fused, 3) for a fusion that reads neighbours: above, at and below each row, as places in
-            `live`; -1 beyond the border. Else None.
-        views: per cut, the views along this axis that the live rows depend on.
-    """
-
-    def __init__(self, axis: Axis, pooled: int, options: InfLlavaOptions) -> None:
-        self.axis = axis
-        rows = axis.views * axis.tokens
-        weights = pooling(rows, pooled, options.pool)
-        self.fused: list[int] = np.flatnonzero(weights.any(0)).tolist()
-        self.weights = weights[:, self.fused]
-        self.live, self.near = self.fused, None
-        if options.fusion == "conv" and options.enhance == "both":
-            around = np.array(self.fused)[:, None] + [-1, 0, 1]
-            there = (around >= 0) & (around < rows)
-            self.live = np.unique(around[there]).tolist()
-            self.near = np.where(there, np.searchsorted(self.live, around), -1)
-        used: dict[Cut, set[int]] = {"local": set(), "global": set()}
-        for direction in directions(options):
-            used[direction.queries] |= self._views(direction.queries, self.live)
-            used[direction.keys] |= self._views(direction.keys, self._looked_at(direction))
-        if options.enhance == "none":
-            for cut in CUTS:
-                if options.crops in ("both", cut):
-                    used[cut] = self._views(cut, self.live)
-        self.views: dict[Cut, list[int]] = {cut: sorted(numbers) for cut, numbers in used.items()}
-
-    def _views(self, cut: Cut, rows: Iterable[int]) -> set[int]:
-        return {self.axis.split(cut, row)[0] for row in rows}
-
-    def _looked_at(self, direction: Direction) -> list[int]:
-        """All rows of the parts that live queries look into, part by part."""
-        parts = sorted(self._views(direction.parts, self.live))
-        return [
-            self.axis.join(direction.parts, part, place)
-            for part in parts
-            for place in range(self.axis.tokens)
-        ]
-
-    def at(self, cut: Cut, rows: Iterable[int]) -> list[int]:
-        """Where rows of the large map lie in the stack of a cut's views."""
-        order = {view: i for i, view in enumerate(self.views[cut])}
-        split = (self.axis.split(cut, row) for row in rows)
-        return [order[view] * self.axis.tokens + place for view, place in split]
-
-    def groups(self, direction: Direction) -> Groups:
-        parts = sorted(self._views(direction.parts, self.live))
-        members: dict[int, list[int]] = {part: [] for part in parts}
-        for row in self.live:
-            members[self.axis.split(direction.parts, row)[0]].append(row)
-        longest = max(map(len, members.values()))
-        lengths = np.array([len(rows) for rows in members.values()])
-        filled = [rows + rows[:1] * (longest - len(rows)) for rows in members.values()]
-        slots = {row: (i, j) for i, part in enumerate(parts) for j, row in enumerate(members[part])}
-        looked_at = np.array(self.at(direction.keys, self._looked_at(direction)))
-        return Groups(
-            queries=np.array([self.at(direction.queries, rows) for rows in filled]),
-            keys=looked_at.reshape(len(parts), -1),
-            real=np.arange(longest) < lengths[:, None],
-            part=np.array([slots[row][0] for row in self.live]),
-            slot=np.array([slots[row][1] for row in self.live]),
-        )
+def axis_plan(axis: Axis, pooled: int, options: InfLlavaOptions) -> AxisPlan:
+    """What must be computed along one axis for a pooled grid of so many rows, or columns."""
+    added = [cut for cut in CUTS if options.crops in ("both", cut)] if options.enhance == "none" else []
+    return AxisPlan(
+        axis,
+        pooling(axis.views * axis.tokens, pooled, options.pool),
+        directions(options),
+        neighbours=options.fusion == "conv" and options.enhance == "both",
+        added=added,
+    )
 
 
 class Scheme:
@@ -264,8 +167,8 @@ class Scheme:
 
     def __init__(self, tiles: Size, tower: TowerGeometry, pooled: int, options: InfLlavaOptions) -> None:
         self.tiles, self.tower, self.options = tiles, tower, options
-        self.rows = AxisPlan(Axis(tiles.height, tower.grid.height), pooled, options)
-        self.columns = AxisPlan(Axis(tiles.width, tower.grid.width), pooled, options)
+        self.rows = axis_plan(Axis(tiles.height, tower.grid.height), pooled, options)
+        self.columns = axis_plan(Axis(tiles.width, tower.grid.width), pooled, options)
 
     @cached_property
     def canvas(self) -> Size:
@@ -490,8 +393,8 @@ class InfConnector(Connector):
         """Queries (P A B, m n, C) and what they look into (P A B, N, C), for A x B parts."""
         rows, columns = scheme.groups[direction]
         return (
-            _parts(stacks[direction.queries], rows.queries, columns.queries),
-            _parts(stacks[direction.keys], rows.keys, columns.keys),
+            parts_of(stacks[direction.queries], rows.queries, columns.queries),
+            parts_of(stacks[direction.keys], rows.keys, columns.keys),
         )
 
     def attention_of(self, direction: Direction) -> CrossAttention:
@@ -554,33 +457,11 @@ class InfConnector(Connector):
             places = index(rows.keys, stack)[:, None, :, None], index(columns.keys, stack)[None, :, None, :]
             stack[places] = got.float().cpu().view(len(rows.keys), len(columns.keys), *grid)
             heights, widths = (
-                _covered(axis, direction.keys) for axis in (scheme.rows, scheme.columns)
+                covered(axis, direction.keys) for axis in (scheme.rows, scheme.columns)
             )  # (rows of the large map, rows of the stack)
             spread = heights @ stack.double().numpy() @ widths.T
             cells += spread.reshape(cells.shape)
         return cells.reshape(tiles.height * grid.height, tiles.width * grid.width)
-
-
-def index(numbers: np.ndarray, like: Tensor) -> Tensor:
-    """Numbers where the features are."""
-    return torch.from_numpy(numbers).to(like.device)
-
-
-def gathered(stack: Tensor, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> Tensor:
-    """(P, R, K, C) -> (P, len(rows), len(columns), C)"""
-    return stack[:, index(np.array(rows), stack)[:, None], index(np.array(columns), stack)[None]]
-
-
-def neighbours(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """(P, h, w, C) -> (P, 3 rows, 3 columns, C): each row and column between its neighbours, zero beyond."""
-    edged = F.pad(x, (0, 0, 0, 1, 0, 1))  # number -1 is a row, or column, of zeros
-    return gathered(edged, rows.flatten() % edged.shape[1], columns.flatten() % edged.shape[2])
-
-
-def _parts(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """(P, R, K, C), rows (A, m), columns (B, n) -> (P A B, m n, C)"""
-    taken = stack[:, index(rows, stack)[:, None, :, None], index(columns, stack)[None, :, None, :]]
-    return taken.flatten(3, 4).flatten(0, 2)  # (P, A, B, m, n, C)
 
 
 def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
@@ -593,20 +474,6 @@ def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
                 given = torch.from_numpy(weights).to(x)
                 x = torch.tensordot(given, x, ([1], [axis])).movedim(0, axis)
     return x.to(kind)
-
-
-def _covered(plan: AxisPlan, cut: Cut) -> np.ndarray:
-    """(rows of the large map, rows of a stack): which part of a token's attention each row gets."""
-    axis = plan.axis
-    shares = np.zeros((axis.views * axis.tokens, len(plan.views[cut]) * axis.tokens))
-    for i, view in enumerate(plan.views[cut]):
-        for place in range(axis.tokens):
-            if cut == "local":
-                shares[axis.join(cut, view, place), i * axis.tokens + place] = 1
-            else:
-                start = place * axis.views
-                shares[start : start + axis.views, i * axis.tokens + place] = 1 / axis.views
-    return shares
 
 
 class InfLlava(Method):

@@ -40,8 +40,6 @@ class Source:
         memory: per picture the features (N, C) of what was looked at before, what was asked for last at the
             end; filled, and never emptied. Pictures that are the same may share one. Each entry has storage
             of its own, so that one that is forgotten frees it.
-        told: per picture the region that matters, in its pixels, or None. Who is told has nothing to choose:
-            it shows what there is to win by choosing better.
 
     Attributes:
         looked: per picture, all parts that were asked for.
@@ -57,23 +55,16 @@ class Source:
         norms: Tensor,
         encode: Callable[[Tensor], Tensor],
         memory: Sequence[dict[Look, Tensor]] | None = None,
-        told: Sequence[Box | None] | None = None,
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
         self._lasts = memory is not None  # beyond this batch, whose tensor it must not keep
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
-        self.told: list[Box | None] = [None] * len(self.pictures) if told is None else list(told)
         self.looked: list[set[Look]] = [set() for _ in self.pictures]
         self.encoded = [0] * len(self.pictures)
         if not len(self.pictures) == len(self.norms) == len(self.memory):
             raise FoveateError(
                 f"{len(self.pictures)} original pictures with {len(self.norms)} norms and {len(self.memory)} "
                 "memories: give one of each per picture"
-            )
-        if len(self.told) != len(self.pictures):
-            raise FoveateError(
-                f"{len(self.told)} told regions for {len(self.pictures)} original pictures: give one or None "
-                "per picture"
             )
 
     @classmethod

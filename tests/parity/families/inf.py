@@ -20,15 +20,14 @@ from transformers import CLIPVisionConfig
 from foveate import FoveateForConditionalGeneration
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import (
-    Axis,
-    AxisPlan,
     CrossAttention,
     InfConnector,
     InfLlava,
     InfLlavaOptions,
     Scheme,
-    gathered,
+    axis_plan,
 )
+from foveate.methods.inf_llava_index import Axis, gathered
 from foveate.methods.layouts import convert_key
 from foveate.model.checkpoints import fill_connector, read_preprocessor, stage_files
 from foveate.model.processing import cut, image_processor_for
@@ -68,7 +67,7 @@ def connector_for(
     options = InfLlavaOptions(**{"low_view": "none", **given})
     tower = Oblong(max(grid), 1, *grid)
     scheme = Scheme(Size(n, n), tower, pooled.height, options)
-    scheme.columns = AxisPlan(Axis(n, grid.width), pooled.width, options)
+    scheme.columns = axis_plan(Axis(n, grid.width), pooled.width, options)
     return InfConnector(widths, lambda tiles: scheme, grid, options).eval(), scheme
 
 

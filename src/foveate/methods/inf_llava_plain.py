@@ -1,6 +1,13 @@
 """INF-LLaVA in full: every view, every part by itself, maps as large as they are, softmax written out.
 
-What `foveate.methods.inf_llava` must agree with, and what `benchmarks/inf_llava.py` times it against.
+The plain form of the paper's equations, beside which `foveate.methods.inf_llava` can be read: the method must
+agree with it, and `benchmarks/inf_llava.py` times it. No model runs it.
+
+    cropping, recombination     cut, joined        eqs 5-6, 9-17
+    one enhancement of a part   attend             eqs 20-21, 24-25
+    V_dual                      dual               eqs 18-27
+    F_pool                      pooled             eq. 7
+    low resolution, MLP         tokens             eq. 8, section 5.5.1
 """
 
 from __future__ import annotations
