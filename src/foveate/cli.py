@@ -157,18 +157,22 @@ def inspect(
 
     size = read_size(picture)
     _quiet()
-    from foveate.methods import METHODS, method_class
+    from foveate.methods import EVERY, method_class, usable_methods
 
     if method is None and model is not None:
         from foveate.model.checkpoints import read_config
 
         method = read_config(model).method
-    names = list(METHODS) if method in (None, "all") else [method]
+    if method in (None, EVERY):
+        kinds, problems = usable_methods()
+        for problem in problems:
+            Console(stderr=True, soft_wrap=True).print(problem, style="dim", markup=False)
+    else:
+        kinds = {method: method_class(method)}
     rows: dict[str, Any] = {}
-    for name in names:
-        title = method_class(name).title
+    for name, kind in kinds.items():
         pricer = _pricer(name, model, parse_pairs(option))
-        rows[name] = {"title": title, **pricer.price(size, text_tokens).to_dict()}
+        rows[name] = {"title": kind.title, **pricer.price(size, text_tokens).to_dict()}
         turns = pricer.turns(size, text_tokens)
         if len(turns) > 1:
             anew = pricer.price(size, text_tokens, keep_context=False)

@@ -46,7 +46,7 @@ def compose(
     Args:
         vision: folder, hub id, configuration or model of a vision tower; of CLIP-like pairs the vision part.
         text: folder, hub id, configuration or model of a causal LM.
-        method: a name in `foveate.methods.METHODS`; by default llava, or that of `connector`.
+        method: the name of a method; by default llava, or that of `connector`.
         options: the method's options.
         connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such:
             its weights instead of new ones, and its options, changed by `options`.

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from foveate import Foveate
-from foveate.methods import METHODS
+from foveate.methods import METHODS, method_names
+from foveate.options import parse_pairs
 from foveate.tiny import tiny_model
 
 # Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
@@ -23,6 +24,22 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
     "coroi": {"zero_init": False},  # fresh injectors would hide what was injected
 }
 LOOKS = {"coroi": 4}  # how often a method's connector calls the tower again, at most
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The invariants run over every known method and the toy, or over the one that `--method` names."""
+    if metafunc.module.__name__.endswith("test_invariants"):
+        alone = metafunc.config.getoption("--method")
+        metafunc.parametrize("method", [*method_names(), "toy"] if alone is None else [alone])
+
+
+@pytest.fixture(scope="package", autouse=True)
+def options_given(pytestconfig: pytest.Config) -> Iterator[None]:
+    """`--method-option`, for the method that `--method` names."""
+    with pytest.MonkeyPatch.context() as patch:
+        if given := parse_pairs(pytestconfig.getoption("--method-option")):
+            patch.setitem(TINY_OPTIONS, str(pytestconfig.getoption("--method")), given)
+        yield
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -39,7 +39,7 @@ class FoveateImageProcessor(BaseImageProcessor):
     """Pictures -> plans -> normalised views.
 
     Args:
-        method: a name in `foveate.methods.METHODS`.
+        method: the name of a method.
         options: the method's options.
         image_size: side of the tower's input, pixels.
         patch_size: side of its patches, pixels.
