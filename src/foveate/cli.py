@@ -15,7 +15,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
-from foveate.options import build_options, merged, parse_pairs
+from foveate.options import build_options, merged
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -171,7 +171,7 @@ def inspect(
         kinds = {method: method_class(method)}
     rows: dict[str, Any] = {}
     for name, kind in kinds.items():
-        pricer = _pricer(name, model, parse_pairs(option))
+        pricer = _pricer(name, model, _given(option))
         rows[name] = {"title": kind.title, **pricer.price(size, text_tokens).to_dict()}
         turns = pricer.turns(size, text_tokens)
         if len(turns) > 1:
@@ -242,14 +242,12 @@ def compose(
         from foveate.methods import DEFAULT
         from foveate.tiny import tiny_model
 
-        made = tiny_model(method or DEFAULT, parse_pairs(option), template=template)
+        made = tiny_model(method or DEFAULT, _given(option), template=template)
     else:
         from foveate.composing import compose as compose_parts
 
         assert vision is not None and text is not None
-        made = compose_parts(
-            vision, text, method, parse_pairs(option), connector=connector, template=template
-        )
+        made = compose_parts(vision, text, method, _given(option), connector=connector, template=template)
     _save(made, out)
 
 
@@ -382,8 +380,14 @@ def _load(
         vision_tower=tower,
         method=method,
         template=template,
-        options=parse_pairs(option),
+        options=_given(option),
     )
+
+
+def _given(option: list[str] | None) -> dict[str, Any]:
+    from foveate.written import read_pairs
+
+    return read_pairs(option)
 
 
 def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -397,16 +401,17 @@ def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
+    from foveate.methods import method_class
     from foveate.model.cost import Pricer, reference_config
 
     if model is None:
-        return Pricer(reference_config(method, options))
+        return Pricer(reference_config(method, merged(method_class(method).Options, {}, options)))
     from foveate.model.checkpoints import read_config
 
     config = read_config(model)
     if config.method != method:
         config.method, config.options = method, {}
-    config.options = merged(config.options, options)
+    config.options = merged(method_class(method).Options, config.options, options)
     return Pricer(config)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from foveate import Foveate
 from foveate.methods import METHODS, method_names
-from foveate.options import parse_pairs
 from foveate.tiny import tiny_model
+from foveate.written import read_pairs
 
 # Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
 TINY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def options_given(pytestconfig: pytest.Config) -> Iterator[None]:
     """`--method-option`, for the method that `--method` names."""
     with pytest.MonkeyPatch.context() as patch:
-        if given := parse_pairs(pytestconfig.getoption("--method-option")):
+        if given := read_pairs(pytestconfig.getoption("--method-option")):
             patch.setitem(TINY_OPTIONS, str(pytestconfig.getoption("--method")), given)
         yield
 

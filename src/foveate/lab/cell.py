@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,7 @@ from foveate.lab.parts import Parts
 from foveate.lab.questions import chance, in_scene_guess
 from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
+from foveate.options import build_options, merged
 
 LATER = ("method", "regions")  # of a stage: where these are not used, names are as before there were any
 
@@ -53,11 +54,13 @@ class Cell:
 
     @classmethod
     def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
-        """The cell of a row of an experiment."""
+        """The cell of a row of an experiment. Raises `FoveateError` for a wrong method or option."""
         e, v = experiment, variant
-        return cls(
-            v.method, seed, e.level, e.scale, e.training, v.options, v.stages, v.label, v.told, e.batch
+        options = _checked(v.method, e.level, v.options)
+        stages = tuple(
+            replace(s, options=_checked(s.method or v.method, e.level, s.options)) for s in v.stages
         )
+        return cls(v.method, seed, e.level, e.scale, e.training, options, stages, v.label, v.told, e.batch)
 
     @property
     def key(self) -> str:
@@ -83,6 +86,16 @@ class Cell:
         for key, value in self.options.items():
             words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
         return shlex.join(words)
+
+
+def _checked(method: str, level: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as their types want them."""
+    kind = method_class(method)
+    options = merged(kind.Options, {}, given)
+    build_options(
+        kind.Options, kind.options_for(level_named(level).ratio) | options, f"options of method {kind.title}"
+    )
+    return options
 
 
 @dataclass(frozen=True)

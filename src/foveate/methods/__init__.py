@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 import warnings
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,8 @@ def method_class(name: str) -> type[Method]:
     Raises `FoveateError` for unknown names, for those that two packages claim, and where a package's entry
     point cannot be imported or is no method.
     """
+    if name not in METHODS and name not in _registered and name not in _claims():
+        _installed.cache_clear()  # it may have been installed since
     return _class_of(name, _claims())
 
 
@@ -130,6 +134,12 @@ def _load(entry: EntryPoint) -> type[Method]:
 
 def _claims() -> dict[str, list[EntryPoint]]:
     """Name -> the entry points of installed packages that claim it; several that mean the same count once."""
+    return _installed(tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _installed(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+    """Reads the metadata of every package, which takes some ten milliseconds."""
     found: dict[str, dict[str, EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, {}).setdefault(entry.value, entry)

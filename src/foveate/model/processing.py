@@ -242,7 +242,7 @@ class FoveateProcessor(ProcessorMixin):
         if template is not None:
             processor.chat_template = chat_template(template)
         images = processor.image_processor
-        images.options = merged(images.options, options)
+        images.options = merged(method_class(images.method).Options, images.options, options)
         return processor
 
     @classmethod
