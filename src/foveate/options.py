@@ -100,27 +100,32 @@ def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Nested dataclasses, lists, unions with None, literals, numbers, strings and booleans are understood.
     Raises `FoveateError` that names the key for unknown keys, missing ones and values of a wrong type.
     """
+    built = checked(cls, values, where)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in built:
+            raise FoveateError(f"{where}: {f.name!r} is missing")
+    try:
+        return cls(**built)
+    except FoveateError as error:
+        raise FoveateError(f"{where}: {error}") from None
+
+
+def checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some of the fields of the dataclass `cls`, each by itself.
+
+    Raises `FoveateError` that names the key for unknown keys and values of a wrong type.
+    """
     if not isinstance(values, Mapping):
-        raise FoveateError(f"{where}: expected keys and values, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        raise FoveateError(f"{where}: expected keys and values, got {_shown(values)}")
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
     types_of = typing.get_type_hints(cls)
-    built = {str(key): _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
-    for name, f in fields.items():
-        if (
-            f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-            and name not in built
-        ):
-            raise FoveateError(f"{where}: {name!r} is missing")
-    try:
-        return cls(**built)
-    except FoveateError as error:
-        raise FoveateError(f"{where}: {error}") from None
+    return {str(key): _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
+from foveate.lab.controls import controls
 from foveate.lab.data import Examples, examples
 from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import level_named
@@ -20,7 +21,7 @@ from foveate.lab.parts import Parts
 from foveate.lab.questions import chance, in_scene_guess
 from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
-from foveate.options import build_options, merged
+from foveate.options import checked, merged
 
 LATER = ("method", "regions")  # of a stage: where these are not used, names are as before there were any
 
@@ -56,10 +57,8 @@ class Cell:
     def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
         """The cell of a row of an experiment. Raises `FoveateError` for a wrong method or option."""
         e, v = experiment, variant
-        options = _checked(v.method, e.level, v.options)
-        stages = tuple(
-            replace(s, options=_checked(s.method or v.method, e.level, s.options)) for s in v.stages
-        )
+        options = _typed(v.method, v.options)
+        stages = tuple(replace(s, options=_typed(s.method or v.method, s.options)) for s in v.stages)
         return cls(v.method, seed, e.level, e.scale, e.training, options, stages, v.label, v.told, e.batch)
 
     @property
@@ -88,13 +87,12 @@ class Cell:
         return shlex.join(words)
 
 
-def _checked(method: str, level: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as their types want them."""
-    kind = method_class(method)
+def _typed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method or control as their types want them."""
+    with controls():
+        kind = method_class(method)
     options = merged(kind.Options, {}, given)
-    build_options(
-        kind.Options, kind.options_for(level_named(level).ratio) | options, f"options of method {kind.title}"
-    )
+    checked(kind.Options, options, where=f"options of method {kind.title}")
     return options
 
 
