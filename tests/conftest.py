@@ -25,6 +25,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder of golden vectors for tests/parity (default: ../shared/golden beside the repository)",
     )
+    parser.addoption(
+        "--method",
+        metavar="NAME",
+        default=None,
+        help="the only method that tests/methods/test_invariants.py runs",
+    )
+    parser.addoption(
+        "--method-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="option of that method which suits a tower of 56 pixels and 4 x 4 tokens; repeatable",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from foveate.ask.foveate import Foveate, load
     from foveate.composing import compose
     from foveate.errors import FoveateError
+    from foveate.methods import register_method
     from foveate.model.config import FoveateConfig
     from foveate.model.modeling import FoveateForConditionalGeneration
     from foveate.model.processing import FoveateImageProcessor, FoveateProcessor
@@ -35,6 +36,7 @@ _PUBLIC = {
     "FoveateImageProcessor": "foveate.model.processing",
     "FoveateProcessor": "foveate.model.processing",
     "Zoom": "foveate.zoom.zoom",
+    "register_method": "foveate.methods",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Zoom",
     "compose",
     "load",
+    "register_method",
 ]
 
 

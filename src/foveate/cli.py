@@ -15,7 +15,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.lab.cli import app as lab
-from foveate.options import build_options, merged, parse_pairs
+from foveate.options import build_options, merged
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -157,18 +157,22 @@ def inspect(
 
     size = read_size(picture)
     _quiet()
-    from foveate.methods import METHODS, method_class
+    from foveate.methods import EVERY, method_class, usable_methods
 
     if method is None and model is not None:
         from foveate.model.checkpoints import read_config
 
         method = read_config(model).method
-    names = list(METHODS) if method in (None, "all") else [method]
+    if method in (None, EVERY):
+        kinds, problems = usable_methods()
+        for problem in problems:
+            Console(stderr=True, soft_wrap=True).print(problem, style="dim", markup=False)
+    else:
+        kinds = {method: method_class(method)}
     rows: dict[str, Any] = {}
-    for name in names:
-        title = method_class(name).title
-        pricer = _pricer(name, model, parse_pairs(option))
-        rows[name] = {"title": title, **pricer.price(size, text_tokens).to_dict()}
+    for name, kind in kinds.items():
+        pricer = _pricer(name, model, _given(option))
+        rows[name] = {"title": kind.title, **pricer.price(size, text_tokens).to_dict()}
         turns = pricer.turns(size, text_tokens)
         if len(turns) > 1:
             anew = pricer.price(size, text_tokens, keep_context=False)
@@ -238,14 +242,12 @@ def compose(
         from foveate.methods import DEFAULT
         from foveate.tiny import tiny_model
 
-        made = tiny_model(method or DEFAULT, parse_pairs(option), template=template)
+        made = tiny_model(method or DEFAULT, _given(option), template=template)
     else:
         from foveate.composing import compose as compose_parts
 
         assert vision is not None and text is not None
-        made = compose_parts(
-            vision, text, method, parse_pairs(option), connector=connector, template=template
-        )
+        made = compose_parts(vision, text, method, _given(option), connector=connector, template=template)
     _save(made, out)
 
 
@@ -378,8 +380,14 @@ def _load(
         vision_tower=tower,
         method=method,
         template=template,
-        options=parse_pairs(option),
+        options=_given(option),
     )
+
+
+def _given(option: list[str] | None) -> dict[str, Any]:
+    from foveate.written import read_pairs
+
+    return read_pairs(option)
 
 
 def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -393,16 +401,17 @@ def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
+    from foveate.methods import method_class
     from foveate.model.cost import Pricer, reference_config
 
     if model is None:
-        return Pricer(reference_config(method, options))
+        return Pricer(reference_config(method, merged(method_class(method).Options, {}, options)))
     from foveate.model.checkpoints import read_config
 
     config = read_config(model)
     if config.method != method:
         config.method, config.options = method, {}
-    config.options = merged(config.options, options)
+    config.options = merged(method_class(method).Options, config.options, options)
     return Pricer(config)
 
 

@@ -46,7 +46,7 @@ def compose(
     Args:
         vision: folder, hub id, configuration or model of a vision tower; of CLIP-like pairs the vision part.
         text: folder, hub id, configuration or model of a causal LM.
-        method: a name in `foveate.methods.METHODS`; by default llava, or that of `connector`.
+        method: the name of a method; by default llava, or that of `connector`.
         options: the method's options.
         connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such:
             its weights instead of new ones, and its options, changed by `options`.
@@ -63,10 +63,11 @@ def compose(
     if stage is not None:
         if method not in (None, stage.released.method):
             raise FoveateError(f"method is {method}, but {connector} was made for {stage.released.method}")
-        method, options = stage.released.method, merged(stage.options, options)
+        method = stage.released.method
     method = method or DEFAULT
     kind = method_class(method)  # checked before any weights are read
-    build_options(kind.Options, options or {}, where=f"options of method {kind.title}")
+    options = merged(kind.Options, {} if stage is None else stage.options, options)
+    build_options(kind.Options, options, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)
     text_config, language_model = _text(text, dtype)
     vision_config.name_or_path = text_config.name_or_path = ""  # paths do not travel with the model
@@ -81,7 +82,7 @@ def compose(
         vision_config=vision_config,
         text_config=text_config,
         method=method,
-        options=dict(options or {}),
+        options=options,
         vision_feature_layer=vision_feature_layer,
         image_token_id=image_token_id,
         separator_token_id=separator_token(tokenizer) if stage is None else stage.separator,

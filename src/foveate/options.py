@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from foveate.errors import FoveateError
@@ -15,35 +16,82 @@ from foveate.errors import FoveateError
 T = TypeVar("T")
 
 
-def parse_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """`key=value` texts, as `--option` takes them; values are YAML.
+NULLS = ("", "~", "null", "Null", "NULL")
+BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
-    Raises:
-        FoveateError: no equals sign, or a value that is not YAML.
+
+class Plain(str):
+    """A value as it was written, without quotes: what it is depends on the kind of its option.
+
+    A text is taken as it stands, be it `yes`, `1e3` or `null`. Numbers, true and false, and null are those of
+    YAML 1.2; null stands for None wherever an option may have none, also where it may be a text.
     """
-    import yaml
 
-    options = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise FoveateError(f"--option {pair}: expected key=value")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FoveateError(f"--option {pair}: the value is not valid YAML") from error
-    return options
+    def as_kind(self, kind: Any) -> Any:
+        """The value for a type; the plain text where that is the type, or where the value is not of it."""
+        text, origin, args = str(self), typing.get_origin(kind), typing.get_args(kind)
+        word = text.strip()
+        if kind is Any:
+            found = (self.as_kind(inner) for inner in (type(None), bool, int, float))
+            return next((value for value in found if not isinstance(value, str)), text)
+        if kind is type(None) and word in NULLS:
+            return None
+        if kind is bool:
+            return BOOLEANS.get(word, text)
+        if kind is int and WHOLE.fullmatch(word):
+            return int(word, 0) if word[:2] in ("0o", "0x") else int(word)
+        if kind is float and (NUMBER.fullmatch(word) or WHOLE.fullmatch(word)):
+            return float(word) if NUMBER.fullmatch(word) else float(int(word, 0))
+        if origin in (typing.Union, types.UnionType):
+            found = (self.as_kind(inner) for inner in sorted(args, key=lambda arg: arg is not type(None)))
+            return next((value for value in found if not isinstance(value, str)), text)
+        if origin is typing.Literal:
+            return next((arg for arg in args if str(arg) == word and type(arg) is not bool), text)
+        return text
 
 
-def merged(options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options with changes; keys and values within an option are changed one by one, too."""
+def merged(cls: type, options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options with changes; keys and values within an option are changed one by one, too.
+
+    Changes that were written, in a file or on the command line, become values of the types that the dataclass
+    `cls` gives them; whether they are right is left to `build_options`.
+    """
     found = dict(options)
-    for key, value in (changes or {}).items():
+    for key, value in _typed(dict(changes or {}), cls).items():
         before = found.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             value = {**before, **value}
         found[key] = value
     return found
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value with everything in it that is `Plain` made what the type wants."""
+    if isinstance(value, Plain):
+        return value.as_kind(kind)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, Mapping):
+        if origin in (typing.Union, types.UnionType):
+            kind = next((arg for arg in args if _holds_keys(arg)), Any)
+            origin, args = typing.get_origin(kind), typing.get_args(kind)
+        known = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        other = args[1] if origin is dict else Any
+        return {str(key): _typed(inner, known.get(key, other)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        if origin in (typing.Union, types.UnionType):
+            lists = [arg for arg in args if typing.get_origin(arg) in (list, tuple)]
+            args = typing.get_args(lists[0]) if lists else ()
+        elif origin not in (list, tuple):
+            args = ()
+        items = [_typed(inner, args[0] if args else Any) for inner in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def _holds_keys(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict or dataclasses.is_dataclass(kind)
 
 
 def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -52,33 +100,40 @@ def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Nested dataclasses, lists, unions with None, literals, numbers, strings and booleans are understood.
     Raises `FoveateError` that names the key for unknown keys, missing ones and values of a wrong type.
     """
-    if not isinstance(values, Mapping):
-        raise FoveateError(f"{where}: expected keys and values, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
-    types_of = typing.get_type_hints(cls)
-    built = {key: _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
-    for name, f in fields.items():
-        if (
-            f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-            and name not in built
-        ):
-            raise FoveateError(f"{where}: {name!r} is missing")
+    built = checked(cls, values, where)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in built:
+            raise FoveateError(f"{where}: {f.name!r} is missing")
     try:
         return cls(**built)
     except FoveateError as error:
         raise FoveateError(f"{where}: {error}") from None
 
 
+def checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some of the fields of the dataclass `cls`, each by itself.
+
+    Raises `FoveateError` that names the key for unknown keys and values of a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise FoveateError(f"{where}: expected keys and values, got {_shown(values)}")
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
+    types_of = typing.get_type_hints(cls)
+    return {str(key): _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
+
+
 def _convert(value: Any, kind: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if isinstance(value, Plain):
+        value = value.as_kind(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -92,7 +147,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise (
             problems[0]
             if len(problems) == 1
-            else FoveateError(f"{where}: expected {type_name(kind)}, got {value!r}")
+            else FoveateError(f"{where}: expected {type_name(kind)}, got {_shown(value)}")
         )
     if origin is typing.Literal:
         if value not in args:
@@ -100,25 +155,28 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise FoveateError(f"{where}: expected a list, got {value!r}")
+            raise FoveateError(f"{where}: expected a list, got {_shown(value)}")
         inner = args[0] if args else Any
         return origin(_convert(item, inner, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise FoveateError(f"{where}: expected keys and values, got {value!r}")
+            raise FoveateError(f"{where}: expected keys and values, got {_shown(value)}")
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build_options(kind, value, where)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
+        number = Plain(value).as_kind(float) if isinstance(value, str) else float(value)
+        if isinstance(number, float) and math.isfinite(number):
             return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise FoveateError(f"{where}: expected {type_name(kind)}, got {value!r}")
+    quotes = "; put quotes around a text that starts with a bracket" if kind is str else ""
+    hint = quotes if isinstance(value, (list, Mapping)) else ""
+    raise FoveateError(f"{where}: expected {type_name(kind)}, got {_shown(value)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value == "" else repr(value)
 
 
 def type_name(kind: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
 import re
@@ -38,6 +37,9 @@ ELSEWHERE = {
     "make embedded": "trains for hours",
     "source .venv/bin/activate": "the tests run in an environment already",
     ".venv/bin/pytest tests/docs": "runs this very test",
+    "pytest tests/methods/test_invariants.py --method quarters --method-option pool=4": (
+        "tests/methods/test_outside.py does it"
+    ),
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.
@@ -95,6 +97,7 @@ class Page:
         (folder / "docs").symlink_to(ROOT / "docs")
         (folder / "examples").symlink_to(ROOT / "examples")
         monkeypatch.chdir(folder)
+        monkeypatch.setattr(foveate.methods, "_registered", {})
 
     def run(self, block: Block) -> None:
         """Runs a block, or fails."""
@@ -123,6 +126,9 @@ class Page:
         if command in ELSEWHERE:
             return
         words = shlex.split(self.local(command))
+        if words[:2] == ["pip", "install"]:
+            self.install(words[2:])
+            return
         if words[:2] == ["foveate", "train"] and words[2] in ONLY_READ:
             load_recipe(words[2], words[3:])
             return
@@ -159,6 +165,13 @@ class Page:
                 f"{block.place}: {command} prints something else:\n{printed}"
             )
 
+    def install(self, folders: list[str]) -> None:
+        """Packages of the page, into a folder of their own that Python looks in."""
+        site = self.folder / "site-packages"
+        pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--no-build-isolation", "--target", site, *folders], check=True)
+        self.monkeypatch.syspath_prepend(site)
+
     def python(self, block: Block) -> None:
         out = io.StringIO()
         with redirect_stdout(out):
@@ -168,19 +181,11 @@ class Page:
             assert expected in printed, f"{block.place}: {expected!r} is not printed:\n{out.getvalue()}"
 
     def write(self, block: Block) -> None:
-        """A titled block is a file. Files of src/foveate/methods and lines of its registry take effect."""
+        """A titled block is a file."""
         assert block.title is not None
         path = self.folder / block.title
-        if block.title == "src/foveate/methods/__init__.py":
-            for name, place in ast.literal_eval("{" + block.text + "}").items():
-                self.monkeypatch.setitem(foveate.methods.METHODS, name, place)
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.local(block.text), encoding="utf-8")
-        if block.title.startswith("src/foveate/methods/"):
-            self.monkeypatch.setattr(
-                foveate.methods, "__path__", [*foveate.methods.__path__, str(path.parent)]
-            )
 
 
 def _tidy(text: str) -> list[str]:

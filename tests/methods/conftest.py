@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from foveate import Foveate
-from foveate.methods import METHODS
+from foveate.methods import METHODS, method_names
 from foveate.tiny import tiny_model
+from foveate.written import read_pairs
 from tests.support import awake
 
 # Options under which a method's tiny model is tested, where its own do not suit a tower of 56 pixels.
@@ -22,6 +23,22 @@ TINY_OPTIONS: dict[str, dict[str, Any]] = {
 }
 LOOKS = {"coroi": 4}  # how often a method's connector calls the tower again, at most
 READ_LAST = ("llava_hr",)  # methods that read the tower's last layer, whatever hidden state is named
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The invariants run over every known method and the toy, or over the one that `--method` names."""
+    if metafunc.module.__name__.endswith("test_invariants"):
+        alone = metafunc.config.getoption("--method")
+        metafunc.parametrize("method", [*method_names(), "toy"] if alone is None else [alone])
+
+
+@pytest.fixture(scope="package", autouse=True)
+def options_given(pytestconfig: pytest.Config) -> Iterator[None]:
+    """`--method-option`, for the method that `--method` names."""
+    with pytest.MonkeyPatch.context() as patch:
+        if given := read_pairs(pytestconfig.getoption("--method-option")):
+            patch.setitem(TINY_OPTIONS, str(pytestconfig.getoption("--method")), given)
+        yield
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -348,7 +348,7 @@ def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
     m = made(history="none", scales=[2], distinct=False)  # the same window in every step
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
     with tower_calls(m.model) as seen:
-        windows = encoded(m.model, batch).regions[0]
+        windows = encoded(m.model, batch).accounts[0].regions
     assert seen == [1, 1]
     assert len(windows) == 4
     assert len(set(windows)) == 1
@@ -358,7 +358,7 @@ def test_the_tower_is_called_once_a_step_and_not_for_what_it_saw() -> None:
 def test_distinct_chains_never_come_back() -> None:
     m = made(rois=9, scales=[2])
     batch = prepare(m.processor, [chat("What?", picture(60, 80))])
-    assert len(set(encoded(m.model, batch).regions[0])) == 9  # all there are in a grid of 4 x 4
+    assert len(set(encoded(m.model, batch).accounts[0].regions)) == 9  # all there are in a grid of 4 x 4
     with pytest.raises(FoveateError, match="rois 10 with distinct: scale 2 has 9 windows"):
         made(rois=10, scales=[2])
 
@@ -370,8 +370,10 @@ def test_the_question_decides_and_its_padding_does_not() -> None:
     with torch.no_grad():
         m.model.connector.scorer.cross_attention.out.weight.mul_(20)
     asked = ("Why?", "What is written on the large sign in the middle?")
-    together = encoded(m.model, prepare(m.processor, [chat(q, image) for q in asked])).regions
-    alone = [encoded(m.model, prepare(m.processor, [chat(q, image)])).regions[0] for q in asked]
+    together = [
+        a.regions for a in encoded(m.model, prepare(m.processor, [chat(q, image) for q in asked])).accounts
+    ]
+    alone = [encoded(m.model, prepare(m.processor, [chat(q, image)])).accounts[0].regions for q in asked]
     assert together == alone
     assert together[0] != together[1]
 
@@ -390,7 +392,7 @@ def test_a_text_of_no_tokens_and_no_text_at_all() -> None:
     )
     results.append(encoded(m.model, {k: v for k, v in batch.items() if not k.startswith("query")}))
     for result in results:
-        assert result.regions[0] == results[0].regions[0]
+        assert result.accounts[0].regions == results[0].accounts[0].regions
         assert all(torch.isfinite(part).all() for part in (result.injection.features, *result.pooler_output))
         assert torch.isfinite(result.injection.rounds[0].groups[0].gates).all()
 
@@ -420,7 +422,7 @@ def test_small_and_narrow_pictures(size: tuple[int, int]) -> None:
     batch = prepare(m.processor, [chat("What?", picture(*size))])
     result = encoded(m.model, batch)
     assert torch.isfinite(m.model(**batch).logits).all()
-    for box in result.regions[0]:
+    for box in result.accounts[0].regions:
         assert 0 <= box.left <= box.right <= size[1]
         assert 0 <= box.top <= box.bottom <= size[0]
 
@@ -477,7 +479,7 @@ def test_what_a_window_changes() -> None:
         injector.value.norm.bias.data.mul_(weight)
         states.append(m.model(**batch, output_hidden_states=True).hidden_states[2])  # behind layer 1
     changed = (states[0] - states[1]).abs().sum(-1) > 0  # (B, T)
-    regions = encoded(m.model, batch).regions
+    regions = [account.regions for account in encoded(m.model, batch).accounts]
     visual = batch["input_ids"] == m.processor.image_token_id
     expected = torch.zeros_like(visual)
     cells = []
@@ -675,7 +677,7 @@ def test_windows_that_are_the_same_are_read_once_and_count_as_often_as_chosen() 
     got = injector(hidden, injection, visual)
     attention = m.model.connector.attentions[0]
     expected = hidden.clone()
-    for p, boxes in enumerate(result.regions):
+    for p, boxes in enumerate(account.regions for account in result.accounts):
         width, height = ((90, 61), (80, 60))[1 - p]
         for box in boxes:
             left, top, right, bottom = (

@@ -1,4 +1,9 @@
-"""What must hold for every method. Each registered one is tested, and a toy that uses every seam at once."""
+"""What must hold for every method. Each that is known is tested, and a toy that uses every seam at once.
+
+    pytest tests/methods/test_invariants.py --method NAME --method-option KEY=VALUE
+
+tests one alone, above all that of another package.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate import Foveate, FoveateForConditionalGeneration, FoveateProcessor
-from foveate.methods import METHODS
 from foveate.picture.geometry import Box, Size, ViewPlan
 from tests.methods.conftest import LOOKS, READ_LAST, fresh
 from tests.support import chat, gap, greedy, largest_gap, picture, pictures, right_padded, rows
@@ -26,8 +30,6 @@ Tiny = Callable[[str], Foveate]
 SIZES = ((60, 100), (200, 90), (33, 33), (448, 57))
 QUESTIONS = ("What is it?", "How many?", "Where is the smallest of them?", "Why?")
 CLOSE = 1e-4  # float32, logits of up to 10
-
-pytestmark = pytest.mark.parametrize("method", [*METHODS, "toy"])
 
 
 def prepare(processor: FoveateProcessor, chats: list[Any], **kwargs: Any) -> dict[str, Tensor]:
@@ -304,7 +306,9 @@ def test_one_call_of_the_tower_for_all_views(method: str) -> None:
         called.clear()
         run()
         again = LOOKS.get(method, 0)
-        assert 1 + min(again, 1) <= called[made.model.vision_tower] <= 1 + again
+        assert called[made.model.vision_tower] >= 1 + min(again, 1)
+        if method in LOOKS or not made.model.method.reads_source:
+            assert called[made.model.vision_tower] <= 1 + again
         with_weights = [m for m in made.model.vision_tower.modules() if list(m.parameters(recurse=False))]
         read_as_tensors = [m for m in with_weights if isinstance(m, nn.Embedding)]
         assert [m for m in with_weights if m not in called and m not in read_as_tensors] == []

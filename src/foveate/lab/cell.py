@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
+from foveate.lab.controls import controls
 from foveate.lab.data import Examples, examples
 from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import level_named
@@ -20,6 +21,7 @@ from foveate.lab.parts import Parts
 from foveate.lab.questions import chance, in_scene_guess
 from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
+from foveate.options import checked, merged
 
 LATER = ("method", "regions")  # of a stage: where these are not used, names are as before there were any
 
@@ -53,11 +55,11 @@ class Cell:
 
     @classmethod
     def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
-        """The cell of a row of an experiment."""
+        """The cell of a row of an experiment. Raises `FoveateError` for a wrong method or option."""
         e, v = experiment, variant
-        return cls(
-            v.method, seed, e.level, e.scale, e.training, v.options, v.stages, v.label, v.told, e.batch
-        )
+        options = _typed(v.method, v.options)
+        stages = tuple(replace(s, options=_typed(s.method or v.method, s.options)) for s in v.stages)
+        return cls(v.method, seed, e.level, e.scale, e.training, options, stages, v.label, v.told, e.batch)
 
     @property
     def key(self) -> str:
@@ -83,6 +85,15 @@ class Cell:
         for key, value in self.options.items():
             words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
         return shlex.join(words)
+
+
+def _typed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method or control as their types want them."""
+    with controls():
+        kind = method_class(method)
+    options = merged(kind.Options, {}, given)
+    checked(kind.Options, options, where=f"options of method {kind.title}")
+    return options
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from foveate.errors import FoveateError
-from foveate.options import parse_pairs
 from foveate.shipped import shipped
 
 app = typer.Typer(
@@ -157,7 +156,9 @@ def export(
 
     if (method is None) == (experiment is None) or (row is None) != (experiment is None):
         raise FoveateError("give either --method, or --experiment with --row")
-    changes = parse_pairs(option)
+    from foveate.written import read_pairs
+
+    changes = read_pairs(option)
     if experiment is not None:
         _the_file_says(context, "level", "scale", "steps", "batch")
         wanted = only(read_experiment(experiment), [str(row)])
@@ -270,11 +271,13 @@ def _numbers(seeds: str) -> tuple[int, ...]:
 
 def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:
     """METHOD.KEY=VALUE texts -> options per method."""
+    from foveate.written import read_pairs
+
     options: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         if "." not in pair.partition("=")[0]:
             raise FoveateError(f"--option {pair}: expected METHOD.KEY=VALUE")
-    for place, value in parse_pairs(pairs).items():
+    for place, value in read_pairs(pairs).items():
         method, _, key = place.partition(".")
         options.setdefault(method, {})[key] = value
     return options

@@ -12,7 +12,7 @@ from foveate.lab.levels import level_named
 from foveate.lab.scales import scale_named
 from foveate.options import build_options
 from foveate.shipped import find
-from foveate.train.recipe import read_yaml
+from foveate.written import read_yaml
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Pass(NamedTuple):
     logits: Tensor
     packed: Packed
     tokens: list[int]
-    regions: list[list[Box]] | None
+    regions: list[list[Box] | None] | None
 
 
 class Graded(NamedTuple):
@@ -183,7 +183,8 @@ class Student:
         output = self.model(
             **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
         )
-        return Pass(output.loss, output.logits, packed, tokens, encoded.regions)
+        regions = None if encoded.accounts is None else [account.regions for account in encoded.accounts]
+        return Pass(output.loss, output.logits, packed, tokens, regions)
 
     def _connect(
         self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]

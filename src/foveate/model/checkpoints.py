@@ -12,7 +12,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from foveate.errors import FoveateError, report_keys
-from foveate.methods import METHODS, method_class
+from foveate.methods import method_class, usable_methods
 from foveate.methods.layouts import Json, Layout, convert_key
 from foveate.model.text import load_tokenizer
 
@@ -117,10 +117,15 @@ def recognise(
 
 
 def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released:
+    problems: list[str] = []
+    if named is None:
+        kinds, problems = usable_methods()
+    else:
+        kinds = {named: method_class(named)}
     layouts = [
         (method, layout)
-        for method in (METHODS if named is None else [named])
-        for layout in method_class(method).layouts
+        for method, kind in kinds.items()
+        for layout in kind.layouts
         if named is not None or not layout.only_named
     ]
     alike = [
@@ -138,6 +143,7 @@ def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
         f"{config.get('architectures')} is of no layout known here ({', '.join(known)})"
+        + "".join(f"; {problem}" for problem in problems)
     )
 
 
@@ -253,6 +259,7 @@ def own_config(folder: Path, method: str | None = None) -> Any:
         if not isinstance(given.get(key), kind):
             raise FoveateError(f"{path}: {key!r} is missing or of a wrong type")
     try:
+        method_class(given["method"] if method is None else method)
         config = FoveateConfig.from_pretrained(folder)
     except (FoveateError, StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FoveateError(f"{path}: {str(error).splitlines()[0]}") from error

@@ -16,7 +16,7 @@ class FoveateConfig(PreTrainedConfig):
     Args:
         vision_config: configuration of any Hugging Face vision tower, or its dictionary.
         text_config: configuration of any Hugging Face causal LM, or its dictionary.
-        method: a name in `foveate.methods.METHODS`.
+        method: the name of a method.
         options: the method's own options; unknown ones are an error.
         vision_feature_layer: which hidden state of the tower is used, counted as transformers does
             (-1: the last layer's output, -2: the one before; never the final norm).

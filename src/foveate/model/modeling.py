@@ -135,12 +135,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
             config = given or checkpoints.own_config(folder, method)
-            config.options = merged(config.options, options)
+            config.options = merged(method_class(config.method).Options, config.options, options)
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
             config = given or checkpoints.convert_config(released)
-            config.options = merged(config.options, options)
+            config.options = merged(method_class(config.method).Options, config.options, options)
             with torch.device("meta"):
                 skeleton = cls(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())

@@ -44,7 +44,7 @@ class FoveateImageProcessor(BaseImageProcessor):
     """Pictures -> plans -> normalised views.
 
     Args:
-        method: a name in `foveate.methods.METHODS`.
+        method: the name of a method.
         options: the method's options.
         image_size: side of the tower's input, pixels.
         patch_size: side of its patches, pixels.
@@ -264,7 +264,7 @@ class FoveateProcessor(ProcessorMixin):
         if template is not None:
             processor.chat_template = chat_template(template)
         images = processor.image_processor
-        images.options = merged(images.options, options)
+        images.options = merged(method_class(images.method).Options, images.options, options)
         return processor
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,40 @@ from foveate.train.recipe import ModelSpec, Recipe
 DEFAULT_TEMPLATE = "vicuna_v1"
 
 
-def base_options(spec: ModelSpec) -> dict[str, Any]:
-    """All options of the recipe's method, before any stage changes them.
+def stage_options(spec: ModelSpec, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the recipe's method, with a stage's changes.
 
     Raises `FoveateError` for an unknown method or option.
     """
+    method, options = _method(spec)
+    known = method_class(method).Options
+    base = asdict(build_options(known, merged(known, options, spec.options), where="model.options"))
+    return merged(known, base, changes)
+
+
+def typed(recipe: Recipe) -> Recipe:
+    """The recipe with the values of its method's options as their types want them."""
+    stages = recipe.stages.values()
+    if not recipe.model.options and not any(stage.options for stage in stages):
+        return recipe
+    known = method_class(_method(recipe.model)[0]).Options
+    return replace(
+        recipe,
+        model=replace(recipe.model, options=merged(known, {}, recipe.model.options)),
+        stages={
+            name: replace(stage, options=merged(known, {}, stage.options))
+            for name, stage in recipe.stages.items()
+        },
+    )
+
+
+def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
+    """The method's name, and the options that the model brings which a recipe loads."""
     if spec.load is None:
         assert spec.method is not None
-        method, options = spec.method, spec.options
-    else:
-        config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
-        method, options = config.method, merged(config.options, spec.options)
-    return asdict(build_options(method_class(method).Options, options, where="model.options"))
+        return spec.method, {}
+    config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
+    return config.method, config.options
 
 
 def skeleton(

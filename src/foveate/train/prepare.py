@@ -20,8 +20,7 @@ from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.model.text import TEMPLATES
-from foveate.options import merged
-from foveate.train.models import base_options, skeleton
+from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage
 
@@ -67,9 +66,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
     stage, where = recipe.stages[name], f"stages.{name}"
     if stage.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise FoveateError(f"{where}: this GPU cannot compute in bfloat16; set bf16 to false")
-    model, processor = skeleton(
-        recipe.model, merged(base_options(recipe.model), stage.options), stage.template
-    )
+    model, processor = skeleton(recipe.model, stage_options(recipe.model, stage.options), stage.template)
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)

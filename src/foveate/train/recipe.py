@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from foveate.errors import FoveateError
-from foveate.options import build_options
+from foveate.options import NULLS, Plain, build_options
 from foveate.shipped import find
+from foveate.written import read_pair, read_yaml
 
 # Settings that leave the result as it is: a run that goes on may change them.
 WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
@@ -149,6 +147,8 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise FoveateError("output is empty: name the folder of the run")
         if not 0 <= self.seed < 2**32:
             raise FoveateError(f"seed must be at least 0 and below 2^32, not {self.seed}")
         if not self.stages:
@@ -196,56 +196,9 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
     return [leaf for k, v in pairs for leaf in _leaves(v, f"{key}.{k}" if key else k)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's words and numbers (`on` is a text, 1e-3 a number); a key that stands twice is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN))$"),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(path: Path, keys: str) -> dict[str, Any]:
-    """The values of a file that should hold such `keys`. Raises `FoveateError`."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise FoveateError(f"{path}{line}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FoveateError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise FoveateError(f"{path} should hold keys and values: {keys}")
-    return values
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     """Sets one value in place. New keys are left to the dataclasses, which know all of them."""
-    dotted, equals, text = override.partition("=")
-    if not equals:
-        raise FoveateError(f"{override}: expected key=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise FoveateError(f"{override}: the value is not valid YAML") from error
+    dotted, value = read_pair(override, override)
     *path, last = dotted.split(".")
     place: Any = values
     for i, key in enumerate(path):
@@ -263,7 +216,8 @@ def _step(place: Any, key: str, parent: str, override: str, may_add: bool) -> An
             raise FoveateError(f"{override}: {parent} has {len(place)} entries, 0 to {len(place) - 1}")
         inner = place[int(key)]
     elif key in place:
-        inner = place[key] = {} if place[key] is None else place[key]
+        empty = isinstance(place[key], Plain) and place[key] in NULLS
+        inner = place[key] = {} if empty else place[key]
     elif may_add:
         inner = place[key] = {}
     else:

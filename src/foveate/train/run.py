@@ -61,6 +61,9 @@ def train(
     """
     recipe = load_recipe(recipe_path, overrides)
     _check_packages(recipe)
+    from foveate.train.models import find_weights, typed
+
+    recipe = typed(recipe)
     output = Path(recipe.output)
     _check_output(recipe, resume)
     processes = _processes()
@@ -70,7 +73,6 @@ def train(
     if (output / "model").is_dir():
         console.print(f"the run in {output} is complete: nothing to do")
         return output
-    from foveate.train.models import find_weights
     from foveate.train.prepare import prepare
 
     with console.status("checking model and data"):

@@ -1,0 +1,88 @@
+"""Values as people write them: YAML files, and `key=value` on the command line.
+
+What is written without quotes stays as it was typed (`Plain`) until the kind of its option is known; then
+`foveate.options` makes a number, true or false, null or a text of it. On the command line, `[...]` is a list,
+`{...}` keys with values, a text in quotes is what is between them, and all else is taken as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foveate.errors import FoveateError
+from foveate.options import Plain
+
+PLAIN = "tag:foveate,plain"
+MERGE = "<<"  # YAML's way to share keys between mappings
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves what stands without quotes to `Plain`; a key that stands twice is an error."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0] and value != MERGE:
+            return PLAIN
+        return super().resolve(kind, value, implicit)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return mapping
+
+
+_Loader.add_constructor(PLAIN, lambda loader, node: Plain(node.value))
+
+
+def read_yaml(path: Path, keys: str) -> dict[str, Any]:
+    """The values of a file that should hold such `keys`. Raises `FoveateError`."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise FoveateError(f"{path}{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FoveateError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise FoveateError(f"{path} should hold keys and values: {keys}")
+    return values
+
+
+def read_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`key=value` texts, as `--option` takes them.
+
+    Raises:
+        FoveateError: no equals sign, or a value in brackets that is not YAML.
+    """
+    return dict(read_pair(pair, f"--option {pair}") for pair in pairs or ())
+
+
+def read_pair(pair: str, where: str) -> tuple[str, Any]:
+    """The key and the value of one `key=value`; `where` begins the error."""
+    key, equals, text = pair.partition("=")
+    if not equals:
+        raise FoveateError(f"{where}: expected key=value")
+    return key, _read_value(text, where)
+
+
+def _read_value(text: str, where: str) -> Any:
+    first = text.lstrip()[:1]
+    if first and first in "[{":
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            problem = "the value is not valid YAML; put quotes around a text that starts with a bracket"
+            raise FoveateError(f"{where}: {problem}") from error
+    if first and first in "'\"":
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:  # '"a" or "b"' is no text in quotes
+            return Plain(text)
+        return value if isinstance(value, str) else Plain(text)
+    return Plain(text)
