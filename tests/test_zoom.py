@@ -371,8 +371,7 @@ def test_drawing(tmp_path: Path) -> None:
     red = np.asarray(drawing)[..., 0].astype(int) - np.asarray(drawing)[..., 1]
     assert (red[:450, :650] > 100).any(), "no region is drawn on the picture"
     long = zoom("llava").ask(picture(60, 900), "What?", box=(0, 10, 900, 40), max_new_tokens=3)
-    white = (np.asarray(long.show())[100:200, 700:] == np.asarray(long.show())[-1, -1]).all(-1)
-    assert white.mean() > 0.9, "a crop of 30 : 1 is drawn as one"
+    assert long.show().height < 400, "a crop of 30 : 1 is not drawn as one"
     unzoomed = zoom("llava").ask(picture(60, 90), "What?", no_zoom=True, max_new_tokens=3)
     assert unzoomed.show().width > 600
     with pytest.raises(FoveateError, match="pictures are written as"):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.methods.base import Chain, Insight
-from foveate.picture.drawing import cut_view, draw
+from foveate.picture.drawing import Shown, draw, shown_views
 from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.reading import write_drawing
 
@@ -136,7 +136,7 @@ def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
     )
     caption = [(f"Q  {answer.question}", False), (f"A  {answer.text or '(no text)'}", True), (costs, False)]
     insight = _insight(engine, answer)
-    own_views = [(role, processor.shown(pixels)) for role, pixels in insight.views]
+    own_views = [Shown(role, processor.shown(pixels)) for role, pixels in insight.views]
     caption += [(note, False) for note in (*insight.notes, *answer.notes)]
     heat = answer.heat or insight.heat
     regions = answer.regions
@@ -145,7 +145,7 @@ def draw_answer(engine: Engine, answer: Answer) -> Image.Image:
     for crop in answer.crops:
         of_crop = engine.plan(crop)
         painted = [processor.paint(crop, canvas) for canvas in of_crop.canvases]
-        own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
+        own_views += shown_views(of_crop, painted, role="crop")
     chains = [
         (chain.name, chain.boxes, [processor.shown(view) for view in chain.pixels()])
         for chain in answer.chains
