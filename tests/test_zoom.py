@@ -16,6 +16,8 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 import foveate
 from foveate.errors import FoveateError
+from foveate.lab.materials import materials
+from foveate.lab.objects import Pen, lettering
 from foveate.picture.geometry import Box
 from foveate.picture.reading import read_picture
 from foveate.zoom.vlm import VLM, Said, message
@@ -401,7 +403,10 @@ def test_public_name() -> None:
 def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
     """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
     model = foveate.load(device="cpu", dtype="float32")
-    signs = read_picture(Path(__file__).parents[1] / "examples" / "signs.jpg")
+    signs = read_picture(Path(__file__).parents[1] / "examples" / "dandelions.jpg")
+    pen = Pen(signs, np.random.default_rng(4), materials("test"))
+    pen.sign("yellow", lettering("NORTH", "DejaVuSans-Bold", 260, (1.0, 1.0)), 3780, 2250)
+    pen.plain("circle", "red", Box(2650, 2250, 3230, 2830), [("digit", 260)])
     found = Relevant()(VLM(model.model, model.processor), signs, question).box
     assert found is not None
     x, y = (found.left + found.right) / 2, (found.top + found.bottom) / 2

@@ -421,7 +421,7 @@ def _paste_view(
         start += number.width + 6
     whole_size = f"{view.role}  {view.picture.width} x {view.picture.height}"
     for text in (whole_size, view.role) if sized else (view.role,):
-        if start + _font(SMALL).getlength(text) <= x + side:
+        if start + _font(SMALL).getlength(text) <= x + side + GAP - 2:
             _write(pen, (start, y + size[1] + 3), text)
             break
 
