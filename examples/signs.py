@@ -2,8 +2,8 @@
 
     python examples/signs.py
 
-Reads dandelions.jpg beside this file and writes a square of it, 9 megapixels, as signs.jpg there. On a square the
-embedded model's nine tiles have no padding, and each thing lies in one of them.
+Reads dandelions.jpg beside this file and writes a square of it, 9 megapixels, as signs.jpg there. On a square
+the embedded model's nine tiles have no padding, and each thing lies in one of them.
 """
 
 from __future__ import annotations

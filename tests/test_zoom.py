@@ -403,10 +403,14 @@ def test_public_name() -> None:
 def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
     """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
     model = foveate.load(device="cpu", dtype="float32")
-    signs = read_picture(Path(__file__).parents[1] / "examples" / "dandelions.jpg")
+    signs = read_picture(Path(__file__).parents[1] / "examples" / "dandelions.jpg").convert("RGB")
     pen = Pen(signs, np.random.default_rng(4), materials("test"))
     pen.sign("yellow", lettering("NORTH", "DejaVuSans-Bold", 260, (1.0, 1.0)), 3780, 2250)
     pen.plain("circle", "red", Box(2650, 2250, 3230, 2830), [("digit", 260)])
+    pen.plain("square", "blue", Box(4400, 300, 4900, 800), [("letter", 240)])
+    data = io.BytesIO()
+    signs.save(data, "JPEG", quality=85)
+    signs = read_picture(data.getvalue())
     found = Relevant()(VLM(model.model, model.processor), signs, question).box
     assert found is not None
     x, y = (found.left + found.right) / 2, (found.top + found.bottom) / 2

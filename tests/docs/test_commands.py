@@ -39,7 +39,7 @@ ELSEWHERE = {
     "source .venv/bin/activate": "the tests run in an environment already",
     ".venv/bin/pytest tests/docs": "runs this very test",
     ".venv/bin/python examples/signs.py": "writes into the repository",
-    ".venv/bin/python docs/images/draw.py": "writes into the repository; tests/docs/test_claims.py draws elsewhere",
+    ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.
