@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo install test slow newest oldest constraints docs embedded clean
 
-# A question about a photograph of 16 megapixels, answered by the model that comes with the package.
+# A question about a photograph of 9 megapixels, answered by the model that comes with the package.
 demo: .venv/core
 	$(BIN)/foveate ask examples/signs.jpg "what digit is on the red shape?" --out demo.png
 

@@ -28,13 +28,14 @@ def test_the_demo_is_answered(tmp_path: Path) -> None:
         "what digit is on the red shape?",
         "what colour is the sign?",
         "how many shapes are there?",
+        "what word is on the sign?",
     )
     drawing = tmp_path / "seen.png"
     result = run("ask", EXAMPLES / "signs.jpg", *questions, "--json", "--out", drawing)
     assert result.code == 0
-    assert [answer["answer"] for answer in json.loads(result.stdout)] == ["9", "yellow", "3"]
+    assert [answer["answer"] for answer in json.loads(result.stdout)] == ["9", "yellow", "3", "open"]
     assert "embedded model" in result.stderr  # who does not name a model is told which one answers
-    assert all(drawing.with_stem(f"seen-{n}").is_file() for n in (1, 2, 3))
+    assert all(drawing.with_stem(f"seen-{n}").is_file() for n in (1, 2, 3, 4))
 
 
 def test_objects_of_a_ninth_of_a_photograph_are_read(model: Foveate) -> None:

@@ -16,6 +16,8 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 import foveate
 from foveate.errors import FoveateError
+from foveate.lab.materials import materials
+from foveate.lab.objects import Pen, lettering
 from foveate.picture.geometry import Box
 from foveate.picture.reading import read_picture
 from foveate.zoom.vlm import VLM, Said, message
@@ -371,8 +373,7 @@ def test_drawing(tmp_path: Path) -> None:
     red = np.asarray(drawing)[..., 0].astype(int) - np.asarray(drawing)[..., 1]
     assert (red[:450, :650] > 100).any(), "no region is drawn on the picture"
     long = zoom("llava").ask(picture(60, 900), "What?", box=(0, 10, 900, 40), max_new_tokens=3)
-    white = (np.asarray(long.show())[100:200, 700:] == np.asarray(long.show())[-1, -1]).all(-1)
-    assert white.mean() > 0.9, "a crop of 30 : 1 is drawn as one"
+    assert long.show().height < 400, "a crop of 30 : 1 is not drawn as one"
     unzoomed = zoom("llava").ask(picture(60, 90), "What?", no_zoom=True, max_new_tokens=3)
     assert unzoomed.show().width > 600
     with pytest.raises(FoveateError, match="pictures are written as"):
@@ -402,7 +403,14 @@ def test_public_name() -> None:
 def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
     """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
     model = foveate.load(device="cpu", dtype="float32")
-    signs = read_picture(Path(__file__).parents[1] / "examples" / "signs.jpg")
+    signs = read_picture(Path(__file__).parents[1] / "examples" / "dandelions.jpg").convert("RGB")
+    pen = Pen(signs, np.random.default_rng(4), materials("test"))
+    pen.sign("yellow", lettering("NORTH", "DejaVuSans-Bold", 260, (1.0, 1.0)), 3780, 2250)
+    pen.plain("circle", "red", Box(2650, 2250, 3230, 2830), [("digit", 260)])
+    pen.plain("square", "blue", Box(4400, 300, 4900, 800), [("letter", 240)])
+    data = io.BytesIO()
+    signs.save(data, "JPEG", quality=85)
+    signs = read_picture(data.getvalue())
     found = Relevant()(VLM(model.model, model.processor), signs, question).box
     assert found is not None
     x, y = (found.left + found.right) / 2, (found.top + found.bottom) / 2

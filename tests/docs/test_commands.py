@@ -40,6 +40,8 @@ ELSEWHERE = {
     "pytest tests/methods/test_invariants.py --method quarters --method-option pool=4": (
         "tests/methods/test_outside.py does it"
     ),
+    ".venv/bin/python examples/signs.py": "writes into the repository",
+    ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from foveate.picture.account import Account, Chain
-from foveate.picture.drawing import cut_view, draw
+from foveate.picture.drawing import Shown, draw, shown_views
 from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.reading import write_drawing
 
@@ -139,14 +139,14 @@ def _drawn(answer: Answer) -> Image.Image:
     caption = [(f"Q  {answer.question}", False), (f"A  {answer.text or '(no text)'}", True), (costs, False)]
     account = engine.account(answer.picture, plan).joined(answer.account)
     caption += [(note, False) for note in account.notes]
-    own_views = [(role, processor.shown(pixels)) for role, pixels in account.views]
+    own_views = [Shown(role, processor.shown(pixels)) for role, pixels in account.views]
     regions = answer.regions
     if answer.crops:  # their numbers follow those of the whole picture's views
         regions = [*plan.regions, *(region for region in regions if region not in plan.regions)]
     for crop in answer.crops:
         of_crop = engine.plan(crop)
         painted = [processor.paint(crop, canvas) for canvas in of_crop.canvases]
-        own_views += [("crop", cut_view(painted[view.canvas], view)) for view in of_crop.views]
+        own_views += shown_views(of_crop, painted, role="crop")
     chains = [
         (chain.name, chain.boxes, [processor.shown(view) for view in chain.pixels()])
         for chain in account.chains

@@ -1,24 +1,54 @@
-"""Draws what a model saw: the picture with the regions that were looked at, and the views as it got them."""
+"""Draws what a model saw: question, answer and cost, the picture with its regions, the views as they were."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple, TypeAlias
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from foveate.picture.geometry import Box, View, ViewPlan
+from foveate.picture.geometry import Box, Size, View, ViewPlan, whole
 
-PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (120, 122, 130)
+PAPER, INK, FAINT = (255, 255, 255), (28, 28, 34), (92, 94, 102)
 COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 88, 170), (0, 150, 150))
 HEAT = (255, 120, 0)
-MARGIN, GAP, LINE = 24, 10, 22
-PICTURE_SIDE, VIEWS_WIDTH, PAGE_WIDTH = 620, 560, 1100
-CHAIN_SIDE, CHAIN_VIEWS, BESIDE_CHAINS = 330, 620, 220  # of a chain's picture, of its views, of others
-CHAIN_COLUMNS = 8  # views of a chain beside each other
+PADDING, HATCH, HATCH_STEP = (246, 246, 248), (176, 178, 186), 9
+
+# In pixels. Web pages show a drawing about 800 pixels wide: its smallest letters are 12 pixels high there.
+WIDTH, MARGIN, GAP = 1200, 24, 12
+INNER = WIDTH - 2 * MARGIN
+ANSWER, TEXT, SMALL = 28, 21, 18
 CAPTION_LINES = 6  # of each paragraph
+PICTURE_WIDTH, PICTURE_HEIGHT = 610, 700  # at most, with the space for numbers around it
+VIEW_SIDE, LEAST_VIEW_SIDE, SHEET_HEIGHT = 420, 84, 560
+CHAIN_SIDE, CHAIN_VIEWS, CHAIN_COLUMNS = 330, 600, 8  # of a chain's picture, of its views, views in a row
+SMALL_REGION = 48  # sides below this are framed from outside, so that the frame hides nothing of them
+# For letters that Pillow's own font lacks; the first that has most of them is taken.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial.ttf", "Arial Unicode.ttf"),
+    *("PingFang.ttc", "msyh.ttc", "segoeui.ttf"),
+)
+RINGS = 4  # how many numbers away from its region a number may stand, where there is no room beside it
+
+Colour: TypeAlias = tuple[int, int, int]
+Edges: TypeAlias = tuple[float, float, float, float]
+
+
+class Shown(NamedTuple):
+    """A view as the model got it.
+
+    Attributes:
+        role: what it is.
+        picture: 8-bit RGB.
+        inside: where it shows the picture, in its pixels; the rest is padding. None: everywhere.
+    """
+
+    role: str
+    picture: Image.Image
+    inside: Box | None = None
 
 
 def draw(
@@ -28,12 +58,10 @@ def draw(
     canvases: Sequence[Image.Image],
     caption: Sequence[tuple[str, bool]],
     heat: Sequence[tuple[Box, float]] = (),
-    own_views: Sequence[tuple[str, Image.Image]] = (),
+    own_views: Sequence[Shown | tuple[str, Image.Image]] = (),
     chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]] = (),
 ) -> Image.Image:
-    """The picture with numbered regions, all views beside it (below it if it is wide), and a caption.
-
-    Where parts were looked at one after the other, the picture stands once for each such chain.
+    """The drawing of an answer: `lay_out` with all views of a plan.
 
     Args:
         picture: the original.
@@ -43,58 +71,236 @@ def draw(
         caption: paragraphs, each with whether it stands out.
         heat: boxes in the original's pixels with a weight from 0 to 1: the warmer, the more it mattered;
             those of weight 0 were dropped.
-        own_views: views that the tower made itself, with their roles; they stand behind the plan's.
+        own_views: views that the tower made itself, with their roles; they stand behind the plan's. Where
+            the plan has one view, they are that one at other sizes.
         chains: name, boxes in the original's pixels, and their views; instead of the regions.
     """
-    left = chain_sheet(picture, chains) if chains else mark_regions(picture, regions, PICTURE_SIDE, heat)
-    views = [(view.role, cut_view(canvases[view.canvas], view)) for view in plan.views]
-    roles, pictures = zip(*views, *own_views, strict=True)
-    return lay_out(left, contact_sheet(pictures, roles, BESIDE_CHAINS if chains else VIEWS_WIDTH), caption)
+    views = shown_views(plan, canvases)
+    only = views[0] if len(views) == 1 else None
+    for own in own_views:
+        view = Shown(*own)
+        if only is not None and view.inside is None:
+            view = view._replace(inside=_scaled(only, view.picture))
+        views.append(view)
+    return lay_out(picture, regions, views, caption, heat, chains)
 
 
-def lay_out(left: Image.Image, right: Image.Image, caption: Sequence[tuple[str, bool]]) -> Image.Image:
-    """A page of two drawings beside each other (below each other if the left one is wide) and a caption."""
-    lines = [
-        (line, INK if bold else FAINT)
-        for text, bold in caption
-        for line in textwrap.wrap(text, 130, max_lines=CAPTION_LINES, placeholder=" ...")
+def shown_views(plan: ViewPlan, canvases: Sequence[Image.Image], role: str | None = None) -> list[Shown]:
+    """All views of a plan, with where each of them shows the picture; `role` instead of their own."""
+    return [
+        Shown(role or view.role, cut_view(canvases[view.canvas], view), plan.to_view(i, whole(plan.picture)))
+        for i, view in enumerate(plan.views)
     ]
-    wide = left.width > 2 * left.height
-    place = (MARGIN, 2 * MARGIN + left.height) if wide else (2 * MARGIN + left.width, MARGIN)
-    width = max(PAGE_WIDTH, place[0] + right.width + MARGIN)
-    top = max(MARGIN + left.height, place[1] + right.height) + MARGIN
-    page = Image.new("RGB", (width, top + LINE * len(lines) + MARGIN), PAPER)
-    page.paste(left, (MARGIN, MARGIN))
+
+
+def _scaled(view: Shown, picture: Image.Image) -> Box | None:
+    """Where a picture shows the original that is a view at another size."""
+    if view.inside is None:
+        return None
+    across, down = picture.width / view.picture.width, picture.height / view.picture.height
+    left, top, right, bottom = map(float, view.inside)
+    return Box(left * across, top * down, right * across, bottom * down)
+
+
+def lay_out(
+    picture: Image.Image,
+    regions: Sequence[Box],
+    views: Sequence[Shown],
+    caption: Sequence[tuple[str, bool]],
+    heat: Sequence[tuple[Box, float]] = (),
+    chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]] = (),
+) -> Image.Image:
+    """A caption above the picture with numbered regions, and the views beside it, or below it if it is wide.
+
+    Where parts were looked at one after the other, the picture stands once for each such chain.
+    """
+    beside = bool(chains) or picture.width <= 2 * picture.height
+    if chains:
+        left = chain_sheet(picture, chains)
+    else:
+        left = mark_regions(picture, regions, PICTURE_WIDTH if beside else INNER, PICTURE_HEIGHT, heat)
+    head = _written(caption)
+    top = MARGIN + head.height + GAP
+    # Views begin where the picture does, which lies in a frame of paper for the numbers.
+    above = _badge(str(len(regions)), TEXT).height
+    if beside:
+        place = (2 * MARGIN + left.width, top + above)
+        space = INNER - left.width - MARGIN
+        right = contact_sheet(views, space, max(left.height - above, SHEET_HEIGHT), numbered=not chains)
+    else:
+        place = (MARGIN, top + left.height + GAP)
+        right = contact_sheet(views, INNER, SHEET_HEIGHT)
+    height = max(top + left.height, place[1] + right.height) + MARGIN
+    page = Image.new("RGB", (WIDTH, height), PAPER)
+    page.paste(head, (MARGIN, MARGIN))
+    page.paste(left, (MARGIN, top))
     page.paste(right, place)
-    pen = ImageDraw.Draw(page)
-    for i, (text, colour) in enumerate(lines):
-        pen.text((MARGIN, top + i * LINE), text, colour, font=_font(16))
     return page
 
 
 def mark_regions(
-    picture: Image.Image, regions: Sequence[Box], side: int, heat: Sequence[tuple[Box, float]] = ()
+    picture: Image.Image,
+    regions: Sequence[Box],
+    width: int,
+    height: int,
+    heat: Sequence[tuple[Box, float]] = (),
+    letters: int = TEXT,
+    arrows: bool = False,
 ) -> Image.Image:
-    """The picture, `side` pixels long, with numbered boxes, tinted by heat where there is any."""
-    scale = side / max(picture.size)
+    """The picture with boxes, and their numbers beside them.
+
+    Args:
+        picture: the original.
+        regions: boxes in its pixels; empty ones are left out.
+        width: at most, with the space for numbers around the picture.
+        height: likewise.
+        heat: boxes with a weight, which tint the picture.
+        letters: size of the numbers.
+        arrows: from each region to the next.
+    """
+    numbers = [_badge(str(i + 1), letters, COLOURS[i % len(COLOURS)]) for i in range(len(regions))]
+    border = Size(max([n.height for n in numbers], default=0), max([n.width for n in numbers], default=0))
+    scale = min((width - 2 * border.width) / picture.width, (height - 2 * border.height) / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    marked = picture.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
+    shown = picture.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
     if heat:
-        marked = _tinted(marked, [(Box(*(n * scale for n in map(float, box))), w) for box, w in heat])
-    draw = ImageDraw.Draw(marked)
-    for i, box in enumerate(regions):
-        colour = COLOURS[i % len(COLOURS)]
-        left, top, right, bottom = (float(n) * scale for n in box)
-        inset = min(2.0 * (i % 4), max(right - left - 4, 0) / 2, max(bottom - top - 4, 0) / 2)
-        edges = (
-            left + inset,
-            top + inset,
-            max(right - 1 - inset, left + inset),
-            max(bottom - 1 - inset, top + inset),
+        shown = _tinted(shown, [(Box(*(n * scale for n in map(float, box))), w) for box, w in heat])
+    page = Image.new("RGB", (size[0] + 2 * border.width, size[1] + 2 * border.height), PAPER)
+    page.paste(shown, (border.width, border.height))
+    # Boxes on the page, with the numbers of the regions.
+    boxes: dict[int, Edges] = {}
+    for i, region in enumerate(regions):
+        inside = region.clipped(Size(picture.height, picture.width))
+        if inside.left < inside.right and inside.top < inside.bottom:
+            left, top, right, bottom = (float(n) * scale for n in inside)
+            boxes[i] = (
+                left + border.width,
+                top + border.height,
+                right + border.width,
+                bottom + border.height,
+            )
+    pen = ImageDraw.Draw(page)
+    frame = (border.width, border.height, border.width + size[0], border.height + size[1])
+    framed: list[Edges] = []
+    for i, box in sorted(boxes.items(), key=lambda item: -_area(item[1])):
+        _frame(pen, box, framed, frame, COLOURS[i % len(COLOURS)])
+        framed.append(box)
+    if arrows:
+        for (_, start), (i, end) in pairwise(boxes.items()):
+            _arrow(pen, _centre(start), _centre(end), COLOURS[i % len(COLOURS)])
+    spots = _places(list(boxes.values()), [numbers[i] for i in boxes], page)
+    for (i, box), spot in zip(boxes.items(), spots, strict=True):
+        nearest = _clamped(_centre(spot), box)
+        if math.dist(nearest, _clamped(nearest, spot)) > 6:
+            pen.line((*_centre(spot), *nearest), fill=COLOURS[i % len(COLOURS)], width=2)
+    for i, spot in zip(boxes, spots, strict=True):
+        page.paste(numbers[i], (round(spot[0]), round(spot[1])))
+    return page
+
+
+def _frame(
+    pen: ImageDraw.ImageDraw, box: Edges, larger: Sequence[Edges], picture: Edges, colour: Colour
+) -> None:
+    """A box's frame, inside of it and of the larger ones that share its edges.
+
+    What would hide what is small lies outside: all of a small box's frame, and what runs along the picture's
+    border.
+    """
+    left, top, right, bottom = box
+    if min(right - left, bottom - top) < SMALL_REGION:
+        around = (math.floor(left) - 2, math.floor(top) - 2, math.ceil(right) + 1, math.ceil(bottom) + 1)
+        pen.rectangle(around, outline=colour, width=2)
+        return
+    if any(all(abs(a - b) < 1 for a, b in zip(box, other, strict=True)) for other in larger):
+        return
+    most = (min(right - left, bottom - top) - SMALL_REGION) / 6
+    insets = []
+    for edge in range(4):
+        along = 1 - edge % 2  # the axis that the edge runs along
+        shared = sum(
+            abs(other[edge] - box[edge]) < 3
+            and other[along] < box[along + 2]
+            and other[along + 2] > box[along]
+            for other in larger
         )
-        draw.rectangle(edges, outline=colour, width=3)
-        _label(draw, (left + 4 + 22 * _same_corner(regions, i, 16 / scale), top + 4), str(i + 1), colour)
-    return marked
+        at_border = abs(box[edge] - picture[edge]) < 1
+        insets.append(min(3 * shared, 9, most) - 3 * at_border)
+    pen.rectangle(
+        (left + insets[0], top + insets[1], right - 1 - insets[2], bottom - 1 - insets[3]),
+        outline=colour,
+        width=3,
+    )
+
+
+def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.Image) -> list[Edges]:
+    """Where the number of each box stands: beside it, on no other number, on as little as can be."""
+    placed: list[Edges] = []
+    for own, number in zip(boxes, numbers, strict=True):
+        best, least = None, math.inf
+        for bother, x, y in _candidates(own, number.width, number.height):
+            if bother >= least:
+                continue
+            left, top = min(max(x, 0), page.width - number.width), min(max(y, 0), page.height - number.height)
+            spot = (left, top, left + number.width, top + number.height)
+            cost = bother + _disturbs(spot, own, boxes, placed)
+            if cost < least:
+                best, least = spot, cost
+        assert best is not None
+        placed.append(best)
+    return placed
+
+
+def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, float, float]]:
+    """Upper left corners of a number, each behind how unwelcome it is.
+
+    They lie around the box, in its corners, then further and further away.
+    """
+    left, top, right, bottom = box
+    across = [left + n * (width + 2) for n in range(6) if left + (n + 1) * (width + 2) <= right] or [left]
+    down = [top + n * (height + 2) for n in range(6) if top + (n + 1) * (height + 2) <= bottom] or [top]
+    for ring in range(RINGS):
+        away = 2 + ring * (height + 4)
+        spots = [(x, top - away - height) for x in across]
+        spots += [(left - away - width, y) for y in down] + [(right + away, y) for y in down]
+        spots += [(x, bottom + away) for x in across] + [(left - away - width, top - away - height)]
+        if ring == 0:
+            spots += [(x, y) for y in (top, bottom - height) for x in (left, right - width)]
+        yield from ((0.6 * ring + 0.001 * rank, x, y) for rank, (x, y) in enumerate(spots))
+
+
+def _disturbs(spot: Edges, own: Edges, boxes: Sequence[Edges], placed: Sequence[Edges]) -> float:
+    """How bad a number's place is: 0 on nothing, more the larger the part that it hides of anything."""
+    area = _area(spot)
+    cost = 4 * sum(_common(spot, other) for other in placed) / area + 3 * _common(spot, own) / _area(own)
+    astray = 0.0
+    for box in boxes:
+        common = _common(spot, box)
+        if common and box != own:
+            cost += common / _area(box)
+            around = box[0] <= own[0] + 1 and box[1] <= own[1] + 1
+            around = around and box[2] >= own[2] - 1 and box[3] >= own[3] - 1
+            astray = max(astray, 0 if around else common / area)  # it would seem to be that box's number
+    return cost + 0.4 * astray
+
+
+def _area(box: Edges) -> float:
+    return max((box[2] - box[0]) * (box[3] - box[1]), 1.0)
+
+
+def _common(one: Edges, other: Edges) -> float:
+    """What two boxes both cover, in pixels."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _centre(box: Edges) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _clamped(point: tuple[float, float], box: Edges) -> tuple[float, float]:
+    """The point of a box that is nearest to another one."""
+    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
 
 
 def chain_sheet(
@@ -104,48 +310,49 @@ def chain_sheet(
 
     A long chain's views stand in lines below each other.
     """
-    scale = CHAIN_SIDE / max(picture.size)
-    width, height = (max(1, round(n * scale)) for n in picture.size)
     longest = max(len(boxes) for _, boxes, _ in chains)
     columns = min(longest, CHAIN_COLUMNS)
-    views = CHAIN_VIEWS // columns - GAP
-    row = max(height + LINE, -(-longest // columns) * (views + GAP)) + GAP
-    sheet = Image.new("RGB", (width + GAP + CHAIN_VIEWS, row * len(chains)), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    side, line = CHAIN_VIEWS // columns - GAP, SMALL + 10
+    marked = [
+        mark_regions(picture, boxes, CHAIN_SIDE, CHAIN_SIDE, letters=SMALL, arrows=True)
+        for _, boxes, _ in chains
+    ]
+    above = _badge("1", SMALL).height
+    row = max(max(m.height for m in marked) + line, above + -(-longest // columns) * (side + line)) + GAP
+    sheet = Image.new("RGB", (CHAIN_SIDE + GAP + CHAIN_VIEWS, row * len(chains)), PAPER)
+    pen = ImageDraw.Draw(sheet)
     for r, (name, boxes, seen) in enumerate(chains):
-        marked = mark_regions(picture, boxes, CHAIN_SIDE)
-        centres = [
-            (float(box.left + box.right) / 2 * scale, float(box.top + box.bottom) / 2 * scale)
-            for box in boxes
-        ]
-        for i, (start, end) in enumerate(pairwise(centres)):
-            _arrow(ImageDraw.Draw(marked), start, end, COLOURS[(i + 1) % len(COLOURS)])
-        sheet.paste(marked, (0, r * row))
-        draw.text((0, r * row + height + 2), name, FAINT, font=_font(14))
-        for i, view in enumerate(seen):
-            x = width + GAP + i % columns * (views + GAP)
-            y = r * row + i // columns * (views + GAP)
-            sheet.paste(view.resize((views, views), Image.Resampling.BICUBIC), (x, y))
-            draw.rectangle((x, y, x + views - 1, y + views - 1), outline=COLOURS[i % len(COLOURS)], width=3)
-            _label(draw, (x + 6, y + 5), str(i + 1), COLOURS[i % len(COLOURS)])
+        sheet.paste(marked[r], (0, r * row))
+        _write(pen, ((CHAIN_SIDE - _font(SMALL).getlength(name)) / 2, r * row + marked[r].height + 2), name)
+        for i, (box, view) in enumerate(zip(boxes, seen, strict=True)):
+            x = CHAIN_SIDE + GAP + i % columns * (side + GAP)
+            y = r * row + above + i // columns * (side + line)
+            shown = Shown("", view, _inside(box, picture, view))
+            _paste_view(sheet, (x, y), shown, side, i)
     return sheet
 
 
+def _inside(box: Box, picture: Image.Image, view: Image.Image) -> Box | None:
+    """Where the view of a box shows the picture, in the view's pixels; None: everywhere."""
+    if not box.width or not box.height or whole(Size(picture.height, picture.width)).contains(box):
+        return None
+    across, down = view.width / float(box.width), view.height / float(box.height)
+    left, top = float(box.left), float(box.top)
+    return Box(-left * across, -top * down, (picture.width - left) * across, (picture.height - top) * down)
+
+
 def _arrow(
-    draw: ImageDraw.ImageDraw,
-    start: tuple[float, float],
-    end: tuple[float, float],
-    colour: tuple[int, int, int],
+    pen: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: Colour
 ) -> None:
-    """A line with a head; nothing where both ends are the same."""
+    """A thin line with a head; nothing where both ends are the same."""
     (x, y), length = end, math.dist(start, end)
     if length < 1:
         return
     dx, dy = (x - start[0]) / length, (y - start[1]) / length
-    draw.line((*start, *end), fill=colour, width=3)
-    back = (x - 12 * dx, y - 12 * dy)
-    draw.polygon(
-        [end, (back[0] - 6 * dy, back[1] + 6 * dx), (back[0] + 6 * dy, back[1] - 6 * dx)], fill=colour
+    pen.line((*start, *end), fill=colour, width=3)
+    back = (x - 10 * dx, y - 10 * dy)
+    pen.polygon(
+        [end, (back[0] - 5 * dy, back[1] + 5 * dx), (back[0] + 5 * dy, back[1] - 5 * dx)], fill=colour
     )
 
 
@@ -163,24 +370,85 @@ def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Im
     return Image.composite(warm, dark, seen)
 
 
-def contact_sheet(views: Sequence[Image.Image], roles: Sequence[str], width: int) -> Image.Image:
-    """All views side by side in rows, none of them stretched, numbered like the regions."""
-    columns = next(n for n in range(1, len(views) + 1) if n * n >= len(views) or n == 6)
-    side = (width - (columns - 1) * GAP) // columns
-    rows = -(-len(views) // columns)
-    sheet = Image.new("RGB", (width, rows * (side + LINE + GAP)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, (view, role) in enumerate(zip(views, roles, strict=True)):
-        x, y = (i % columns) * (side + GAP), (i // columns) * (side + LINE + GAP)
-        resample = Image.Resampling.NEAREST if max(view.size) < side else Image.Resampling.BICUBIC
-        shown = ImageOps.contain(view, (side, side), resample)
-        sheet.paste(shown, (x, y))
-        draw.rectangle(
-            (x, y, x + shown.width - 1, y + shown.height - 1), outline=COLOURS[i % len(COLOURS)], width=2
-        )
-        text = f"{i + 1}  {role}  {view.width} x {view.height}"
-        draw.text((x, y + shown.height + 2), text, FAINT, font=_font(14 if side > 150 else 10))
+def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: bool = True) -> Image.Image:
+    """All views side by side in rows, none of them stretched, numbered like the regions, padding hatched.
+
+    They are as large as fits into width and height; where there are too many of them, the sheet is higher.
+    """
+    line = SMALL + 14
+    sizes = {view.picture.size for view in views}
+    below = []
+    if len(views) > 1 and len(sizes) == 1:
+        below.append("each {} x {} pixels".format(*next(iter(sizes))))
+    if any(_padded(view) for view in views):
+        below.append("hatched: padding")
+    for columns in range(1, len(views) + 1):
+        side = min((width - (columns - 1) * GAP) // columns, VIEW_SIDE)
+        rows = [views[i : i + columns] for i in range(0, len(views), columns)]
+        heights = [max(_fitted(view.picture, side)[1] for view in row) + line for row in rows]
+        following = (width - columns * GAP) // (columns + 1)
+        if sum(heights) <= height or following < LEAST_VIEW_SIDE:
+            break
+    sheet = Image.new("RGB", (width, sum(heights) + line * bool(below)), PAPER)
+    y = 0
+    for r, (row, high) in enumerate(zip(rows, heights, strict=True)):
+        for c, view in enumerate(row):
+            number = r * columns + c if numbered else None
+            _paste_view(sheet, (c * (side + GAP), y), view, side, number, len(sizes) > 1 or len(views) == 1)
+        y += high
+    if below:
+        _write(ImageDraw.Draw(sheet), (0, y + 4), "; ".join(below))
     return sheet
+
+
+def _paste_view(
+    sheet: Image.Image, at: tuple[int, int], view: Shown, side: int, index: int | None, sized: bool = False
+) -> None:
+    """A view in its frame, and below it its number and as much of what it is as there is room for."""
+    (x, y), size = at, _fitted(view.picture, side)
+    colour = FAINT if index is None else COLOURS[index % len(COLOURS)]
+    nearest = min(size[0] / view.picture.width, size[1] / view.picture.height) > 4
+    shown = view.picture.resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+    if view.inside is not None:
+        shown = _hatched(shown, view.inside, view.picture.size)
+    sheet.paste(shown, at)
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), outline=colour, width=2)
+    start = x
+    if index is not None:
+        number = _badge(str(index + 1), SMALL, colour)
+        sheet.paste(number, (x, y + size[1] + 2))
+        start += number.width + 6
+    whole_size = f"{view.role}  {view.picture.width} x {view.picture.height}"
+    for text in (whole_size, view.role) if sized else (view.role,):
+        if start + _font(SMALL).getlength(text) <= x + side + GAP - 2:
+            _write(pen, (start, y + size[1] + 3), text)
+            break
+
+
+def _fitted(picture: Image.Image, side: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side becomes `side`."""
+    scale = side / max(picture.size)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
+def _padded(view: Shown) -> bool:
+    return view.inside is not None and not view.inside.contains(Box(0, 0, *view.picture.size))
+
+
+def _hatched(picture: Image.Image, inside: Box, size: tuple[int, int]) -> Image.Image:
+    """The picture with lines in place of what lies outside a box, which is in pixels at its former size."""
+    across, down = picture.width / size[0], picture.height / size[1]
+    left, top = round(float(inside.left) * across), round(float(inside.top) * down)
+    right, bottom = round(float(inside.right) * across), round(float(inside.bottom) * down)
+    mask = Image.new("L", picture.size, 255)
+    if left < right and top < bottom:
+        ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=0)
+    lines = Image.new("RGB", picture.size, PADDING)
+    pen = ImageDraw.Draw(lines)
+    for start in range(0, picture.width + picture.height, HATCH_STEP):
+        pen.line((start, 0, start - picture.height, picture.height), fill=HATCH, width=2)
+    return Image.composite(lines, picture, mask)
 
 
 def cut_view(canvas: Image.Image, view: View) -> Image.Image:
@@ -194,19 +462,80 @@ def cut_view(canvas: Image.Image, view: View) -> Image.Image:
     return part.transform((view.size.width, view.size.height), Image.Transform.AFFINE, matrix)
 
 
-def _same_corner(regions: Sequence[Box], index: int, near: float) -> int:
-    """How many earlier regions start nearly at the same corner: their numbers would cover each other."""
-    x, y = map(float, regions[index][:2])
-    return sum(abs(float(box.left) - x) < near and abs(float(box.top) - y) < near for box in regions[:index])
+def _written(caption: Sequence[tuple[str, bool]]) -> Image.Image:
+    """Paragraphs as wide as the page; those that stand out are larger and darker."""
+    lines = []
+    for text, bold in caption:
+        text = " ".join(_printable(text).split())
+        font = _font_for(text, ANSWER if bold else TEXT)
+        lines += [(line, font, INK if bold else FAINT) for line in _wrapped(text, font)]
+    heights = [round(font.size) + 10 for _, font, _ in lines]
+    head = Image.new("RGB", (INNER, sum(heights)), PAPER)
+    pen, y = ImageDraw.Draw(head), 0
+    for (line, font, colour), height in zip(lines, heights, strict=True):
+        pen.text((0, y + height / 2), line, colour, font=font, anchor="lm")
+        y += height
+    return head
 
 
-def _label(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, colour: tuple[int, int, int]
-) -> None:
-    box = draw.textbbox(at, text, font=_font(16))
-    draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill=colour)
-    draw.text(at, text, PAPER, font=_font(16))
+def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Lines that are no wider than the page, at most `CAPTION_LINES`; long words are broken."""
+    lines: list[str] = []
+    while text and len(lines) < CAPTION_LINES:
+        fits = min(len(text), INNER)  # letters are wider than a pixel
+        while font.getlength(text[:fits]) > INNER:
+            fits = max(1, min(fits - 1, int(fits * INNER / font.getlength(text[:fits])) + 1))
+        if fits < len(text):
+            space = text.rfind(" ", 0, fits + 1)
+            fits = space if space > fits // 2 else fits
+        lines.append(text[:fits])
+        text = text[fits:].lstrip()
+    if text:
+        lines[-1] = lines[-1][:-4] + " ..."
+    return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _printable(text: str) -> str:
+    """The text without what no font can draw."""
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _badge(text: str, size: int, colour: Colour = INK) -> Image.Image:
+    """A number on its colour."""
+    badge = Image.new("RGB", (math.ceil(_font(size).getlength(text)) + 10, size + 6), colour)
+    ImageDraw.Draw(badge).text((5, badge.height / 2), text, PAPER, font=_font(size), anchor="lm")
+    return badge
+
+
+def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str) -> None:
+    pen.text(at, text, FAINT, font=_font(SMALL))
+
+
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font that has the text's letters, as far as one is installed; else Pillow's own."""
+    letters = {letter for letter in text if not letter.isspace()}
+    best = _font(size)
+    least = _lacking(best, letters)
+    for name in FONTS:
+        if not least:
+            break
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not installed
+            continue
+        lacking = _lacking(font, letters)
+        if lacking < least:
+            best, least = font, lacking
+    return best
+
+
+def _lacking(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> int:
+    """How many of the letters a font draws as it draws what is no letter at all."""
+    none = bytes(font.getmask("\U0010ffff"))
+    return sum(bytes(font.getmask(letter)) == none for letter in letters)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is one
+    return font

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
 from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
-from foveate.picture.drawing import PICTURE_SIDE, VIEWS_WIDTH, contact_sheet, lay_out, mark_regions
+from foveate.picture.drawing import Shown, lay_out
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import Picture, read_picture, write_drawing
 from foveate.zoom.relevance import Highlighter, RegionRule
@@ -199,9 +199,7 @@ class ZoomAnswer:
     def show(self, out: str | Path | None = None) -> Image.Image:
         """The picture with its regions and the crops beside it; also written to the file `out` if given."""
         heat = self.proposals[0].heat if self.proposals else []
-        left = mark_regions(self.picture, self.regions, PICTURE_SIDE, heat)
-        shown = self.crops or [self.picture]
-        roles = ["crop"] * len(self.crops) or ["whole"]
+        views = [Shown("crop", crop) for crop in self.crops] or [Shown("whole", self.picture)]
         caption = [(f"Q  {self.question}", False)]
         for how, said in (("whole picture", self.first), ("with the crop", self.zoomed)):
             if said is not None:
@@ -209,7 +207,7 @@ class ZoomAnswer:
                 caption.append((f"A  {said.text or '(no text)'}   ({how}, {said.confidence:.2f})", last))
         problems = [proposal.problem for proposal in self.proposals if proposal.problem]
         caption += [(f"no closer look: {problem}", False) for problem in problems]
-        drawing = lay_out(left, contact_sheet(shown, roles, VIEWS_WIDTH), caption)
+        drawing = lay_out(self.picture, self.regions, views, caption, heat)
         if out is not None:
             write_drawing(drawing, out)
         return drawing
