@@ -35,7 +35,7 @@ def asks(number: int) -> list[tuple[int, str]]:
     return [(i % len(SIZES), QUESTIONS[i % len(QUESTIONS)]) for i in range(number)]
 
 
-@pytest.mark.parametrize("number", [12, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [8, pytest.param(36, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_threads_answer_as_one(method: str, number: int) -> None:
     pictures = [picture(*size) for size in SIZES]

@@ -73,6 +73,27 @@ CALLS = {
 }
 
 
+# Each call in a child of one process, which has imported what takes long.
+RUNNER = """
+import os, sys, traceback
+import torch
+import transformers.models.llama.modeling_llama as m
+def forward(self, *, other): ...
+m.LlamaForCausalLM.forward = forward
+for code in sys.argv[1:]:
+    if not os.fork():
+        try:
+            exec(code, {})
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1, code
+    print("--- the next ---", file=sys.stderr, flush=True)
+"""
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="untested versions of transformers need Python 3.11")
 def test_every_door_says_it(tmp_path: Path) -> None:
     """With a transformers that calls itself 9.1.0 and whose LLM takes other arguments."""
@@ -86,20 +107,17 @@ def test_every_door_says_it(tmp_path: Path) -> None:
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.1.0\n")
     path = os.pathsep.join([str(metadata.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    broken = "import transformers.models.llama.modeling_llama as m\ndef forward(self, *, other): ...\n"
-    broken += "m.LlamaForCausalLM.forward = forward\n"
-    running = {
-        door: subprocess.Popen(
-            [sys.executable, "-c", broken + call.format(tiny=tiny, picture=image)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for door, call in CALLS.items()
-    }
-    for door, process in running.items():
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 1, door
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER, *(call.format(tiny=tiny, picture=image) for call in CALLS.values())],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    errors = process.stderr.split("--- the next ---\n")[:-1]
+    for door, error in zip(CALLS, errors, strict=True):
         assert error.count(NEWER) == 1, f"{door}: {error}"
         assert re.search(INSTALL, error), door
         assert "TypeError" in error, door

@@ -110,12 +110,17 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """Writes every stand-in below `folder`; hub id -> its folder."""
-    made = {}
+    """Writes every stand-in below `folder`; hub id -> its folder.
+
+    Every second token ends an answer: random weights would otherwise write up to the bound each time.
+    """
+    made, ends = {}, {"eos_token_id": [2, *range(3, len(tiny_tokenizer()), 2)], "pad_token_id": 0}
     for name, write in STAND_INS.items():
         set_seed(0)
         made[name] = folder / name
         write(made[name])
+        if name != TOWER:
+            (made[name] / "generation_config.json").write_text(json.dumps(ends))
     return made
 
 

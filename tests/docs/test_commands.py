@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import foveate.methods
+from foveate.data.toy import write_toy_data
 from foveate.lab import run as lab_run
 from foveate.lab.experiment import Experiment
 from foveate.lab.scales import SCALES, Schedule
@@ -133,6 +134,9 @@ class Page:
             return
         if words[:2] == ["foveate", "train"] and words[2] in ONLY_READ:
             load_recipe(words[2], words[3:])
+            return
+        if words[:3] == ["python", "-m", "foveate.data.toy"]:  # with fewer conversations
+            write_toy_data(words[3], 24)
             return
         if "train" in words:  # with fewer steps
             stages = load_recipe(words[words.index("train") + 1]).stages

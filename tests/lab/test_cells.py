@@ -124,6 +124,7 @@ BASE = StageSpec(0.5, ("connector", "language_model"), regions=True, method="lla
 STARTED = (BASE, StageSpec(0.5, ("connector", "language_model")))
 
 
+@pytest.mark.slow
 def test_rows_that_start_from_the_same_model_train_it_once(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,13 @@ def test_tensorboard_has_the_losses(finished: Path) -> None:
     assert written == pytest.approx(losses(finished / "run", "finetune"))
 
 
-@pytest.mark.parametrize("checkpoint", [3, 9], ids=["in the first epoch", "in the second"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param(3, id="in the first epoch", marks=pytest.mark.slow),
+        pytest.param(9, id="in the second"),
+    ],
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: Path, checkpoint: int) -> None:
     recipe, run = two_stages(tmp_path, method="anyres"), tmp_path / "run"
     command = [sys.executable, "-m", "foveate", "train", str(recipe)]
