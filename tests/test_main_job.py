@@ -43,6 +43,7 @@ def test_ask(embedded: Foveate, tmp_path: Path) -> None:
     assert answer.text == "9"
     assert answer.ledger.views == 10 and answer.ledger.tflop > 0 and answer.ledger.kv_megabytes > 0
     answer.show(tmp_path / "seen.png")
+    assert answer._repr_png_() == (tmp_path / "seen.png").read_bytes()  # what a notebook shows
 
 
 def test_chat_keeps_its_context(embedded: Foveate) -> None:

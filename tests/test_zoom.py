@@ -368,6 +368,9 @@ def test_drawing(tmp_path: Path) -> None:
     out = tmp_path / "zoom.png"
     found = zoom("llava", Relevant()).ask(picture(60, 90), "What?", box=(20, 10, 70, 50), max_new_tokens=3)
     drawing = found.show(out)
+    assert Image.open(io.BytesIO(found._repr_png_())).tobytes() == drawing.tobytes()  # in a notebook
+    assert found.account.regions == found.regions
+    assert found.account.heat() == found.proposals[0].heat
     with Image.open(out) as written:
         assert written.size == drawing.size
     red = np.asarray(drawing)[..., 0].astype(int) - np.asarray(drawing)[..., 1]

@@ -11,7 +11,7 @@ from PIL import Image
 from foveate.picture.account import Account, Chain
 from foveate.picture.drawing import Shown, draw, shown_views
 from foveate.picture.geometry import Box, ViewPlan
-from foveate.picture.reading import write_drawing
+from foveate.picture.reading import png, write_drawing
 
 if TYPE_CHECKING:
     from foveate.ask.engine import Engine
@@ -113,6 +113,10 @@ class Answer:
         if out is not None:
             write_drawing(drawing, out)
         return drawing
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return png(self.show())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

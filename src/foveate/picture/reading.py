@@ -96,6 +96,13 @@ def write_drawing(drawing: Image.Image, out: str | os.PathLike[str]) -> None:
         raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def png(drawing: Image.Image) -> bytes:
+    """A drawing as the bytes of a PNG file."""
+    out = io.BytesIO()
+    drawing.save(out, format="PNG")
+    return out.getvalue()
+
+
 def _open(source: Any, name: str) -> Image.Image:
     try:
         image = Image.open(source)

@@ -17,10 +17,11 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
+from foveate.picture.account import Account
 from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.picture.drawing import Shown, lay_out
 from foveate.picture.geometry import Box, Size
-from foveate.picture.reading import Picture, read_picture, write_drawing
+from foveate.picture.reading import Picture, png, read_picture, write_drawing
 from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.zoom.vlm import VLM, Said, message
 
@@ -196,21 +197,32 @@ class ZoomAnswer:
     def confidence(self) -> float:
         return (self.zoomed or self.first).confidence
 
+    @property
+    def account(self) -> Account:
+        """Where the model looked, as methods tell it."""
+        heat = self.proposals[0].heat if self.proposals else []
+        problems = [proposal.problem for proposal in self.proposals if proposal.problem]
+        notes = [f"no closer look: {problem}" for problem in problems]
+        return Account(regions=self.regions, heat=lambda: heat, notes=notes)
+
     def show(self, out: str | Path | None = None) -> Image.Image:
         """The picture with its regions and the crops beside it; also written to the file `out` if given."""
-        heat = self.proposals[0].heat if self.proposals else []
+        account = self.account
         views = [Shown("crop", crop) for crop in self.crops] or [Shown("whole", self.picture)]
         caption = [(f"Q  {self.question}", False)]
         for how, said in (("whole picture", self.first), ("with the crop", self.zoomed)):
             if said is not None:
                 last = said is (self.zoomed or self.first)
                 caption.append((f"A  {said.text or '(no text)'}   ({how}, {said.confidence:.2f})", last))
-        problems = [proposal.problem for proposal in self.proposals if proposal.problem]
-        caption += [(f"no closer look: {problem}", False) for problem in problems]
-        drawing = lay_out(self.picture, self.regions, views, caption, heat)
+        caption += [(note, False) for note in account.notes]
+        drawing = lay_out(self.picture, self.regions, views, caption, account.heat())
         if out is not None:
             write_drawing(drawing, out)
         return drawing
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return png(self.show())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
