@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -53,16 +55,30 @@ def golden_folder(config: pytest.Config) -> Path | None:
     return given.resolve() if given.is_dir() else None
 
 
+def _within(package: str) -> bool:
+    """Whether a module of this package is among the callers."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(package):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Announcements(logging.Handler):
-    """What transformers says, in its log, that it will take away."""
+    """What transformers says, in its log, that it will take away.
+
+    Its own pipelines hand `generate` a configuration and arguments, up to 5.18; that is not ours.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.heard: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "deprecated" in record.getMessage():
-            self.heard.append(record.getMessage())
+        said = record.getMessage()
+        if "deprecated" in said and not ("`generation_config`" in said and _within("transformers.pipelines")):
+            self.heard.append(said)
 
 
 @pytest.fixture(autouse=True)
