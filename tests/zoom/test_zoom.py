@@ -402,7 +402,7 @@ def test_public_name() -> None:
 def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
     """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
     model = foveate.load(device="cpu", dtype="float32")
-    signs = read_picture(Path(__file__).parents[1] / "examples" / "signs.jpg")
+    signs = read_picture(Path(__file__).parents[2] / "examples" / "signs.jpg")
     found = Relevant()(VLM(model.model, model.processor), signs, question).box
     assert found is not None
     x, y = (found.left + found.right) / 2, (found.top + found.bottom) / 2
