@@ -43,8 +43,8 @@ newest oldest:
 	.venv-$@/bin/pip install --quiet --requirement .venv-$@/requirements.txt
 	.venv-$@/bin/pip install --quiet --no-deps --editable .
 	.venv-$@/bin/pip list
-	.venv-$@/bin/pytest tests/core tests/parity/test_transformers.py tests/methods/test_invariants.py \
-		tests/test_main_job.py
+	.venv-$@/bin/pytest tests/core tests/picture tests/towers tests/model tests/parity/test_transformers.py \
+		tests/methods/test_invariants.py tests/test_main_job.py
 
 # constraints.txt: what pip takes today, for each of these Pythons.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13

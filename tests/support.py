@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,15 @@ def awake(module: Any) -> Any:
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm) and not layer.weight.any():
             layer.reset_parameters()
     return module
+
+
+@contextmanager
+def tower_calls(model: Any) -> Iterator[list[int]]:
+    """Views of every call of the tower."""
+    seen: list[int] = []
+    hook = model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    yield seen
+    hook.remove()
 
 
 def right_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from foveate.data.sampling import EpochSampler, repeated
 from foveate.data.toy import COLOURS, write_toy_data
 from foveate.model.text import TEMPLATES
 from foveate.tiny import tiny_model
+from tests.methods.conftest import fresh
+from tests.methods.test_invariants import chats
 from tests.support import picture
 
 TEXT = {"type": "text", "text": "What is it?"}
@@ -197,3 +199,18 @@ def test_toy_data_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     assert read.pictures.tolist() == [1, 1, 1, 1, 1, 0] * 2
     answers = {read.messages(i)[1]["content"][0]["text"] for i in range(5)}
     assert answers <= set(COLOURS)
+
+
+def test_text_and_pictures_in_one_training_batch() -> None:
+    m = fresh("coroi")
+    conversations = [
+        [*one, {"role": "assistant", "content": [{"type": "text", "text": "It is."}]}] for one in chats()
+    ]
+    items = [encode(m.processor, conversation) for conversation in conversations]
+    assert "source_pixels" not in items[-1]
+    batch = Collator(m.processor.tokenizer.pad_token_id)(items)
+    assert len(batch["source_pixels"]) == 3 * int(batch["image_sizes"].prod(1).sum())
+    assert batch["source_norms"].shape == (6, 2, 3)
+    assert torch.isfinite(m.model.train()(**batch).loss)
+    text_only = Collator(m.processor.tokenizer.pad_token_id)(items[-1:])
+    assert "source_pixels" not in text_only

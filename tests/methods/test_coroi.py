@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import CONFIG_MAPPING
 
-from foveate import Foveate, FoveateConfig, FoveateError, FoveateForConditionalGeneration, compose
-from foveate.ask.engine import Engine
-from foveate.data.dataset import Collator, encode
-from foveate.data.toy import write_toy_data
+from foveate import Foveate, FoveateError
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.coroi import (
     Coroi,
@@ -40,18 +28,21 @@ from foveate.methods.coroi import (
     integral,
     pooled,
 )
-from foveate.model.cost import Pricer
-from foveate.model.modeling import _hands_on_keywords
-from foveate.picture.drawing import chain_sheet
-from foveate.picture.geometry import Box, Size, padded_square, squashed
+from foveate.picture.geometry import Box, Size, squashed
 from foveate.picture.source import Look, Source
-from foveate.tiny import tiny_model, tiny_tokenizer, tiny_vision
-from foveate.train.recipe import load_recipe
-from foveate.train.run import train
+from foveate.tiny import tiny_model
 from tests.methods.conftest import fresh
 from tests.methods.test_invariants import CLOSE, chats, prepare, training_batch
-from tests.support import awake, chat, checkpoint_activations, gap, greedy, picture, rows, source_of
-from tests.train.support import stage, write_recipe
+from tests.support import (
+    chat,
+    checkpoint_activations,
+    gap,
+    greedy,
+    picture,
+    rows,
+    source_of,
+    tower_calls,
+)
 
 PAPER = TowerGeometry(336, 14)
 TINY = TowerGeometry(56, 14)
@@ -65,103 +56,6 @@ def made(**options: Any) -> Foveate:
 
 def encoded(model: Any, batch: dict[str, Tensor]) -> Any:
     return model.get_image_features(**{name: batch[name] for name in OF_PICTURES if name in batch})
-
-
-@contextmanager
-def tower_calls(model: Any) -> Iterator[list[int]]:
-    """Views of every call of the tower."""
-    seen: list[int] = []
-    hook = model.vision_tower.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    yield seen
-    hook.remove()
-
-
-# The original picture.
-
-
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float, by Pillow's filter of that name in floating point: another implementation."""
-    size = (width, height)
-    channels = [Image.fromarray(image[..., c].astype(np.float32), "F") for c in range(3)]
-    return np.stack([np.asarray(c.resize(size, Image.Resampling.BILINEAR)) for c in channels], -1)
-
-
-@pytest.mark.parametrize("size", [(700, 500), (33, 31), (1000, 40), (1, 1)])
-@pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_window_is_cut_from_the_picture_resized_as_a_whole(size: tuple[int, int], scale: int) -> None:
-    image = picture(*size)
-    look = Look(squashed(Size(*size), PAPER.side), Box(70, 42, 70 + 336 // scale, 42 + 336 // scale))
-    got = source_of(image).pixels(0, look, PAPER.side).permute(1, 2, 0)
-    whole = resized(np.array(image), 336 * scale, 336 * scale)
-    left, top = 70 * scale, 42 * scale
-    assert np.abs(got.numpy() - whole[top : top + 336, left : left + 336]).max() < 1e-3
-
-
-def test_padding_and_the_enlarged_low_resolution_picture() -> None:
-    image = picture(60, 200)
-    source = source_of(image)
-    page = np.full((200, 200, 3), 127.0)  # 255 x the mean, rounded down
-    page[70:130] = np.array(image)
-    canvas = padded_square(Size(60, 200), 336)
-    for box in (Box(0, 0, 168, 168), Box(14, 84, 182, 252), Box(168, 168, 336, 336)):
-        left, top = 2 * box.left, 2 * box.top
-        got = source.pixels(0, Look(canvas, box), PAPER.side).permute(1, 2, 0).numpy()
-        assert np.abs(got - resized(page, 672, 672)[top : top + 336, left : left + 336]).max() < 1e-3
-        got = source.pixels(0, Look(canvas, box, upsampled=True), PAPER.side).permute(1, 2, 0).numpy()
-        whole = resized(resized(page, 336, 336), 672, 672)
-        assert np.abs(got - whole[top : top + 336, left : left + 336]).max() < 1e-3
-
-
-def test_a_source_remembers_and_calls_once() -> None:
-    called: list[int] = []
-    image = torch.from_numpy(np.array(picture(80, 80)))
-    norms = torch.ones(1, 2, 3)
-
-    def encode_views(views: Tensor) -> Tensor:
-        called.append(len(views))
-        return views.flatten(2)
-
-    memory: dict[Look, Tensor] = {}
-    source = Source([image, image], norms.expand(2, -1, -1), encode_views, [memory, memory])
-    canvas = squashed(Size(80, 80), TINY.side)
-    one, other = Look(canvas, Box(0, 0, 28, 28)), Look(canvas, Box(14, 0, 42, 28))
-    first = source.look([(0, one), (1, one), (1, other)], TINY.side)
-    again = source.look([(0, other), (1, one)], TINY.side)
-    assert called == [2]
-    assert source.encoded == [1, 1]
-    assert [len(looks) for looks in source.looked] == [2, 2]
-    assert torch.equal(first[0], first[1])
-    assert torch.equal(again, first[[2, 0]])
-    assert list(memory) == [other, one]  # what was asked for last is the last to be forgotten
-    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in memory.values())
-
-
-def test_pictures_and_what_belongs_to_them_must_agree() -> None:
-    pixels, norms = torch.zeros(27, dtype=torch.uint8), torch.ones(1, 2, 3)
-    with pytest.raises(FoveateError, match="image_sizes call for 12 source_pixels, not 27"):
-        Source.unpacked(pixels, torch.tensor([[2, 2]]), norms, lambda views: views)
-    with pytest.raises(FoveateError, match="2 original pictures with 1 norms"):
-        Source([pixels, pixels], norms, lambda views: views)
-    m = made()
-    batch = prepare(m.processor, [chat("What?", picture(60, 80))])
-    del batch["source_pixels"]
-    with pytest.raises(FoveateError, match="CoRoI looks at the original pictures: give source_pixels"):
-        m.model(**batch)
-
-
-def test_autocast_leaves_pixels_alone() -> None:
-    source = source_of(picture(300, 500))
-    look = Look(squashed(Size(300, 500), Size(168, 168)), Box(14, 28, 84, 98))
-    exact = source.pixels(0, look, Size(56, 56))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(source.pixels(0, look, Size(56, 56)), exact)
-
-
-def test_other_methods_get_no_original_pictures() -> None:
-    inputs = tiny_model("llava").processor(images=picture(60, 80), text="<image>", return_tensors="pt")
-    assert not {"source_pixels", "source_norms"} & inputs.keys()
-    inputs = made(chain=False).processor(images=picture(60, 80), text="<image>", return_tensors="pt")
-    assert not {"source_pixels", "source_norms"} & inputs.keys()
 
 
 # Selection.
@@ -325,14 +219,6 @@ def test_noise_while_it_learns_and_not_when_it_is_asked(gradient: str) -> None:
     expected = noisy if gradient == "gumbel" else torch.tensor([0.0, 1.0, 0.0, 0.0])
     assert gap(often, expected) < 0.03
     assert set(connector.eval().select(values, None)[0].tolist()) == {1}
-
-
-def test_which_text_is_read() -> None:
-    processor = made().processor
-    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-    inputs = prepare(processor, [[system, *chat("What is it?", picture(60, 80))]])
-    read = processor.decode(inputs["query_ids"][0][inputs["query_mask"][0].bool()])
-    assert read == "What is it?"
 
 
 @torch.no_grad()
@@ -553,80 +439,6 @@ def test_prefill_only() -> None:
     assert len(called) == 3  # one prefill, in each of the three layers
 
 
-def test_a_prefill_in_pieces_is_refused() -> None:
-    """transformers would drop the injection without a word."""
-    m = made()
-    with pytest.raises(FoveateError, match="prefill_chunk_size: CoRoI changes hidden states"):
-        m.ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
-    m.model.generation_config.prefill_chunk_size = 8
-    with pytest.raises(FoveateError, match="has to be in one piece"):
-        m.ask(picture(60, 80), "What?", max_new_tokens=2)
-    made(chain=False).ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
-
-
-LLM: dict[str, Any] = {"vocab_size": 266, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-FAMILIES = {
-    "mistral": {**SMALL, "num_key_value_heads": 2},
-    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 12},
-    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 12},
-    "phi": SMALL,
-    "gpt_neox": SMALL,
-    "gpt2": {"n_embd": 48, "n_layer": 4, "n_head": 4},
-    "opt": {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 512},
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_any_decoder(kind: str) -> None:
-    text = CONFIG_MAPPING[kind](**LLM, **FAMILIES[kind])
-    m = compose(tiny_vision(), text, "coroi", tokenizer=tiny_tokenizer())
-    awake(m.model)
-    batch = prepare(m.processor, chats())
-    with_windows = m.model(**batch).logits
-    greedy(m.model, batch)
-    for attention in m.model.connector.attentions:
-        attention.value.norm.weight.zero_()
-        attention.value.norm.bias.zero_()
-    assert gap(with_windows, m.model(**batch).logits) > 1e-4
-
-
-def test_a_decoder_whose_layers_are_not_found_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = CONFIG_MAPPING["gpt2"](**LLM, n_embd=48, n_layer=4, n_head=4)
-    monkeypatch.setattr("transformers.GPT2LMHeadModel.get_decoder", lambda self: self.lm_head)
-    assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
-    with pytest.raises(FoveateError, match="GPT2LMHeadModel: its decoder's layers are not found"):
-        compose(tiny_vision(), text, "coroi", tokenizer=tiny_tokenizer())
-
-
-@pytest.mark.parametrize("chain", [True, False])
-@pytest.mark.parametrize("kind", ["falcon", "bloom"])
-def test_a_decoder_that_cannot_be_told_of_windows_is_refused_at_once(kind: str, chain: bool) -> None:
-    """Not after the stage that leaves the chain alone."""
-    text = CONFIG_MAPPING[kind](**LLM, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
-    assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
-    with pytest.raises(FoveateError, match="ForCausalLM gives its layers no keyword arguments"):
-        compose(tiny_vision(), text, "coroi", {"chain": chain}, tokenizer=tiny_tokenizer())
-
-
-def test_looking_at_a_decoder_leaves_it_as_it_was() -> None:
-    text = CONFIG_MAPPING["gpt2"](**LLM, n_embd=48, n_layer=4, n_head=4)
-    config = FoveateConfig(vision_config=tiny_vision(), text_config=text, method="coroi")
-    states = []
-    for method in ("llava", "coroi"):
-        config.method = method
-        torch.manual_seed(0)
-        model = FoveateForConditionalGeneration(config)
-        states.append((model.training, all(m.training for m in model.modules())))
-    assert states[0] == states[1] == (True, True)
-    language = model.language_model
-    random = torch.get_rng_state()
-    assert _hands_on_keywords(language, language.transformer.h)
-    assert torch.equal(torch.get_rng_state(), random)  # its dropout drew none
-    assert not language.transformer.h[0]._forward_pre_hooks
-
-
 VARIANTS: list[dict[str, Any]] = [
     {"variant": "v2"},
     {"pixels": "upsampled"},
@@ -804,206 +616,7 @@ def test_checkpointing_and_lora() -> None:
     assert any("modules_to_save" in name and "attentions" in name for name in learns)
 
 
-def test_text_and_pictures_in_one_training_batch() -> None:
-    m = made()
-    conversations = [
-        [*one, {"role": "assistant", "content": [{"type": "text", "text": "It is."}]}] for one in chats()
-    ]
-    items = [encode(m.processor, conversation) for conversation in conversations]
-    assert "source_pixels" not in items[-1]
-    batch = Collator(m.processor.tokenizer.pad_token_id)(items)
-    assert len(batch["source_pixels"]) == 3 * int(batch["image_sizes"].prod(1).sum())
-    assert batch["source_norms"].shape == (6, 2, 3)
-    assert torch.isfinite(m.model.train()(**batch).loss)
-    text_only = Collator(m.processor.tokenizer.pad_token_id)(items[-1:])
-    assert "source_pixels" not in text_only
-
-
-def test_a_rank_that_sees_only_text_keeps_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that the others train gets a gradient, of zero, from a blank picture."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    m = made()
-    model = m.model.train()
-    batch = prepare(m.processor, [chat("Why?")])
-    model.vision_tower.requires_grad_(False)
-    with tower_calls(model) as seen:
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert len(seen) > 1
-    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
-
-
-def test_both_stages_train(tmp_path: Path) -> None:
-    """The first one leaves the chain alone, as in the recipe."""
-    data = write_toy_data(tmp_path / "toy", 4)
-    settings = {"batch": 2, "micro_batch": 2, "steps": 2}
-    stages = {
-        "pretrain": stage(["connector.projector"], data, **settings, options={"chain": False}),
-        "finetune": stage(["connector", "language_model"], data, **settings),
-    }
-    train(write_recipe(tmp_path, stages, method="coroi"))
-    result = FoveateForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
-    before = FoveateForConditionalGeneration.from_pretrained(
-        tmp_path / "run" / "stages" / "pretrain" / "model"
-    )
-    changed = {
-        name
-        for (name, p), (_, q) in zip(
-            result.connector.named_parameters(), before.connector.named_parameters(), strict=True
-        )
-        if not torch.equal(p, q)
-    }
-    assert any(name.startswith("attentions.0.value") for name in changed)
-    assert result.config.options.get("rois", 4) == 4
-    assert not before.method.reads_source
-
-
-def test_the_recipe_is_the_papers() -> None:
-    """Sections 3.3 and 4.1."""
-    recipe = load_recipe("coroi")
-    pretrain, finetune = recipe.stages.values()
-    assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
-    assert (pretrain.options, finetune.options) == ({"chain": False}, {})
-    assert (pretrain.lr, finetune.lr) == (1e-3, 2e-5)
-    for one in (pretrain, finetune):
-        assert (one.batch, one.epochs, one.schedule, one.warmup_ratio, one.weight_decay) == (
-            128,
-            1,
-            "cosine",
-            0.03,
-            0,
-        )
-    named = " ".join(source.path for source in [*pretrain.data, *finetune.data]).lower()
-    for data in (
-        "558k",
-        "allava-caption",
-        "665k_without_textcaps",
-        "sharegpt4v",
-        "laion_gpt4v",
-        "docvqa",
-        "ai2d",
-    ):
-        assert data in named
-    large = load_recipe(
-        "coroi",
-        ["model.text=NousResearch/Nous-Hermes-2-Yi-34B", "model.template=chatml", "stages.finetune.lr=1e-5"],
-    )
-    assert large.stages["finetune"].lr == 1e-5
-
-
-# Asking.
-
-
-def test_answers_show_their_chains_and_know_what_they_cost(tmp_path: Path) -> None:
-    m = made()
-    image = picture(120, 160)
-    first = m.ask(image, "What is it?", max_new_tokens=3)
-    again = m.ask(image, "What is it?", max_new_tokens=3)
-    assert [chain.name for chain in first.chains] == ["2x", "3x", "4x"]
-    assert [box for chain in first.chains for box in chain.boxes] == first.regions
-    seen = len({*first.regions})
-    assert (first.ledger.views, first.ledger.encoded_views) == (1 + seen, 1 + seen)
-    assert (again.ledger.views, again.ledger.encoded_views) == (1 + seen, 0)
-    assert again.text == first.text
-    vision = m.engine.pricer.vision(Size(120, 160))
-    saved = (vision.encode + seen * vision.look) / 1e12  # scorer, projector and injection work every time
-    assert first.ledger.tflop - again.ledger.tflop == pytest.approx(saved)
-    prefill, decode, _ = m.engine.pricer.language(again.ledger.prompt_tokens)
-    every_time = vision.connect + vision.inject + prefill + decode * (again.ledger.new_tokens - 1)
-    assert again.ledger.tflop == pytest.approx(every_time / 1e12)
-    pixels = first.chains[0].pixels()
-    assert pixels.shape == (4, 3, 56, 56)
-    drawing = first.show(tmp_path / "seen.png")
-    assert drawing.height > 3 * drawing.width / 6  # a row for each scale
-    other = m.ask(image, "Where is the smallest of all the things?", max_new_tokens=3)
-    assert other.ledger.encoded_views < other.ledger.views
-
-
-def test_an_answer_keeps_its_own_picture_and_nothing_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[Any]] = []
-    plain = Engine._source
-
-    def noted(self: Engine, shown: Any) -> Source:
-        source = plain(self, shown)
-        alive.extend(weakref.ref(kept) for kept in (source, source.pictures[1], source.pictures[0]))
-        return source
-
-    monkeypatch.setattr(Engine, "_source", noted)
-    m = made()
-    image = picture(60, 80)
-    answer = m.ask_all([(image, "What?"), (picture(61, 90), "Where?")], max_new_tokens=2)[0]
-    gc.collect()
-    assert [kept() is None for kept in alive] == [True, True, False]
-    box = answer.chains[0].boxes[0]
-    part = np.asarray(image.crop(box.rounded()).resize((56, 56))) / 255
-    shown = np.asarray(m.processor.image_processor.shown(answer.chains[0].pixels()[0])) / 255
-    assert np.abs(part - shown).mean() < 0.1
-
-
-def test_the_windows_of_the_latest_questions_are_remembered() -> None:
-    m, image = made(), picture(300, 400)
-    m.model.connector.scorer.cross_attention.out.weight.data.mul_(20)
-    first, other = "Why?", "What is written on the large sign in the middle?"
-    chosen = len({*m.ask(image, first, max_new_tokens=1).regions})
-    m.ask(image, other, max_new_tokens=1)
-    memory = m.engine.memory
-    looks = [look for parts in memory.looks.values() for look in parts.values()]
-    memory.most = chosen * looks[0].nbytes + sum(features.nbytes for features in memory.features.values())
-    assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
-    assert m.ask(image, first, max_new_tokens=1).ledger.encoded_views == 0
-    assert m.ask(image, other, max_new_tokens=1).ledger.encoded_views > 0
-
-
-def test_a_further_question_says_whose_windows_it_shows() -> None:
-    image = picture(60, 80)
-    for options, told in (({}, 1), ({"chain": False}, 0)):
-        chat = made(**options).chat(image)
-        answers = [chat.ask(question, max_new_tokens=2) for question in ("What?", "Where?")]
-        assert [len(answer.notes) for answer in answers] == [0, told]
-        if told:
-            assert "belong to the message that showed the picture" in answers[1].notes[0]
-            assert answers[1].regions == answers[0].regions
-
-
-@pytest.mark.parametrize("count", [1, 4, 8, 57, 529])
-def test_chains_of_any_length_are_drawn(count: int) -> None:
-    """Every view is seen whole, beside the picture and above the next chain's."""
-    image, view = Image.new("RGB", (80, 60)), Image.new("RGB", (56, 56), (9, 200, 9))
-    boxes = [Box(n % 40, n % 30, n % 40 + 20, n % 30 + 20) for n in range(count)]
-    one, two = (np.asarray(chain_sheet(image, [("2x", boxes, [view] * count)] * chains)) for chains in (1, 2))
-    assert two.shape == (2 * one.shape[0], *one.shape[1:])
-    green = (one == (9, 200, 9)).all(-1)
-    assert not green[:, :330].any()
-    assert not green[-10:].any()
-    corners = green[:-1, :-1] & ~green[1:, :-1] & ~green[:-1, 1:]  # of views, at their right end below
-    assert int(corners[:, 340:].sum()) >= count
-
-
-def test_pricing_takes_windows_that_share_no_token_and_no_more_than_there_are() -> None:
-    for scales, covered in (([2, 3, 4], 576), ([3, 4], 4 * 64 + 4 * 36), ([4], 4 * 36)):
-        connector = Coroi(PAPER, {"scales": scales}).build_connector(Widths(64, 64, 8))
-        cells = set[int]()
-        for step, numbers in enumerate(connector._spread()):
-            for w in connector._windows(step, [numbers]):
-                cells |= set(connector._cells(w.row, w.column, connector.sides[w.scale]).tolist())
-        assert len(cells) == covered
-    m = made(scales=[2], rois=20, distinct=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        vision = Pricer(m.model.config).vision(Size(60, 80))
-    assert vision.looks == 9
-    assert vision.inject == Pricer(made(scales=[2], rois=9).model.config).vision(Size(60, 80)).inject
-
-
-def test_a_price_counts_every_look_and_the_injection() -> None:
-    m = made()
-    price, vision = Pricer(m.model.config).price(Size(60, 80)), Pricer(m.model.config).vision(Size(60, 80))
-    fewer = Pricer(made(scales=[2], rois=1).model.config).price(Size(60, 80))
-    none = Pricer(made(chain=False).model.config).price(Size(60, 80))
-    assert vision.looks == 8  # scales 3 and 4 have the same windows of one token here
-    assert (price.views, fewer.views, none.views) == (9, 2, 1)
-    assert price.encode_flops > fewer.encode_flops > none.encode_flops
-    assert price.prefill_flops - none.prefill_flops == vision.inject > 0
+# Options and places.
 
 
 def test_options_for_the_lab() -> None:

@@ -235,3 +235,36 @@ def test_reading_a_recipe_needs_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(TINY)]).returncode == 0
+
+
+def test_coroi_is_trained_as_published() -> None:
+    """Sections 3.3 and 4.1."""
+    recipe = load_recipe("coroi")
+    pretrain, finetune = recipe.stages.values()
+    assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
+    assert (pretrain.options, finetune.options) == ({"chain": False}, {})
+    assert (pretrain.lr, finetune.lr) == (1e-3, 2e-5)
+    for one in (pretrain, finetune):
+        assert (one.batch, one.epochs, one.schedule, one.warmup_ratio, one.weight_decay) == (
+            128,
+            1,
+            "cosine",
+            0.03,
+            0,
+        )
+    named = " ".join(source.path for source in [*pretrain.data, *finetune.data]).lower()
+    for data in (
+        "558k",
+        "allava-caption",
+        "665k_without_textcaps",
+        "sharegpt4v",
+        "laion_gpt4v",
+        "docvqa",
+        "ai2d",
+    ):
+        assert data in named
+    large = load_recipe(
+        "coroi",
+        ["model.text=NousResearch/Nous-Hermes-2-Yi-34B", "model.template=chatml", "stages.finetune.lr=1e-5"],
+    )
+    assert large.stages["finetune"].lr == 1e-5

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 import foveate
-from foveate import FoveateError
+from foveate import FoveateError, FoveateForConditionalGeneration
 from foveate.data.toy import write_toy_data
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
@@ -361,3 +361,28 @@ def test_other_folders_are_left_alone(finished: Path, tmp_path: Path) -> None:
         with pytest.raises(FoveateError, match=message):
             train(recipe, changes, resume)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_stage_may_leave_a_part_of_the_method_alone(tmp_path: Path) -> None:
+    """The first one leaves the chain alone, as in the recipe."""
+    data = write_toy_data(tmp_path / "toy", 4)
+    settings = {"batch": 2, "micro_batch": 2, "steps": 2}
+    stages = {
+        "pretrain": stage(["connector.projector"], data, **settings, options={"chain": False}),
+        "finetune": stage(["connector", "language_model"], data, **settings),
+    }
+    train(write_recipe(tmp_path, stages, method="coroi"))
+    result = FoveateForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
+    before = FoveateForConditionalGeneration.from_pretrained(
+        tmp_path / "run" / "stages" / "pretrain" / "model"
+    )
+    changed = {
+        name
+        for (name, p), (_, q) in zip(
+            result.connector.named_parameters(), before.connector.named_parameters(), strict=True
+        )
+        if not torch.equal(p, q)
+    }
+    assert any(name.startswith("attentions.0.value") for name in changed)
+    assert result.config.options.get("rois", 4) == 4
+    assert not before.method.reads_source

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
 
+from foveate.methods.base import TowerGeometry, Widths
+from foveate.methods.coroi import Coroi
 from foveate.model.config import FoveateConfig
 from foveate.model.cost import Pricer
+from foveate.picture.geometry import Size
 from foveate.tiny import tiny_vision
+from tests.methods.conftest import fresh
 
 SIZES = {
     "hidden_size": 48,
@@ -45,3 +50,32 @@ def test_equal_layers_are_counted_once(name: str) -> None:
     for tokens, kept in ((40, 0), (7, 30), (1, 5)):
         assert short.language(tokens, kept) == whole.language(tokens, kept)
     assert all(count > 0 for count in short.language(40))
+
+
+def test_pricing_takes_windows_that_share_no_token_and_no_more_than_there_are() -> None:
+    for scales, covered in (([2, 3, 4], 576), ([3, 4], 4 * 64 + 4 * 36), ([4], 4 * 36)):
+        connector = Coroi(TowerGeometry(336, 14), {"scales": scales}).build_connector(Widths(64, 64, 8))
+        cells = set[int]()
+        for step, numbers in enumerate(connector._spread()):
+            for w in connector._windows(step, [numbers]):
+                cells |= set(connector._cells(w.row, w.column, connector.sides[w.scale]).tolist())
+        assert len(cells) == covered
+    m = fresh("coroi", scales=[2], rois=20, distinct=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vision = Pricer(m.model.config).vision(Size(60, 80))
+    assert vision.looks == 9
+    assert (
+        vision.inject == Pricer(fresh("coroi", scales=[2], rois=9).model.config).vision(Size(60, 80)).inject
+    )
+
+
+def test_a_price_counts_every_look_and_the_injection() -> None:
+    m = fresh("coroi")
+    price, vision = Pricer(m.model.config).price(Size(60, 80)), Pricer(m.model.config).vision(Size(60, 80))
+    fewer = Pricer(fresh("coroi", scales=[2], rois=1).model.config).price(Size(60, 80))
+    none = Pricer(fresh("coroi", chain=False).model.config).price(Size(60, 80))
+    assert vision.looks == 8  # scales 3 and 4 have the same windows of one token here
+    assert (price.views, fewer.views, none.views) == (9, 2, 1)
+    assert price.encode_flops > fewer.encode_flops > none.encode_flops
+    assert price.prefill_flops - none.prefill_flops == vision.inject > 0

@@ -406,7 +406,7 @@ def test_public_name() -> None:
 def test_relevance_finds_things_in_a_photograph(question: str, thing: Box) -> None:
     """The embedded model, which can read: in 16 megapixels, relevance marks the sign that was asked about."""
     model = foveate.load(device="cpu", dtype="float32")
-    signs = read_picture(Path(__file__).parents[1] / "examples" / "dandelions.jpg").convert("RGB")
+    signs = read_picture(Path(__file__).parents[2] / "examples" / "dandelions.jpg").convert("RGB")
     pen = Pen(signs, np.random.default_rng(4), materials("test"))
     pen.sign("yellow", lettering("NORTH", "DejaVuSans-Bold", 260, (1.0, 1.0)), 3780, 2250)
     pen.plain("circle", "red", Box(2650, 2250, 3230, 2830), [("digit", 260)])
