@@ -261,7 +261,7 @@ def test_the_last_layer_is_read() -> None:
 def test_dino_is_not_like_clip() -> None:
     method = LlavaHR(CLIP)
     dino = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56)
-    with pytest.raises(FoveateError, match="'dinov2' is no ViT like CLIP's"):
+    with pytest.raises(FoveateError, match="'dinov2' is not a ViT like CLIP's"):
         method.build_tower(dino, -1)
 
 
@@ -654,7 +654,7 @@ def test_wrong_convnext_weights(tmp_path: Path) -> None:
     ):
         composed(tmp_path / "cut")
     convnext_folder(tmp_path / "patch", patch_size=2)
-    with pytest.raises(FoveateError, match=r"another shape of embeddings.patch_embeddings.weight"):
+    with pytest.raises(FoveateError, match=r"the wrong shape for embeddings.patch_embeddings.weight"):
         composed(tmp_path / "patch")
 
 

@@ -542,7 +542,7 @@ def test_a_wrong_key_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({lost: None}, r"lacks connector\.compressor\.queries"),
         ({"model.sampler.post_qformer.kv_proj.weight": torch.zeros(2)}, "has unexpected model.sampler"),
-        ({lost: torch.zeros(9, 32)}, r"another shape of connector\.compressor\.queries"),
+        ({lost: torch.zeros(9, 32)}, r"the wrong shape for connector\.compressor\.queries"),
     ):
         changed = {key: t for key, t in {**weights, **change}.items() if t is not None}
         save_file(changed, model / "model.safetensors")

@@ -135,7 +135,7 @@ def test_weights_tell_inf_llava_from_llava(tmp_path: Path) -> None:
     torch.save(weights, model / "pytorch_model.bin")
     assert method() == "inf_llava"
     with pytest.raises(
-        FoveateError, match=r"lacks connector\.attention.*another shape of connector\.attention"
+        FoveateError, match=r"lacks connector\.attention.*the wrong shape for connector\.attention"
     ):
         FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower)
     (model / "pytorch_model.bin").unlink()
@@ -342,7 +342,7 @@ BROKEN = {
     ),
     "a key of another shape": (
         change_weights(lambda w: w.update({"connector.projector.0.bias": torch.zeros(2)})),
-        r"has another shape of connector\.projector\.0\.bias",
+        r"has the wrong shape for connector\.projector\.0\.bias",
     ),
     "unknown method": (change_config(method="lava"), "unknown method 'lava'"),
     "unknown option": (change_config(options={"fitt": "pad"}), "unknown key 'fitt'; did you mean 'fit'"),
