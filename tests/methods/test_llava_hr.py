@@ -144,7 +144,7 @@ def test_where_adapters_are() -> None:
     assert tower(direction="low_to_high").places == (1, 2, 3)
     with pytest.raises(FoveateError, match="a ViT of 6 blocks cannot be cut into 4 equal groups"):
         tower(layers=6)
-    with pytest.raises(FoveateError, match="blocks must be rising numbers from 1 to 4"):
+    with pytest.raises(FoveateError, match="blocks must be increasing numbers from 1 to 4"):
         tower(blocks=[2, 5])
     with pytest.raises(FoveateError, match="blocks must be rising"):
         tower(blocks=[2, 1])
@@ -474,7 +474,7 @@ def test_what_does_not_fit_is_refused_with_pairs_that_do(
 ) -> None:
     with pytest.raises(FoveateError) as refused:
         LlavaHR(tower, given)
-    assert str(refused.value).endswith(f"; {' or '.join(map(str, named))} would do")
+    assert str(refused.value).endswith(f"; {' or '.join(map(str, named))} would fit")
     for pair in named:
         more = {key: value for key, value in given.items() if key != "magnify"}
         assert LlavaHR(tower, {**more, "resolutions": [pair]}).pairs[0][:2] == tuple(pair)
@@ -702,7 +702,7 @@ def test_released_configurations(tmp_path: Path, clip: Path) -> None:
     assert xxl.convnext.norm_eps == 1e-5
     _, first = found("first", input_image_size=384, freeze_vision=True, image_aspect_ratio=None)
     assert (first.resolutions, first.fit, first.adapters) == (((336, 384),), "crop", False)
-    with pytest.raises(FoveateError, match="vision_tower_slow 'resnet50' is none of"):
+    with pytest.raises(FoveateError, match="vision_tower_slow 'resnet50' is not one of"):
         found("other", vision_tower_slow="resnet50")
     for name, size in (("null", None), ("text", "1024")):
         with pytest.raises(FoveateError, match="input_image_size a number of pixels, not 'convnext"):
@@ -838,7 +838,7 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
         built(pixels)
         hook.remove()
         gate = adapter.parts(*seen[0]).gate.item()
-    assert account.notes[0] == f"gates behind blocks 1: {gate:.3f}"
+    assert account.notes[0] == f"gates after blocks 1: {gate:.3f}"
     boxes, weights = zip(*account.heat(), strict=True)
     assert max(weights) == 1.0
     assert min(weights) == 0.01

@@ -288,7 +288,7 @@ def test_tokens_that_are_no_grid_are_refused() -> None:
     odd.model.config.image_token_id = 0
     with pytest.raises(FoveateError, match="has 0 image tokens where 0 can be placed"):
         token_places(odd, Size(60, 90))
-    with pytest.raises(FoveateError, match="give the region otherwise"):
+    with pytest.raises(FoveateError, match="choose another way to give the region"):
         token_places(foveate_model("slime"), Size(60, 90))
 
 
