@@ -375,7 +375,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, vlm: VLM) -> Non
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ({"pictures": "a.png", "turns": []}, "there is neither 'conversations' (LLaVA) nor 'messages' in it"),
+        ({"pictures": "a.png", "turns": []}, "it has neither 'conversations' (LLaVA) nor 'messages'"),
         (
             {"image": "a.png", "conversations": [{"role": "human", "value": "<image>"}]},
             "'from' of a turn is None",

@@ -146,7 +146,7 @@ def test_where_adapters_are() -> None:
         tower(layers=6)
     with pytest.raises(FoveateError, match="blocks must be increasing numbers from 1 to 4"):
         tower(blocks=[2, 5])
-    with pytest.raises(FoveateError, match="blocks must be rising"):
+    with pytest.raises(FoveateError, match="blocks must be increasing"):
         tower(blocks=[2, 1])
     with pytest.raises(FoveateError, match="blocks are the ViT's"):
         tower(blocks=[2], direction="low_to_high")
@@ -505,7 +505,10 @@ def test_pairs_of_the_paper(low: int, high: int, tokens: int) -> None:
         ({"convnext": {"patch": 8}, "resolutions": [[448, 1056]]}, "stride of 64"),
         ({"convnext": {"depth": [1]}}, "did you mean 'depths'"),
         ({"gate": "relu"}, "'relu' is not one of tanh, sigmoid, none"),
-        ({"direction": "low_to_high", "resolutions": [[504, 384]]}, "grid of 36, which stage 3's of 24"),
+        (
+            {"direction": "low_to_high", "resolutions": [[504, 384]]},
+            "grid of 36, not divisible by stage 3's of 24",
+        ),
     ],
 )
 def test_wrong_options(given: dict[str, Any], message: str) -> None:

@@ -196,7 +196,7 @@ def test_the_separator_trains_as_the_comma() -> None:
 def test_a_model_without_a_comma_says_so() -> None:
     m = made()
     m.model.config.separator_token_id = None
-    with pytest.raises(FoveateError, match="separator_token_id None is no token of the LLM"):
+    with pytest.raises(FoveateError, match="separator_token_id None is not a token of the LLM"):
         m.ask(picture(9, 9), "What?")
 
 
