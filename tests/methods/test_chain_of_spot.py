@@ -674,7 +674,7 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
     assert "7 regions in" in shown and "4 malformed entries left out: 'bad': the key" in shown
     assert "record 3, question 1: the box lies outside the picture; there is no record 99" in shown
     assert "record 0, question 7: the record has 3 answered questions, counted from 0" in shown
-    assert "5 samples of up to" in shown and "1 left out because no region of theirs is known" in shown
+    assert "5 samples of up to" in shown and "1 left out because their regions are unknown" in shown
     again = load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(again.model.method, ChainOfSpot)
     with pytest.raises(FoveateError, match="give the file as regions"):
