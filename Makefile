@@ -58,7 +58,8 @@ constraints: install
 	$(BIN)/python tools/requirements.py constraints $(foreach python,$(PYTHONS),build/$(notdir $(python)).json) > constraints.new
 	mv constraints.new constraints.txt
 
-# The documentation on http://127.0.0.1:8000, built anew whenever a page changes.
+# The documentation on http://127.0.0.1:8000, built anew whenever a page changes; it links to this clone's origin.
+docs: export REPO_URL ?= $(shell git remote get-url origin 2>/dev/null | grep '^https\?:')
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 

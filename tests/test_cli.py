@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import foveate as library
+from foveate.ask.live import Live, printable
+from foveate.tiny import tiny_tokenizer
 from foveate.towers.vit import VisionTower
-from tests.command import Result, foveate
+from tests.command import Result, foveate, on_a_terminal
 from tests.support import picture
 
 SCRIPT = Path(sys.executable).parent / "foveate"
@@ -155,6 +161,108 @@ def test_chat_talks_until_an_empty_line(photo: Path, model: Path) -> None:
     until_end_of_input = foveate(*arguments, stdin="What is it?\n")
     assert until_end_of_input.code == 0
     assert until_end_of_input.stdout.count("visual tokens") == 1
+
+
+# On a terminal
+
+
+@pytest.mark.parametrize("method", ["anyres", "chain_of_spot"])
+def test_a_terminal_gets_what_a_pipe_gets(method: str, photo: Path, tmp_path: Path) -> None:
+    """The answer once, then the rest; steps on the way to it are not shown."""
+    model = tmp_path / "model"
+    assert foveate("compose", model, "--tiny", "--method", method).code == 0
+    arguments = ("ask", photo, "What is it?", "And where?", "--model", model, "--max-new-tokens", 8)
+    code, shown = on_a_terminal(*arguments)
+    assert code == 0
+    assert _timeless(shown) == _timeless(foveate(*arguments).stdout)
+    code, shown = on_a_terminal(*arguments, "--json")
+    assert [answer["question"] for answer in json.loads(shown)] == ["What is it?", "And where?"]
+
+
+def test_the_answer_appears_while_it_is_written(
+    photo: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    plain, ended = Live.on_finalized_text, library.ask.foveate.Foveate.ask
+
+    def noted(self: Live, text: str, stream_end: bool = False) -> None:
+        events.append("end" if stream_end else "text")
+        plain(self, text, stream_end)
+
+    def ask_and_note(self: Any, *arguments: Any, **more: Any) -> Any:
+        answer = ended(self, *arguments, **more)
+        events.append("answer")
+        return answer
+
+    monkeypatch.setattr(Live, "on_finalized_text", noted)
+    monkeypatch.setattr(library.ask.foveate.Foveate, "ask", ask_and_note)
+    arguments = ("ask", photo, "What is it?", "--model", model, "--max-new-tokens", 8)
+    assert foveate(*arguments).code == 0
+    assert events == ["answer"]  # nothing is streamed into a pipe
+    events.clear()
+    assert on_a_terminal(*arguments)[0] == 0
+    assert events.index("text") < events.index("end") < events.index("answer")
+
+
+def test_chat_on_a_terminal(photo: Path, model: Path) -> None:
+    arguments = ("chat", photo, "--model", model, "--max-new-tokens", 8)
+    code, shown = on_a_terminal(*arguments, stdin="What is it?\n<image>\nAnd where?\n\n")
+    assert code == 0
+    talk = library.load(model).chat(photo)
+    for question in ("What is it?", "And where?"):
+        text = printable(talk.ask(question, max_new_tokens=8).text)
+        assert shown.count(text) == 1
+    assert shown.count("looked at the whole picture, in 4 tiles") == shown.count("visual tokens") == 2
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ([" ", "a ", "b", "\n", "c", " \n"], "a b\nc\n"),
+        (["\x1b[31m", "red"], "[31mred\n"),
+        (["", " \n"], "(no text)\n"),
+        ([":bus: [bold]"], ":bus: [bold]\n"),
+    ],
+)
+def test_pieces_of_a_streamed_answer(pieces: list[str], shown: str) -> None:
+    out = io.StringIO()
+    live = Live(tiny_tokenizer(), Console(file=out))
+    for piece in pieces:
+        live.on_finalized_text(piece)
+    live.close("".join(pieces).strip())
+    assert out.getvalue() == shown
+
+
+def test_an_answer_that_is_not_what_was_streamed_is_shown() -> None:
+    out = io.StringIO()
+    live = Live(tiny_tokenizer(), Console(file=out))
+    live.on_finalized_text("box: 1 2", True)
+    live.close("a bus")
+    assert out.getvalue() == "box: 1 2\na bus\n"
+
+
+def test_models_that_search_by_beams_are_not_streamed(photo: Path, model: Path, tmp_path: Path) -> None:
+    copy = copied(model, tmp_path)
+    change_json(copy / "generation_config.json", num_beams=2)
+    code, shown = on_a_terminal("ask", photo, "What is it?", "--model", copy, "--max-new-tokens", 8)
+    assert code == 0 and shown.count("visual tokens") == 1
+    talked = foveate("chat", photo, "--model", copy, "--max-new-tokens", 8, stdin="What is it?\n")
+    assert talked.code == 0 and talked.stdout.count("visual tokens") == 1
+
+
+def _timeless(text: str) -> str:
+    return re.sub(r"\d+\.\d\d s\b", "", text)
+
+
+# Where it looked
+
+
+def test_where_a_method_looked(photo: Path, model: Path, tmp_path: Path) -> None:
+    """Chosen regions are listed, the views of a method that looks everywhere are counted."""
+    assert "\nlooked at the whole picture, in 4 tiles\n" in ask(photo, "What?", "--model", model).stdout
+    for method, said in (("llava", "the whole picture\n"), ("coroi", "[")):
+        assert foveate("compose", tmp_path / method, "--tiny", "--method", method).code == 0
+        assert f"\nlooked at {said}" in ask(photo, "What?", "--model", tmp_path / method).stdout
 
 
 def test_inspect_a_twelve_megapixel_photograph(twelve_megapixels: Path) -> None:

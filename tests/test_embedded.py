@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import TextIteratorStreamer
 
 import foveate
 from foveate.ask.foveate import EMBEDDED, Foveate
 from foveate.lab.photographs import KINDS, trials
 from tests.command import foveate as run
+from tests.command import on_a_terminal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,6 +39,28 @@ def test_the_demo_is_answered(tmp_path: Path) -> None:
     assert [answer["answer"] for answer in json.loads(result.stdout)] == ["9", "yellow", "3", "open"]
     assert "embedded model" in result.stderr  # who does not name a model is told which one answers
     assert all(drawing.with_stem(f"seen-{n}").is_file() for n in (1, 2, 3, 4))
+
+
+def test_what_is_streamed_is_the_answer(model: Foveate) -> None:
+    """Without the token that ends it, and piece by piece."""
+    streamer = TextIteratorStreamer(model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments = {"streamer": streamer}
+    question = "what word is on the sign?"
+    thread = Thread(target=model.ask, args=(EXAMPLES / "signs.jpg", question), kwargs=arguments)
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    answer = model.ask(EXAMPLES / "signs.jpg", question)
+    assert streamed == answer.text == "open"
+    assert answer.ledger.new_tokens > 1  # the last of them ends it
+
+
+def test_a_terminal_shows_the_answer() -> None:
+    code, shown = on_a_terminal("ask", EXAMPLES / "signs.jpg", "what word is on the sign?", "--device", "cpu")
+    assert code == 0
+    lines = shown.splitlines()
+    assert lines[:3] == ["what word is on the sign?", "open", "looked at the whole picture, in 9 tiles"]
+    assert len(lines) == 4 and "visual tokens" in lines[3]
 
 
 def test_objects_of_a_ninth_of_a_photograph_are_read(model: Foveate) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import unicodedata
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,12 +87,19 @@ def ask(
     if out is not None:
         drawing_path(out)  # before the model loads
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
-    answers = [foveate.ask(image, question, max_new_tokens=max_new_tokens) for question in questions]
     console = Console()
+    live = not as_json and _can_stream(foveate)
+    answers = []
+    for question in questions:
+        if live:
+            _print_dim(console, question)
+            answers.append(_streamed(console, foveate, partial(foveate.ask, image), question, max_new_tokens))
+        else:
+            answers.append(foveate.ask(image, question, max_new_tokens=max_new_tokens))
     if as_json:
         values = [answer.to_dict() for answer in answers]
         _print_json(values[0] if len(values) == 1 else values)
-    else:
+    elif not live:
         for answer in answers:
             _print_answer(console, answer)
     if out is not None:
@@ -119,10 +127,9 @@ def chat(
 
     image = read_picture(picture)
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
-    from transformers import TextStreamer
+    from foveate.ask.live import show_text
 
-    talk, console = foveate.chat(image), Console()
-    streamer = TextStreamer(foveate.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    talk, console, live = foveate.chat(image), Console(), _can_stream(foveate)
     while True:
         try:
             question = console.input("[bold]> [/bold]")
@@ -131,10 +138,14 @@ def chat(
         if not question.strip():
             break
         try:
-            answer = talk.ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
+            if live:
+                _streamed(console, foveate, talk.ask, question, max_new_tokens)
+                continue
+            answer = talk.ask(question, max_new_tokens=max_new_tokens)
         except FoveateError as error:  # the conversation goes on
             console.print(str(error), style="red", markup=False)
             continue
+        show_text(console, answer.text)
         console.print(_costs(answer), style="dim", soft_wrap=True)
 
 
@@ -440,16 +451,59 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def _can_stream(foveate: Foveate) -> bool:
+    """Whether answers appear while they are written: on a terminal, of models that do not search by beams."""
+    return sys.stdout.isatty() and foveate.model.generation_config.num_beams in (None, 1)
+
+
+def _streamed(
+    console: Console, foveate: Foveate, ask: Callable[..., Answer], question: str, max_new_tokens: int
+) -> Answer:
+    """Prints an answer while it is written, then the rest."""
+    from foveate.ask.live import Live
+
+    streamer = Live(foveate.processor.tokenizer, console)
+    answer = ask(question, max_new_tokens=max_new_tokens, streamer=streamer)
+    streamer.close(answer.text)
+    _print_rest(console, answer)
+    return answer
+
+
 def _print_answer(console: Console, answer: Answer) -> None:
-    plain: Any = {"highlight": False, "markup": False, "soft_wrap": True}
-    console.print(answer.question, style="dim", **plain)
-    text = "".join(c for c in answer.text if c == "\n" or unicodedata.category(c) != "Cc")
-    console.print(text or "(no text)", style="bold", **plain)
-    regions = "  ".join(str(list(box.rounded())) for box in answer.regions)
-    console.print(f"looked at {regions}", style="dim", **plain)
-    for note in answer.notes:
-        console.print(note, style="dim", **plain)
-    console.print(_costs(answer), style="dim", **plain)
+    from foveate.ask.live import show_text
+
+    _print_dim(console, answer.question)
+    show_text(console, answer.text)
+    _print_rest(console, answer)
+
+
+def _print_rest(console: Console, answer: Answer) -> None:
+    """Where the model looked, notes and costs."""
+    for line in (f"looked at {_places(answer)}", *answer.notes, _costs(answer)):
+        _print_dim(console, line)
+
+
+def _print_dim(console: Console, text: str) -> None:
+    from foveate.ask.live import PLAIN
+
+    console.print(text, style="dim", **PLAIN)
+
+
+def _places(answer: Answer) -> str:
+    """The regions; in words where nothing was chosen, and all views together show the whole picture."""
+    plan, regions = answer.plan, answer.regions
+    size, tiles = plan.picture, plan.tiles.height * plan.tiles.width
+    ends = (
+        min(box.left for box in plan.regions),
+        min(box.top for box in plan.regions),
+        max(box.right for box in plan.regions),
+        max(box.bottom for box in plan.regions),
+    )
+    if list(regions) != list(plan.regions) or ends != (0, 0, size.width, size.height):
+        return "  ".join(str(list(box.rounded())) for box in regions)
+    if tiles > 1:
+        return f"the whole picture, in {tiles} tiles"
+    return "the whole picture" if len(plan.views) == 1 else f"the whole picture, in {len(plan.views)} views"
 
 
 def _costs(answer: Answer) -> str:

@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from foveate.errors import FoveateError
 
@@ -50,6 +50,12 @@ class Plain(str):
         if origin is typing.Literal:
             return next((arg for arg in args if str(arg) == word and type(arg) is not bool), text)
         return text
+
+
+class Retiring:
+    """Options of which some are gone: models that were saved with their last value load as before."""
+
+    retired: ClassVar[Mapping[str, Any]] = {}  # option -> the only value that is left
 
 
 def merged(cls: type, options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -119,13 +125,20 @@ def checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise FoveateError(f"{where}: expected keys and values, got {_shown(values)}")
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in values:
-        if key not in fields:
+    retired = cls.retired if issubclass(cls, Retiring) else {}
+    for key, value in values.items():
+        if key in retired and _typed(value, type(retired[key])) != retired[key]:
+            raise FoveateError(f"{where}: {key} is always {retired[key]!r}, not {_shown(value)}")
+        if key not in fields and key not in retired:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
     types_of = typing.get_type_hints(cls)
-    return {str(key): _convert(value, types_of[key], f"{where}: {key}") for key, value in values.items()}
+    return {
+        str(key): _convert(value, types_of[key], f"{where}: {key}")
+        for key, value in values.items()
+        if key not in retired
+    }
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

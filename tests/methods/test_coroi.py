@@ -165,7 +165,7 @@ def test_which_features_of_a_window_are_read(history: str, maps: int) -> None:
     """A chain of two windows at each of two scales; without movement, a map of scores is used again."""
     m = made(scales=[3, 4], rois=2, distinct=False, history=history)
     connector = m.model.connector
-    scorer = connector.scorer = Points()
+    scorer = connector.scorers[0] = Points()
     source = source_of(picture(60, 80))
     source.encode = m.model.encode_views
     query = Query(torch.randn(1, 3, 48), torch.ones(1, 3))

@@ -31,6 +31,7 @@ from foveate.model.cost import Pricer, reference_config
 from foveate.picture.geometry import Size, View
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.train.models import typed
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from tests.methods.inf_llava_release import released_names, write_release
@@ -606,7 +607,7 @@ def test_the_price_leaves_dead_views_out() -> None:
 def test_both_stages_from_a_fresh_start(tmp_path: Path) -> None:
     """The recipe's stages on toy data: each changes its part alone, and the loss falls."""
     data = write_toy_data(tmp_path / "toy", 24)
-    recipe = load_recipe("inf_llava")
+    recipe = typed(load_recipe("inf_llava"))
     assert list(recipe.stages) == ["pretrain", "finetune"]
     stages = {
         name: stage(given.trains, data, steps=4, options=given.options, template=given.template)
@@ -662,7 +663,7 @@ def test_detail_reaches_the_llm_with_small_views() -> None:
 
 
 def test_the_recipe_has_the_papers_values_and_both_mixtures() -> None:
-    recipe = load_recipe("inf_llava")
+    recipe = typed(load_recipe("inf_llava"))
     pretrain, finetune = recipe.stages.values()
     assert [(s.lr, s.batch, s.epochs) for s in (pretrain, finetune)] == [(1e-3, 256, 1), (2e-5, 128, 1)]
     assert (pretrain.trains, finetune.trains) == (["connector"], ["connector", "language_model"])

@@ -27,6 +27,7 @@ from foveate.model.text import chat_template
 from foveate.picture.geometry import Size
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.train.models import typed
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from foveate.upstream import CACHE
@@ -439,7 +440,7 @@ def test_the_price_is_the_most_it_can_cost() -> None:
 def test_every_stage_trains_its_part_alone(tmp_path: Path) -> None:
     """The four runs, from a fresh start: exactly the named part changes, and the last one learns."""
     data = write_toy_data(tmp_path / "toy", 24)
-    recipe = load_recipe("slime")
+    recipe = typed(load_recipe("slime"))
     assert list(recipe.stages) == ["adapter-mlp", "adapter-former", "compressor", "joint"]
     stages = {
         name: stage(given.trains, data, steps=3, options=given.options, freezes=given.freezes)

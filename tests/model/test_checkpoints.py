@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from foveate.model.checkpoints import recognise
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.zoom.vlm import VLM
 from tests.docs.stand_ins import hf_llava, hf_llava_next
+from tests.methods.conftest import fresh
 from tests.support import picture
 
 # The keys by which released checkpoints differ, with the values of their config.json.
@@ -409,3 +410,32 @@ def test_configs_from_parts() -> None:
     assert again.to_dict() == config.to_dict()
     assert again.vision_config.hidden_size == 32
     assert again.get_text_config().hidden_size == 48
+
+
+@pytest.mark.parametrize("method", ["slime", "llava_hr", "inf_llava", "coroi", "chain_of_spot"])
+def test_options_that_are_gone_load_with_the_value_that_is_left(method: str, tmp_path: Path) -> None:
+    """Folders hold all options of their method, also those of an earlier version."""
+    made = fresh(method)
+    made.save(tmp_path)
+    gone = dict(made.model.method.Options.retired)
+    assert gone
+    for name, keys in (("config.json", ()), ("processor_config.json", ("image_processor",))):
+        change_options(tmp_path / name, keys, gone)
+    again = load(tmp_path, device="cpu")
+    image = picture(60, 90)
+    words = {"max_new_tokens": 4}
+    assert again.ask(image, "What is it?", **words).text == made.ask(image, "What is it?", **words).text
+    name, value = next(iter(gone.items()))
+    change_options(tmp_path / "config.json", (), {name: "else"})
+    with pytest.raises(FoveateError, match=f"{name} is always {value!r}, not 'else'"):
+        load(tmp_path, device="cpu")
+
+
+def change_options(path: Path, keys: Sequence[str], more: Mapping[str, Any]) -> None:
+    """Adds options to a JSON file, in the mapping that `keys` lead to."""
+    values = json.loads(path.read_text())
+    place = values
+    for key in keys:
+        place = place[key]
+    place["options"] |= more
+    path.write_text(json.dumps(values))

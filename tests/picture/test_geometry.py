@@ -146,3 +146,11 @@ def test_boxes_contain_and_overlap() -> None:
     assert Box(0, 0, 10, 10).overlap(Box(5, 0, 15, 10)) == pytest.approx(1 / 3)
     assert box.overlap(box) == 1
     assert Box(0, 0, 10, 10).overlap(Box(10, 0, 20, 10)) == 0 == Box(0, 0, 1, 1).overlap(Box(5, 5, 6, 6))
+
+
+def test_boxes_are_shown_to_a_hundredth_and_stay_exact() -> None:
+    box = Box(Fraction(25, 2), 0, 340, Fraction(298, 3))
+    assert str([box]) == "[Box(12.5, 0, 340, 99.33)]"
+    assert box.bottom == Fraction(298, 3)
+    assert repr(Box(-0.001, 1e6, float("inf"), 100)) == "Box(0, 1000000, inf, 100)"
+    assert repr(Box("a", None, 1, 2)) == "Box('a', None, 1, 2)"  # type: ignore[arg-type]

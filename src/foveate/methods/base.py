@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, report_keys
 from foveate.methods.layouts import Layout
-from foveate.options import build_options
+from foveate.options import Retiring, build_options
 from foveate.picture.account import Account
 from foveate.picture.geometry import Box, Size, ViewPlan
 
@@ -33,7 +33,7 @@ IMAGE_TOKEN = "<image>"  # stands for a picture in texts, and for one visual tok
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class MethodOptions(Retiring):
     """Options that every method has."""
 
     max_visual_tokens: int | None = None  # upper bound on `ViewPlan.tokens`, for comparisons at equal budget

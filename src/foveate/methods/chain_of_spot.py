@@ -39,7 +39,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -99,6 +99,7 @@ FURTHER = "Now answer the following questions based on the raw image: "  # befor
 
 @dataclass(frozen=True)
 class ChainOfSpotOptions(MethodOptions):
+    retired: ClassVar[Mapping[str, Any]] = {"least_side": 14, "region_tokens": 64}
     projector_depth: int = 2  # linear layers of the projector
     wording: Literal["paper", "released"] = "paper"  # of the two instructions
     box_format: str = "unit_xxyy"  # a name in foveate.picture.boxes.BOX_FORMATS

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -67,6 +67,19 @@ from foveate.picture.source import Look, Source, view_of
 
 @dataclass(frozen=True)
 class CoroiOptions(MethodOptions):
+    retired: ClassVar[Mapping[str, Any]] = {
+        "fit": "squash",
+        "text": "question",
+        "chain_reads": "vision",
+        "scorers": "shared",
+        "scorer_norm": "before",
+        "scorer_positions": False,
+        "layer_weights": "own",
+        "injection_reads": "vision",
+        "assignment": "every",
+        "queries": "window",
+        "zero_init": True,
+    }
     variant: Literal["v1", "v2"] = "v1"  # v2: also the picture at twice the size, four more views
     # Chain
     scales: tuple[int, ...] = (2, 3, 4)  # lambda: magnifications of the pictures that windows are cut from
@@ -360,7 +373,8 @@ class CoroiConnector(Connector):
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
         nn.init.zeros_(self.question.bias)  # a random bias would drown small embeddings
-        self.scorer = Scorer(widths.vision, options)
+        # A list of one: so saved models name its weights.
+        self.scorers = nn.ModuleList([Scorer(widths.vision, options)])
         self.choose: Callable[[Tensor], Tensor] = best
         self.layers = decoder_layers(options.layers, widths.layers)
         self.attentions = nn.ModuleList(CrossAttention(widths, options) for _ in self.layers)
@@ -373,6 +387,10 @@ class CoroiConnector(Connector):
             assert isinstance(attention, CrossAttention)
             found[layer] = RoiInjector(attention)
         return found
+
+    @property
+    def scorer(self) -> Scorer:
+        return cast(Scorer, self.scorers[0])
 
     def forward(
         self,

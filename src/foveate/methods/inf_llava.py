@@ -42,7 +42,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate, product
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -96,6 +96,7 @@ MOST_VIEWS = 5  # along a side with `tiles: picture`, as far as table 3 goes
 
 @dataclass(frozen=True)
 class InfLlavaOptions(MethodOptions):
+    retired: ClassVar[Mapping[str, Any]] = {"limit": 5}
     # Views
     tiles: tuple[int, ...] | Literal["picture"] = (3, 3)  # rows and columns; picture: as many as fit into it
     fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture is fitted to the area of all tiles

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,13 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlavaHROptions(MethodOptions):
+    retired: ClassVar[Mapping[str, Any]] = {
+        "low_view": "bilinear",
+        "vit_layer": "last",
+        "class_token": False,
+        "fusion": "both",
+        "zero_init": True,
+    }
     # Sides of the ViT's and the ConvNeXt's view, pixels; the finest pair within max_visual_tokens is used.
     resolutions: tuple[tuple[int, int], ...] | None = None  # null: `default_sides`
     magnify: int | None = None  # instead of resolutions: the tower's own side, and that times this number

@@ -41,7 +41,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -83,6 +83,14 @@ ROUTER_NOISE = 0.1  # standard deviation of the noise on the router's scores in 
 
 @dataclass(frozen=True)
 class SlimeOptions(MethodOptions):
+    retired: ClassVar[Mapping[str, Any]] = {
+        "global_view": "squash",
+        "enlarge": True,
+        "gate_per": "token",
+        "expert_mlp": "shared",
+        "separator": True,
+        "router_noise": 0.1,
+    }
     # Views
     grids: Literal["authors", "paper"] = "authors"  # which grids of tiles may be chosen
     grid_limit: int = 6  # authors: most tiles aimed at, one more may result; paper: rows and columns

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias
 
 Number: TypeAlias = int | float | Fraction
@@ -34,6 +35,10 @@ class Box(NamedTuple):
     top: Number
     right: Number
     bottom: Number
+
+    def __repr__(self) -> str:
+        """To a hundredth of a pixel; the numbers themselves stay exact."""
+        return f"Box({', '.join(_shown(number) for number in self)})"
 
     @property
     def width(self) -> Number:
@@ -73,6 +78,12 @@ class Box(NamedTuple):
     def rounded(self) -> tuple[int, int, int, int]:
         """Nearest whole pixels, for drawing and for JSON."""
         return round(self.left), round(self.top), round(self.right), round(self.bottom)
+
+
+def _shown(number: Number) -> str:
+    if not isinstance(number, Real):  # what is no number, in the sentence that says so
+        return repr(number)
+    return f"{round(float(number), 2) + 0:.2f}".rstrip("0").rstrip(".")
 
 
 NO_TILES = Size(0, 0)
