@@ -53,9 +53,9 @@ class Plain(str):
 
 
 class Retiring:
-    """Options of which some are gone: models that were saved with their last value load as before."""
+    """Options with removed ones: models saved with the last value of those load as before."""
 
-    retired: ClassVar[Mapping[str, Any]] = {}  # option -> the only value that is left
+    retired: ClassVar[Mapping[str, Any]] = {}  # removed option -> its only valid value
 
 
 def merged(cls: type, options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:

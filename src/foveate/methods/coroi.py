@@ -373,7 +373,7 @@ class CoroiConnector(Connector):
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
         nn.init.zeros_(self.question.bias)  # a random bias would drown small embeddings
-        # A list of one: so saved models name its weights.
+        # A list of one: saved models name its weights so.
         self.scorers = nn.ModuleList([Scorer(widths.vision, options)])
         self.choose: Callable[[Tensor], Tensor] = best
         self.layers = decoder_layers(options.layers, widths.layers)

@@ -37,7 +37,7 @@ class Box(NamedTuple):
     bottom: Number
 
     def __repr__(self) -> str:
-        """To a hundredth of a pixel; the numbers themselves stay exact."""
+        """Rounded to a hundredth of a pixel; the numbers themselves are exact."""
         return f"Box({', '.join(_shown(number) for number in self)})"
 
     @property
@@ -81,7 +81,7 @@ class Box(NamedTuple):
 
 
 def _shown(number: Number) -> str:
-    if not isinstance(number, Real):  # what is no number, in the sentence that says so
+    if not isinstance(number, Real):  # for the message about a wrong type
         return repr(number)
     return f"{round(float(number), 2) + 0:.2f}".rstrip("0").rstrip(".")
 
