@@ -37,15 +37,15 @@ app.add_typer(lab, name="lab")
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best available.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by default what suits the device.")
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default one that suits the device.")
 ]
 Tower = Annotated[
     str | None, typer.Option(help="Vision tower folder, for original LLaVA checkpoints without one.")
 ]
 AsMethod = Annotated[
-    str | None, typer.Option("--method", help="Use the model with another method of the same parameters.")
+    str | None, typer.Option("--method", help="Use the model with another method that takes its parameters.")
 ]
 Template = Annotated[
     str | None, typer.Option(help="plain, bare, vicuna_v1, llama3, llama3_v1, mistral or chatml.")
@@ -142,7 +142,7 @@ def chat(
                 _streamed(console, foveate, talk.ask, question, max_new_tokens)
                 continue
             answer = talk.ask(question, max_new_tokens=max_new_tokens)
-        except FoveateError as error:  # the conversation goes on
+        except FoveateError as error:  # the conversation continues
             console.print(str(error), style="red", markup=False)
             continue
         show_text(console, answer.text)
@@ -290,7 +290,7 @@ def train(
         bool, typer.Option("--dry-run", help="Check recipe, model and data, and show what would train.")
     ] = False,
 ) -> None:
-    """Train by a recipe. Started again after an interruption, it goes on where it was."""
+    """Train by a recipe. Run again after an interruption, it resumes."""
     _quiet()
     from foveate.train.run import train as run
 
@@ -310,24 +310,24 @@ def annotate(
     split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
     batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
     check: Annotated[
-        int, typer.Option(min=0, help="So many questions are also answered with their region masked.")
+        int, typer.Option(min=0, help="Number of questions to also answer with their region masked.")
     ] = 200,
     threshold: Annotated[
-        float, typer.Option(help="Of relevance, scaled to 0..1, that a region keeps.")
+        float, typer.Option(help="Least relevance, scaled to 0..1, that a region keeps.")
     ] = 0.5,
-    extension: Annotated[float, typer.Option(help="By which part of itself a region grows.")] = 0.1,
-    reading: Annotated[str, typer.Option(help="Of equation 5: chefer, literal or indicator.")] = "chefer",
+    extension: Annotated[float, typer.Option(help="Fraction by which a region's sides grow.")] = 0.1,
+    reading: Annotated[str, typer.Option(help="Rule of eq. 5: chefer, literal or indicator.")] = "chefer",
     detector: Annotated[
         str | None, typer.Option(help="faster_rcnn; by default the image tokens are the regions.")
     ] = None,
     about: Annotated[
         Literal["questions", "pictures"],
-        typer.Option(help="Whether pictures get regions without a question."),
+        typer.Option(help="questions, or pictures: one region for each picture, without a question."),
     ] = "questions",
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Label your data with regions of interest, for training Chain-of-Spot. Goes on where it was."""
+    """Label your data with regions of interest, for training Chain-of-Spot. Resumes an interrupted run."""
     _quiet()
     from foveate.annotate import annotate_data
     from foveate.zoom.relevance import RegionRule
@@ -452,7 +452,7 @@ def _print_json(value: Any) -> None:
 
 
 def _can_stream(foveate: Foveate) -> bool:
-    """Whether answers appear while they are written: on a terminal, of models that do not search by beams."""
+    """Whether answers appear while they are written: on a terminal, by models without beam search."""
     return sys.stdout.isatty() and foveate.model.generation_config.num_beams in (None, 1)
 
 
@@ -490,7 +490,7 @@ def _print_dim(console: Console, text: str) -> None:
 
 
 def _places(answer: Answer) -> str:
-    """The regions; in words where nothing was chosen, and all views together show the whole picture."""
+    """The regions; in words if nothing was chosen and all views together show the whole picture."""
     plan, regions = answer.plan, answer.regions
     size, tiles = plan.picture, plan.tiles.height * plan.tiles.width
     ends = (

@@ -12,12 +12,12 @@ PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "s
 
 
 def printable(text: str) -> str:
-    """The text without what would steer a terminal."""
+    """The text without control characters."""
     return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
 
 
 class Live(TextStreamer):
-    """A streamer for one answer. White space at the text's ends is left out, as in `Answer.text`.
+    """A streamer for one answer. White space at both ends is left out, as in `Answer.text`.
 
     Args:
         tokenizer: the model's.
@@ -27,7 +27,7 @@ class Live(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.console = console
-        self.shown = self.held = ""  # what is held is white space that may be the text's end
+        self.shown = self.held = ""  # held: white space that may end the text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """transformers calls this with each piece of the text."""
@@ -40,7 +40,7 @@ class Live(TextStreamer):
         self.console.print(piece, style="bold", end="", **PLAIN)
 
     def close(self, answer: str) -> None:
-        """Ends the line, and shows the answer if it is not what was streamed."""
+        """Ends the line, and shows the answer if it differs from what was streamed."""
         if self.shown:
             self.console.print()
         if not self.shown or self.shown != printable(answer).strip():
