@@ -1,4 +1,4 @@
-"""Chain-of-Spot: the second turn on top of the first, against reading and encoding everything anew.
+"""Chain-of-Spot: the second turn on top of the first, against reading and encoding everything again.
 
     python -m benchmarks.chain_of_spot [--rounds 5] [--threads 2] [--layers 32] [--width 256] [--new-tokens 8]
 

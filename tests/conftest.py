@@ -95,7 +95,7 @@ def _nothing_deprecated() -> Iterator[None]:
 def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """measure(what, error, tolerance): noted for the table at the end, and asserted.
 
-    A fourth argument says what is wrong where the error is no number of use.
+    A fourth argument says what is wrong if the error is not a usable number.
     """
     case = request.node.name.partition("[")[2].removesuffix("]") or request.node.name
 

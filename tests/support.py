@@ -79,7 +79,7 @@ def largest_gap(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def checkpoint_activations(model: Any, on: bool = True) -> None:
-    """Computes activations anew in the backward pass, or not; transformers 5.23 has renamed how to ask."""
+    """Recomputes activations in the backward pass, or not; transformers 5.23 has renamed how to ask."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})

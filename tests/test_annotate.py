@@ -44,7 +44,7 @@ from tests.command import foveate
 from tests.support import picture
 from tests.vlms import VLMS
 
-N = 26  # records, of which every sixth has no picture
+N = 26  # records; every sixth has no picture
 QUESTIONS = N - N // 6
 BATCH = 3
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -243,7 +243,7 @@ class Stopped(Exception):
 
 
 class StopsAfter(Annotator):
-    """Breaks off behind so many batches, and counts what it did."""
+    """Stops after this number of batches, and counts them."""
 
     def __init__(self, vlm: VLM, source: Any, batches: int) -> None:
         super().__init__(vlm, source, RegionRule())
@@ -284,7 +284,7 @@ class Worker:
 def test_parts_of_several_processes_make_one_file(
     tmp_path: Path, data: Path, vlm: VLM, unbroken: Path
 ) -> None:
-    """Three processes begin, one is cut off; two go on, and one alone ends it: the same file."""
+    """Three processes start, one is killed; two resume, and one alone finishes: the same file."""
     source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     did = []
     for index, batches in ((1, 9), (2, 1)):
@@ -352,7 +352,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, data: Path, vlm:
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, vlm: VLM) -> None:
-    """A missing and a broken picture cost their questions, not the run; they are no region."""
+    """A missing and a broken picture cost their questions, not the run; they get no region."""
     picture(40, 60).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]

@@ -38,7 +38,7 @@ def run(*command: object, **more: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: builds leave files behind, and take up those that they find."""
+    """Built from a copy: builds leave files, and use those that they find."""
     copy, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

@@ -94,7 +94,7 @@ class _Qwen3Pictures(Qwen3VLProcessor):
 
 
 class _PixtralPictures(LlavaProcessor):
-    """As PixtralProcessor, which needs torchvision: of each picture its own rows, a mark behind each."""
+    """As PixtralProcessor, which needs torchvision: each picture has its own rows, a mark after each."""
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         height, width = (int(n) // self.patch_size for n in image_inputs["image_sizes"][image_idx])
@@ -191,7 +191,7 @@ def llava_onevision(
     patch: int = 7,
     tilings: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3)),
 ) -> VLM:
-    """LLaVA-OneVision: the whole picture, and tiles joined, unpadded, with a newline behind each row."""
+    """LLaVA-OneVision: the whole picture, and tiles joined, unpadded, with a newline after each row."""
     set_seed(0)
     tokens = tokenizer("<image>", "<video>")
     pinpoints = [[rows * side, columns * side] for rows, columns in tilings]
@@ -217,7 +217,7 @@ def llava_onevision(
 
 
 def llava_next() -> VLM:
-    """LLaVA-NeXT: as LLaVA-OneVision, and without its newline behind the whole picture."""
+    """LLaVA-NeXT: as LLaVA-OneVision, and without its newline after the whole picture."""
     set_seed(0)
     tokens = tiny_tokenizer()
     pinpoints = [[56, 112], [112, 56], [112, 112]]
@@ -240,7 +240,7 @@ def llava_next() -> VLM:
 
 
 def gemma3() -> VLM:
-    """Gemma 3: one view, 2 x 2 patches pooled to a token, behind a mark that its processor names instead."""
+    """Gemma 3: one view, 2 x 2 patches pooled to a token, after a mark that its processor names instead."""
     set_seed(0)
     marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<soft>"}
     tokens = tokenizer(*marks.values(), **marks)

@@ -1,4 +1,4 @@
-"""What one turn leaves for the next: the same replies as when all is read anew, for less."""
+"""Context kept between turns: the same replies as when everything is read again, at less cost."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_another_picture_is_not_taken_for_the_one_before(both: Any) -> None:
     (other,) = anew.engine.say([messages], Context(), **WORDS)
     assert said.text == other.text
     prompt, _ = kept.engine._passage(messages, said)
-    assert said.ledger.kept_tokens == prompt.places[0][0]  # what stands before the picture
+    assert said.ledger.kept_tokens == prompt.places[0][0]  # the tokens before the picture
     assert said.ledger.visual_tokens == 16
 
 

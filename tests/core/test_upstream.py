@@ -86,7 +86,7 @@ def test_generate_takes_a_configuration_or_arguments() -> None:
         {"generation_config": config, "num_beams": 3, "streamer": 4}, cache=1
     )
     both = made.pop("generation_config")
-    assert made == {"streamer": 4, "cache": 1}  # what is no part of a configuration
+    assert made == {"streamer": 4, "cache": 1}  # arguments that are not part of a configuration
     assert (both.do_sample, both.num_beams, config.num_beams) == (True, 3, 2)
 
 
@@ -237,7 +237,7 @@ def test_get_decay_parameter_names(tmp_path: Path, llm: LlamaForCausalLM) -> Non
 
 
 def test_trainer_leaves_training_args_bin(tmp_path: Path, llm: LlamaForCausalLM) -> None:
-    """A pickle, which is deleted; that it is gone from transformers is no fault."""
+    """A pickle, which is deleted; its absence from transformers is not a fault."""
     Trainer(llm, TrainingArguments(str(tmp_path), use_cpu=True)).save_model(str(tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written <= {"config.json", "generation_config.json", "model.safetensors", "training_args.bin"}

@@ -96,7 +96,7 @@ def original_inf_llava(folder: Path) -> None:
     inf_llava_release.write_release(folder, folder.parents[1] / TOWER)
 
 
-# What a page names -> what stands in its place.
+# A name on a page -> its stand-in.
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": hf_llava,
     "llava-hf/llava-v1.6-vicuna-7b-hf": hf_llava_next,

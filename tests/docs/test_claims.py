@@ -116,7 +116,7 @@ def test_file_tree() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_exist(page: str) -> None:
-    """`foveate.x.y`, `src/...` and `tests/...` in prose stand for things that are there."""
+    """`foveate.x.y`, `src/...` and `tests/...` in prose name things that exist."""
     for code in CODE.findall(prose(page)):
         if re.fullmatch(r"foveate(\.\w+)+", code):
             resolve(code)

@@ -54,7 +54,7 @@ ONLY_READ = (
     "coroi",
     "chain_of_spot",
 )
-EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # behind a print: what it prints
+EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # after a print: its output
 
 
 @pytest.fixture(scope="session")

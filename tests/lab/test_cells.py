@@ -175,7 +175,7 @@ def test_where_to_look_may_be_learnt_beside_the_questions(bench: Bench, captions
 
 
 def test_names_of_cells_stay() -> None:
-    """A folder of results is of use with later versions."""
+    """A folder of results works with later versions."""
     paper = (
         StageSpec(0.25, ("connector.projector",), captions=True, options={"chain": False}),
         StageSpec(0.75, ("connector", "language_model")),
@@ -436,7 +436,7 @@ def test_a_conversation_that_is_told_the_region_is_measured_on_its_answer(
         said = labels[:, 1:].clamp(min=0)
         for row, learnt in enumerate(labels[:, 1:] != IGNORED):
             places = learnt.nonzero()[:, 0]
-            answer = places[1:][places.diff() > 1][0]  # behind the box
+            answer = places[1:][places.diff() > 1][0]  # after the box
             if spoilt is not None:
                 said[row, places[0] if spoilt == "box" else answer] += 1
         return SimpleNamespace(logits=F.pad(F.one_hot(said), (0, 0, 0, 1)))
@@ -622,7 +622,7 @@ def test_parts_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_scenes_on_a_photograph_of_ones_own(tmp_path: Path) -> None:
-    """The objects are the same, what is behind them is not; each is a picture to ask about."""
+    """The objects are the same, the background is not; each is a picture to ask about."""
     Image.new("RGB", (120, 100), (0, 0, 255)).save(tmp_path / "blue.png")
     Image.new("RGB", (120, 80)).save(tmp_path / "small.png")
     words = ["show", str(tmp_path / "scenes.png"), "--count", "2", "--pictures", str(tmp_path / "apart")]

@@ -197,7 +197,7 @@ def test_what_is_prepared_is_not_made_again(prepared: Path) -> None:
 
 
 def test_a_cut_word_goes_on_without_places() -> None:
-    """The letters behind a cut come in order, and every bag with a place comes before them."""
+    """The letters after a cut come in order, and every bag with a place comes before them."""
     source = Descriptions(lab_tokenizer(), ["words"], seed=0)
     box, cut = Box(0, 0, 1, 1), 0
     thing = Thing(SIGN, "red", box, None, None, "acehk", ())

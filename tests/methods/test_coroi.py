@@ -174,7 +174,7 @@ def test_which_features_of_a_window_are_read(history: str, maps: int) -> None:
     assert len(scorer.guides) == maps
     seen = chosen.features[0]
     if maps > 1:
-        assert gap(scorer.guides[1][0, 3:], seen) < CLOSE  # behind three words
+        assert gap(scorer.guides[1][0, 3:], seen) < CLOSE  # after three words
     looks = [Look(squashed(Size(60, 80), TINY.side), Box(n, 0, n + 14, 14)) for n in range(4)]
     assert gap(connector._injection(chosen, looks, [16]).features[0], seen) < CLOSE
 
@@ -334,7 +334,7 @@ def test_layers() -> None:
     with pytest.raises(FoveateError, match="an LLM of at least 2 layers, not 1"):
         decoder_layers("six", 1)
     with pytest.raises(FoveateError, match=r"layers \[3\] do not fit an LLM of 4 layers: choose from 0 to 2"):
-        made(layers=[3])  # behind the last layer, no token reads those of the picture
+        made(layers=[3])  # after the last layer, no token reads those of the picture
     assert list(made(layers=[0, 2]).model.connector.injectors()) == [0, 2]
 
 
@@ -363,7 +363,7 @@ def test_what_a_window_changes() -> None:
         injector = m.model.connector.attentions[0]
         injector.value.norm.weight.data.mul_(weight)
         injector.value.norm.bias.data.mul_(weight)
-        states.append(m.model(**batch, output_hidden_states=True).hidden_states[2])  # behind layer 1
+        states.append(m.model(**batch, output_hidden_states=True).hidden_states[2])  # after layer 1
     changed = (states[0] - states[1]).abs().sum(-1) > 0  # (B, T)
     regions = [account.regions for account in encoded(m.model, batch).accounts]
     visual = batch["input_ids"] == m.processor.image_token_id

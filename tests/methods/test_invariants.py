@@ -157,7 +157,7 @@ def test_text_alone_does_not_touch_vision(method: str) -> None:
 
 
 def test_gradient_reaches_every_parameter(method: str) -> None:
-    """Nothing is built that is not used: neither layers behind the selected one nor parts of a connector."""
+    """Nothing is built that is not used: neither layers after the selected one nor parts of a connector."""
     made = fresh(method)
     model = made.model.train().requires_grad_(True)
     model(**training_batch(made.processor)).loss.backward()

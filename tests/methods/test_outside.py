@@ -202,7 +202,7 @@ def test_the_invariants_run_on_it(quarters: Path) -> None:
     assert "4 passed" in done.stdout
 
 
-# What is wrong with a package is said in a sentence, and is no other method's concern
+# What is wrong with a package is reported in a sentence, and does not affect other methods
 
 
 def test_it_is_imported_when_it_is_used(install: Install) -> None:

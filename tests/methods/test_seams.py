@@ -324,7 +324,7 @@ def test_placeholders_and_tokens_must_agree_in_number(made: Foveate) -> None:
 
 
 def test_two_turns(made: Foveate) -> None:
-    """The method asks where to look first; its second turn stands behind the first in one context."""
+    """The method asks where to look first; its second turn follows the first in one context."""
     image = picture(60, 90)
     with calls(made.model) as seen:
         answer = made.ask(image, "What is it?", max_new_tokens=5)

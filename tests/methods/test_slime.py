@@ -556,7 +556,7 @@ def test_a_wrong_key_is_named(tmp_path: Path) -> None:
 
 
 def test_llama_3_gets_its_template(tmp_path: Path) -> None:
-    """Its tokenizer brings a template of its own, which knows no pictures."""
+    """Its tokenizer has its own template, which has no pictures."""
     _, model, tower = release(tmp_path, "one")
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     tokenizer["chat_template"] = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"

@@ -221,7 +221,7 @@ def test_transformers_layouts_without_a_chat_template(write: Callable[[Path], No
 
 
 def test_bin_files_of_every_age(tmp_path: Path) -> None:
-    """Old ones are no zip archives and cannot be memory-mapped; shards have an index."""
+    """Old ones are not zip archives and cannot be memory-mapped; shards have an index."""
     model, tower = original_folders(tmp_path, ORIGINAL)
     loaded = FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower).state_dict()
     first = {key: value.clone() for key, value in loaded.items()}  # not the file's own pages

@@ -37,7 +37,7 @@ def tower_folder(case: Case) -> Path:
 
 
 def stage_folder(case: Case) -> Path | None:
-    """What a stage in which only the connector trains left behind; None where the case has no such stage."""
+    """The files of a stage in which only the connector trained; None if the case has no such stage."""
     about = case.json.get("stage_files")
     if isinstance(about, Mapping) and "folder" in about:
         return case.folder / about["folder"]

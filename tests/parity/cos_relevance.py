@@ -17,7 +17,7 @@ from tests.parity.golden import NUMBER, Comparison
 
 
 def relevance(compare: Comparison) -> None:
-    """Attention of the golden network, its gradients, Psi and Sigma behind every layer, in all readings."""
+    """Attention of the golden network, its gradients, Psi and Sigma after every layer, in all readings."""
     case, config = compare.case, compare.case.json["config"]
     with torch.enable_grad():
         logits, maps = _network(case.part("state"), case.tensors["x"], config)

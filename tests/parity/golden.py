@@ -126,7 +126,7 @@ class Comparison:
         tolerance: float | None = None,
         of: str = "",
     ) -> None:
-        """Compares those results, by the case's own names, of which the case says what is expected.
+        """Compares those results, by the case's own names, for which the case gives expectations.
 
         What cannot be made of every case is given as a function.
         """

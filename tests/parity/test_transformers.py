@@ -265,7 +265,7 @@ def test_pipeline_from_a_folder(pair: Pair, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (2, 3000), (57, 1)], ids=str)
 def test_extreme_sizes(pair: Pair, size: tuple[int, int]) -> None:
-    """A line of pixels is no error; where its tiles keep no row of tokens, the global view remains."""
+    """A line of pixels is not an error; if its tiles keep no row of tokens, the global view remains."""
     a, b = both(pair, pictures(size), prompts(1))
     assert gap(a["pixel_values"].flatten(0, -4), b["pixel_values"]) == 0.0
     assert gap(pair.theirs(**a).logits, pair.ours(**b).logits) < 1e-5

@@ -198,7 +198,7 @@ def copied(golden: Path, folder: Path, drops: tuple[str, ...], **changes: Any) -
 
 
 def laid_out(folder: Path, name: str, state: Mapping[str, Tensor], shards: int) -> None:
-    """A folder of the checkpoint with other weights, in so many files."""
+    """A folder of the checkpoint with other weights, in this number of files."""
     golden = (folder / name).resolve()
     (folder / name).unlink()
     (folder / name).mkdir()

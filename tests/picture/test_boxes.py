@@ -37,7 +37,7 @@ PICTURE = Size(40, 60)  # height, width; padded to 60 x 60 with 10 rows above
         ("1) (0.1, 0.2),(0.3, 0.4) 2 people", (0.1, 0.2, 0.3, 0.4)),
         ("2.\n[[0.1, 0.2, 0.3, 0.4]] (0.9)", (0.1, 0.2, 0.3, 0.4)),
         ('{"bbox_2d": [0.1, 0.2, 0.3, 0.4], "label": "12, 13 Main St"}', (0.1, 0.2, 0.3, 0.4)),
-        ("[0.1, 0.2, 0.3, 0.4", (0.1, 0.2, 0.3, 0.4)),  # cut off behind the last number
+        ("[0.1, 0.2, 0.3, 0.4", (0.1, 0.2, 0.3, 0.4)),  # cut off after the last number
         ("[-0.2, 0.25, 0.5, 7]", (0, 0.25, 0.5, 1)),  # cut off
     ],
 )
@@ -61,7 +61,7 @@ def test_what_is_a_box(text: str, part: tuple[float, ...]) -> None:
         ("[0.1, 0.2, 0.3, 0.4], 0.5, 0.6, 0.7, 0.8", "2 lists"),
         ("[0.1, 0.2, 0.3, 0.4] " * 500, "2000 numbers"),
         ("[0.1, 0.2, 0.3, 0.4] or else [0.5, 0.6, 0.7, 0.8]", "2 lists"),
-        ("0.1-0.2, 0.3-0.4", "2 numbers"),  # a dash belongs to no list: 0.2 and 0.3 stand together
+        ("0.1-0.2, 0.3-0.4", "2 numbers"),  # a dash belongs to no list: 0.2 and 0.3 go together
         ("[nan, 0.1, 0.5, 0.6]", "finite"),
         ("[0.1, 0.1, -Infinity, 0.6]", "finite"),
         ("[0.1, 0.1, 1e999, 0.6]", "finite"),

@@ -1,4 +1,4 @@
-"""Runs: they learn, go on after kill -9 as if nothing had been, and refuse bad input before they write."""
+"""Runs: they learn, resume exactly after kill -9, and refuse bad input before they write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes, of which one often sees only text, train as one process does."""
+"""Two processes, one often with text only, train like one process."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_model_is_as_before_afterwards(name: str) -> None:
     layer = decoder.layers[0].eval()  # as with a part that is not trained
     training = [m.training for m in network.modules()]
     inputs = model.inputs([message(picture(60, 90), "What is this?")])
-    network(**inputs)  # transformers adds hooks of its own at the first call
+    network(**inputs)  # transformers adds its own hooks at the first call
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
     relevance(network, inputs)
     assert decoder.config._attn_implementation == "sdpa"
@@ -168,7 +168,7 @@ def test_unknown_reading_and_odd_decoders_are_named() -> None:
 
 
 def views_of(model: VLM, shown: Image.Image) -> Tensor:
-    """Features of a picture's image tokens as they stand in the LLM's sequence, (n, D)."""
+    """Features of a picture's image tokens in the order of the LLM's sequence, (n, D)."""
     inputs = model.inputs([message(shown, "Why?")])
     caught: list[Tensor] = []
 
@@ -320,7 +320,7 @@ def test_bimodal_rules_by_hand() -> None:
 
 
 def test_rows_that_cancel_stay_bounded() -> None:
-    """A reading that keeps signs adds 0.5 and -0.5 + 1e-6: their sum is no measure of the row."""
+    """A reading that keeps signs adds 0.5 and -0.5 + 1e-6: their sum does not measure the row."""
     both = BimodalRelevance.of(2, 1)
     both.text_attends(torch.tensor([[0.5, -0.5 + 1e-6], [-0.25, -0.75]]))
     both.text_attends_to_image(torch.tensor([[0.2], [0.4]]))

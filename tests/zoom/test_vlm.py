@@ -62,7 +62,7 @@ def test_both_refusals_are_told(tmp_path: Path) -> None:
 
 
 def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
-    """Transformers would go on with random numbers in its place."""
+    """Transformers would continue with random numbers in its place."""
     saved("llava_siglip", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     lost = next(key for key in weights if "multi_modal_projector.linear_1.weight" in key)

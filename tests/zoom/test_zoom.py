@@ -78,7 +78,7 @@ def test_relevance_proposes(name: str) -> None:
 
 @pytest.mark.parametrize("name", VLMS)
 def test_words_without_a_box_leave_the_whole_picture(name: str) -> None:
-    """Random weights say no box: the first answer stands, and the reason is told."""
+    """Random weights write no box: the first answer stays, with the reason."""
     found = zoom(name).ask(picture(60, 90), "What is this?", max_new_tokens=4)
     (proposal,) = found.proposals
     assert proposal.said is not None and proposal.box is None and proposal.problem
@@ -89,7 +89,7 @@ def test_words_without_a_box_leave_the_whole_picture(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "foveate-llava"])
 def test_confidence_is_the_mean_probability(name: str) -> None:
-    """Worked out anew, from one forward pass over prompt and answer."""
+    """Recomputed from one forward pass over prompt and answer."""
     model = vlm(name)
     conversations = [message(picture(60, 90), "What is this?"), message(picture(60, 90, 1), "Why?")]
     inputs = model.inputs(conversations)
@@ -230,7 +230,7 @@ def teach(model: VLM, lessons: list[tuple[list[dict[str, Any]], str]]) -> None:
 
 
 def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
-    """A photograph stored on its side: the box counts pixels as it is shown."""
+    """A photograph stored on its side: the box is in pixels of the upright picture."""
     upright = picture(90, 60)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6

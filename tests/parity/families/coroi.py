@@ -122,7 +122,7 @@ def layers(compare: Comparison) -> None:
 
 
 def grid_of(about: Mapping[str, Any]) -> int:
-    """How many tokens a row of the picture has: a window's second row begins so far behind its first one."""
+    """How many tokens a row of the picture has: the distance of a window's second row from its first."""
     places, (height, width) = about["sequence_positions"], about["window"]
     if height > 1:
         return places[width] - places[0]

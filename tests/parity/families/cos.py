@@ -105,7 +105,7 @@ def checkpoint(compare: Comparison) -> None:
 
 
 def views(pixels: Tensor) -> Tensor:
-    """The authors' pictures, one behind the other in channels: (1, 3 P, h, w) -> (P, 3, h, w)"""
+    """The authors' pictures, one after the other in channels: (1, 3 P, h, w) -> (P, 3, h, w)"""
     return pixels[0].unflatten(0, (-1, 3))
 
 

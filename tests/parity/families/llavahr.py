@@ -159,7 +159,7 @@ def encoder(compare: Comparison) -> None:
         "projector_depth": sum(re.fullmatch(r"mm_projector\.\d+\.weight", key) is not None for key in state),
     }
     options = build_options(LlavaHROptions, given, compare.case.id)
-    # Made apart from the method, which refuses grids of which neither divides the other: theirs enlarges any.
+    # Made apart from the method, which refuses grids if neither divides the other: theirs enlarges any.
     pair = Pair(about["fast_size"], about["input_image_size"], about["fast_size"] // clip["patch"])
     tower = DualTower(vision, options, [pair]).eval()
     connector = LlavaHRConnector(Widths(clip["hidden"], about["llm_hidden"]), options.projector_depth)

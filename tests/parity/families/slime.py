@@ -206,7 +206,7 @@ def router(compare: Comparison) -> None:
 
 
 LLM = ("inputs_embeds", "attention_mask", "labels")  # what it is given
-IGNORED = -100  # a label of which nothing is learnt
+IGNORED = -100  # a label without loss
 
 
 def connector(compare: Comparison) -> None:
