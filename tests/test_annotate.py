@@ -198,13 +198,13 @@ def test_files_of_others_are_left_alone(tmp_path: Path, data: Path, model: Path)
     for beside in ("mine.json", "mine.report.json"):
         (tmp_path / beside).write_text("precious")
         result = foveate(*command(data, tmp_path / "mine.jsonl", model))
-        assert result.code == 2 and f"{beside} is there already" in result.stderr
+        assert result.code == 2 and f"{beside} exists already" in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == [beside]
         assert (tmp_path / beside).read_text() == "precious"
         (tmp_path / beside).unlink()
     before = data.read_bytes()
     result = foveate(*command(data, data.with_suffix(".jsonl"), model))
-    assert result.code == 2 and f"{data} is there already" in result.stderr
+    assert result.code == 2 and f"{data} exists already" in result.stderr
     assert data.read_bytes() == before
 
 
@@ -221,10 +221,10 @@ def test_pictures_and_weights_of_others_are_refused(tmp_path: Path, data: Path, 
     report = out.with_suffix(".report.json")
     report.write_text(report.read_text().replace(before, str(tmp_path / "tiny")))
     result = foveate(*command(data, out, tmp_path / "tiny"))
-    assert result.code == 2 and "of a run with weights" in result.stderr
+    assert result.code == 2 and "from a run with weights" in result.stderr
     report.write_bytes(unbroken.with_suffix(".report.json").read_bytes())
     result = foveate(*command(data, out, Path(before), "--images", data.parent))
-    assert result.code == 2 and "of a run with images None" in result.stderr
+    assert result.code == 2 and "from a run with images None" in result.stderr
 
 
 def test_one_run_a_file(tmp_path: Path, data: Path, vlm: VLM) -> None:
@@ -321,10 +321,10 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path, data: Path, vlm: V
     source, out = open_annotatable(data), tmp_path / "regions.jsonl"
     with pytest.raises(Stopped):
         run(settings(source), StopsAfter(vlm, source, 1), out)
-    with pytest.raises(FoveateError, match="is of a run with batch 3, not 5"):
+    with pytest.raises(FoveateError, match="is from a run with batch 3, not 5"):
         run(settings(source, batch=5), StopsAfter(vlm, source, 9), out)
     run(settings(source), StopsAfter(vlm, source, 99), out)
-    with pytest.raises(FoveateError, match=r"is of a run with rule .*0.5.*, not .*0.7"):
+    with pytest.raises(FoveateError, match=r"is from a run with rule .*0.5.*, not .*0.7"):
         run(settings(source, rule=RegionRule(threshold=0.7)), StopsAfter(vlm, source, 99), out)
 
 
@@ -375,7 +375,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, vlm: VLM) -> Non
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ({"pictures": "a.png", "turns": []}, "there is neither 'conversations' (LLaVA) nor 'messages' in it"),
+        ({"pictures": "a.png", "turns": []}, "it has neither 'conversations' (LLaVA) nor 'messages'"),
         (
             {"image": "a.png", "conversations": [{"role": "human", "value": "<image>"}]},
             "'from' of a turn is None",
@@ -546,7 +546,7 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
     source = open_annotatable(tmp_path / "data.json")
     report = run(settings(source), Annotator(qwen, source, RegionRule()), tmp_path / "b.jsonl")
     assert (report["regions"], report["problems"]) == (2, 1)
-    assert "does not take the picture" in report["first_problems"][0]
+    assert "does not accept the picture" in report["first_problems"][0]
 
 
 def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, data: Path) -> None:

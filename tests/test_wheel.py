@@ -94,7 +94,7 @@ def test_an_installed_wheel_works_without_a_clone(wheel: Path, tmp_path: Path) -
     answer = json.loads(done.stdout[done.stdout.index("{") : done.stdout.index("exit code")])
     assert answer["answer"] == "9"
     recipes = site / "foveate" / "train" / "recipes"
-    assert f"all is well with {recipes / 'tiny.yaml'}; nothing was written" in said
+    assert f"everything is well with {recipes / 'tiny.yaml'}; nothing was written" in said
     assert "error: unknown rows none: there are llava, anyres, pooled, SliME, " in done.stderr
     assert (
         f"error: no recipe at slim: give a YAML file, or the name of one in {recipes}: anyres, "

@@ -386,11 +386,11 @@ def test_an_experiments_own_values(folder: Path) -> None:
 
 
 def test_yaml_as_such(folder: Path) -> None:
-    """Shared keys and tags are read as ever; a key that stands twice is an error."""
+    """Shared keys and tags are read as ever; a key that is given twice is an error."""
     text = recipe("    &a\n    <<: {fit: crop}\n    text: !!str 1\n    whole: !!int '3'")
     options = typed(load_recipe(write(folder, text))).model.options
     assert options == {"fit": "crop", "text": "1", "whole": 3}
-    with pytest.raises(FoveateError, match="'fit' stands twice"):
+    with pytest.raises(FoveateError, match="'fit' is given twice"):
         load_recipe(write(folder, recipe("    fit: crop\n    fit: pad")))
 
 

@@ -1,17 +1,17 @@
-"""Region labels for one's own data: which part of a picture each answer rests on, for training Chain-of-Spot.
+"""Region labels for your own data: the part of a picture that each answer rests on, to train Chain-of-Spot.
 
-Section 3.2 of arXiv 2403.12966, with the VLM itself in place of a detector and a second model. For every
-question about one picture, a region by relevance propagation (`foveate.zoom.relevance`), written as
+This is section 3.2 of arXiv 2403.12966, with the VLM itself in place of a detector and a second model. Every
+question about one picture gets a region by relevance propagation (`foveate.zoom.relevance`), written to
 
     FILE.jsonl         one question a line: box in original pixels (left, top, right, bottom)
     FILE.json          the authors' format: {"000007_coco_1_q0": {"params": [top, left, size]}}, squares;
-                       not for regions of pictures without any question, which it does not know
+                       not written for regions of pictures without a question
     FILE.report.json   how large the boxes are, and how often the answer changes when the region is masked
 
-While it runs, FILE.jsonl.parts holds one file per process, and a lock that keeps other runs away. A line of
-a file is one batch, written and synced whole: after a kill, the same command reads what is there, cuts off a
-torn last line, and does the rest. The batches are the same ones every time, so that the result is the same
-to the byte.
+While it runs, FILE.jsonl.parts holds one file per process, and a lock that keeps other runs away. A line of a
+file is one batch, written and synced at once: after a kill, the same command reads the finished lines, cuts
+off a torn last one, and does the rest. The batches are always the same, so the result is the same to the
+byte.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ from foveate.zoom.detectors import Detector, load_detector
 from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.zoom.vlm import VLM, message
 
-ANSWER_TOKENS = 16  # of the answers that are compared
-WHOLE = 0.95  # a box of at least this part of the picture is counted as the whole picture
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> as wide
-NAMED = 20  # so many questions without a region are named in the report
+ANSWER_TOKENS = 16  # bound on the answers that are compared
+WHOLE = 0.95  # a box that covers at least this fraction counts as the whole picture
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integer type
+NAMED = 20  # number of questions without a region that the report names
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result. A run that goes on must have the same.
+    """The settings that decide the result. A resumed run must have the same.
 
     Attributes:
         data: name of the data.
-        fingerprint: of the data's text; pictures are known by name.
+        fingerprint: of the data's text; pictures are identified by name.
         images: name of the folder that picture paths start from; None: the data file's own.
         model: name of the model.
         weights: fingerprint of its weights, by `weights_of`.
         dtype: of its weights.
         rule: how relevance becomes a region.
         batch: questions at once.
-        check: so many questions, evenly spread, are also answered with their region masked.
+        check: number of questions, evenly spread, to also answer with their region masked.
         detector: name of what finds regions; None: the image tokens are the regions.
         about: whether the regions are those of the questions, or of the pictures without any question.
     """
@@ -96,12 +96,12 @@ class Settings:
         now = json.loads(json.dumps(asdict(self)))
         if not isinstance(before, dict):
             raise FoveateError(
-                f"{where} is broken: choose another file, or delete it and what stands beside it"
+                f"{where} is broken: choose another file, or delete it and the files beside it"
             )
         for name, value in now.items():
             if before.get(name) != value:
                 raise FoveateError(
-                    f"{where} is of a run with {name} {before.get(name)}, not {value}: choose another file"
+                    f"{where} is from a run with {name} {before.get(name)}, not {value}: choose another file"
                 )
 
 
@@ -110,7 +110,7 @@ def weights_of(model: nn.Module) -> str:
     digest = blake2b(digest_size=8)
     for name, weight in model.state_dict().items():
         bits = weight.detach().contiguous().view(WORDS[weight.element_size()])
-        total = int(bits.sum(dtype=torch.int64))  # the same in any order, on any device
+        total = int(bits.sum(dtype=torch.int64))  # independent of order and device
         digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
     return digest.hexdigest()
 
@@ -132,7 +132,7 @@ class Annotator:
         self.highlight = Highlighter(vlm, rule, detect)
 
     def check(self) -> None:
-        """Raises `FoveateError` where no question at all can be annotated, whatever the data."""
+        """Raises `FoveateError` if no question can be annotated, whatever the data."""
         self.highlight([Image.new("RGB", (64, 64))], ["What is this?"])
 
     def pictures(self, batch: Sequence[Question]) -> list[Image.Image | str]:
@@ -149,7 +149,7 @@ class Annotator:
     def annotate(
         self, batch: Sequence[Question], pictures: Sequence[Image.Image | str], checked: Sequence[bool]
     ) -> list[dict[str, Any]]:
-        """One record per question: its box, or the problem; if checked, with the answers compared."""
+        """One record per question: its box or the problem, and, if checked, the comparison of its answers."""
         try:
             return self._annotate(batch, pictures, checked)
         except FoveateError as error:
@@ -178,7 +178,7 @@ class Annotator:
     def _answers(
         self, asked: Sequence[tuple[Question, Image.Image]], boxes: Sequence[Box]
     ) -> dict[str, dict[str, str]]:
-        """By key, the answers to the picture, without the region, and without as much of it elsewhere."""
+        """By key, the answers to the picture, without the region, and without an equal area elsewhere."""
         if not asked:
             return {}
         regions = [(p, box) for (_, p), box in zip(asked, boxes, strict=True)]
@@ -199,7 +199,7 @@ class Annotator:
 
 
 def _record(question: Question, problem: str | None = None) -> dict[str, Any]:
-    """What is written of a question; with a problem, that it has no box."""
+    """The record of a question; with a problem, it has no box."""
     record: dict[str, Any] = {"key": question.key, "index": question.record, "id": question.id}
     record |= {"number": question.number, "question": question.text}
     return record if problem is None else {**record, "box": None, "problem": problem}
@@ -208,7 +208,7 @@ def _record(question: Question, problem: str | None = None) -> dict[str, Any]:
 def square(box: Box, picture: Size) -> tuple[int, int, int]:
     """The authors' [top, left, size]: the smallest square around a box's centre that holds it.
 
-    It is moved inside the picture; where it is larger, it starts at 0 and sticks out on the right or below.
+    It is moved into the picture; if it is larger, it starts at 0 and extends beyond the right or bottom.
     """
     size = max(int(box.width), int(box.height))
     top = math.floor((box.top + box.bottom - size) / 2)
@@ -259,7 +259,7 @@ class Paths(NamedTuple):
 
 
 class Processes(Protocol):
-    """What `accelerate.PartialState` says; one process alone needs no accelerate."""
+    """The interface of `accelerate.PartialState`; a single process does not need accelerate."""
 
     process_index: int
     num_processes: int
@@ -273,11 +273,11 @@ class Alone:
     process_index, num_processes = 0, 1
 
     def wait_for_everyone(self) -> None:
-        """There is nobody else."""
+        """There are no other processes."""
 
 
 def processes() -> Processes:
-    """The processes of this run: as many as torchrun or accelerate launched, on one machine or several."""
+    """The processes of this run: those launched by torchrun or accelerate, on one machine or several."""
     if "WORLD_SIZE" not in os.environ:
         return Alone()
     require("accelerate", "annotate", "work shared by several processes")
@@ -294,19 +294,19 @@ def run(
     workers: Processes | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Annotates all questions, from where an earlier run got, and returns the report.
+    """Annotates all questions, resuming an earlier run, and returns the report.
 
     Every process calls this with the same arguments, on a file system that all of them share.
 
     Args:
         settings: what decides the result.
         annotator: the model and the data.
-        out: `.jsonl` file; the others stand beside it.
+        out: `.jsonl` file; the others are beside it.
         workers: the processes of this run.
         console: for the progress bar of the first process; nothing is shown without one.
 
     Raises:
-        FoveateError: a file of a run with other settings, a broken part.
+        FoveateError: a file from a run with other settings, a broken part.
     """
     workers, paths = workers or Alone(), Paths.of(out)
     first = workers.process_index == 0
@@ -352,19 +352,19 @@ def run(
 
 @contextmanager
 def _begun(settings: Settings, paths: Paths) -> Iterator[None]:
-    """A run that has these files for itself. Raises `FoveateError` where they are another's."""
+    """A run with exclusive use of these files. Raises `FoveateError` if they belong to another."""
     note = paths.parts / "run.json"
     if not note.is_file():
         for path in (paths.authors, paths.report):
             if path.exists():
-                raise FoveateError(f"{path} is there already and would be written over: choose another file")
+                raise FoveateError(f"{path} exists already and would be overwritten: choose another file")
     paths.parts.mkdir(exist_ok=True)
     lock = FileLock(paths.parts / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise FoveateError(
-            f"another run is writing {paths.out}: let it end, or choose another file"
+            f"another run is writing {paths.out}: wait for its end, or choose another file"
         ) from None
     try:
         if note.is_file():
@@ -377,7 +377,7 @@ def _begun(settings: Settings, paths: Paths) -> Iterator[None]:
 
 
 def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
-    """The report of a run that is complete; None where there is still something to do."""
+    """The report of a complete run; None if there is still work to do."""
     if not paths.out.exists():
         return None
     if not paths.report.is_file():
@@ -399,7 +399,7 @@ def _cut_torn_line(part: Path) -> None:
 
 
 def _lines(part: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a part and where they end; a torn one behind them does not count."""
+    """The lines of a part and where they end; a torn last line does not count."""
     found, end = [], 0
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         try:
@@ -429,9 +429,7 @@ def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> No
     done = _done(paths.parts)
     missing = [n for n in range(batches) if n not in done]
     if missing:
-        raise FoveateError(
-            f"{len(missing)} batches are missing in {paths.parts}: start the same command again"
-        )
+        raise FoveateError(f"{len(missing)} batches are missing in {paths.parts}: run the same command again")
     records = [record for n in range(batches) for record in done[n]]
     authors = {
         record["key"]: {"params": square(Box(*record["box"]), Size(record["height"], record["width"]))}
@@ -447,12 +445,12 @@ def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> No
 
 
 def quality(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers that tell whether the regions are worth training on.
+    """Numbers that show whether the regions are worth training on.
 
-    `box_share` is the part of the picture that boxes cover, at the 10th, 50th and 90th percentile, and their
-    mean. Of the questions that were checked, those are `compared` whose region leaves room for another place
-    of its size: `changed_masked` is the part of them whose answer changes when the region is masked, and
-    `changed_masked_elsewhere` when that place is. Regions that matter change more answers than others.
+    `box_share` is the fraction of the picture that boxes cover, at the 10th, 50th and 90th percentile, and
+    the mean. `compared` counts the checked questions whose region leaves room for another place of its size:
+    `changed_masked` is the fraction of them whose answer changes when the region is masked, and
+    `changed_masked_elsewhere` when that place is masked. Regions that matter change more answers.
     """
     boxed = [record for record in records if record["box"] is not None]
     shares = [
@@ -480,7 +478,7 @@ def quality(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _leaves_room(record: dict[str, Any]) -> bool:
-    """Whether the place that is masked instead of the region has no part of it."""
+    """Whether the place masked instead of the region does not overlap it."""
     box = Box(*record["box"])
     return box.overlap(elsewhere(box, Size(record["height"], record["width"]))) == 0
 
@@ -498,12 +496,12 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise FoveateError(
-            f"{path} is broken: delete it and what stands beside it, or choose another file"
+            f"{path} is broken: delete it and the files beside it, or choose another file"
         ) from None
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file under another name, then gives it its own: it is there as a whole or not at all."""
+    """Writes a file under another name, then renames it: it is complete or does not exist."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
         file.write(text)
@@ -539,18 +537,18 @@ def annotate_data(
         split: of a dataset.
         rule: how relevance becomes a region.
         batch: questions at once.
-        check: so many questions, evenly spread, are also answered with their region masked.
+        check: number of questions, evenly spread, to also answer with their region masked.
         detector: a name for `foveate.zoom.detectors.load_detector`.
         about: questions, or pictures: one region for each, without any question.
-        device: by default the best there is; of several GPUs, each process takes its own.
-        dtype: by default what suits the device.
+        device: by default the best available; of several GPUs, each process takes its own.
+        dtype: by default one that suits the device.
         console: for the progress bar.
 
     Returns:
         The report, in the first process; None in the others.
 
     Raises:
-        FoveateError: whatever is wrong with data, model or file, before anything is written.
+        FoveateError: anything wrong with data, model or file, before anything is written.
     """
     paths = Paths.of(out)
     source = open_annotatable(data, images, split)

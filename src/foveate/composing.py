@@ -48,16 +48,16 @@ def compose(
         text: folder, hub id, configuration or model of a causal LM.
         method: the name of a method; by default llava, or that of `connector`.
         options: the method's options.
-        connector: folder that a stage of the authors' own training left, with `mm_projector.bin` and such:
-            its weights instead of new ones, and its options, changed by `options`.
-        tokenizer: needed where `text` is no folder or id.
+        connector: folder of one stage of the authors' own training, with `mm_projector.bin` or similar: its
+            weights replace new ones, and its options apply, changed by `options`.
+        tokenizer: needed if `text` is not a folder or id.
         template: one of `foveate.model.text.TEMPLATES`.
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
         dtype: of all weights.
-        preprocessor: mean and std of the tower, where `vision` is no folder or id.
+        preprocessor: mean and std of the tower, if `vision` is not a folder or id.
 
     Raises:
-        FoveateError: parts that cannot be found or do not fit.
+        FoveateError: parts that are missing or do not fit.
     """
     stage = None if connector is None else checkpoints.stage_files(connector)
     if stage is not None:
@@ -70,10 +70,10 @@ def compose(
     build_options(kind.Options, options, where=f"options of method {kind.title}")
     vision_config, tower, found = _vision(vision, dtype)
     text_config, language_model = _text(text, dtype)
-    vision_config.name_or_path = text_config.name_or_path = ""  # paths do not travel with the model
+    vision_config.name_or_path = text_config.name_or_path = ""  # a saved model must not hold local paths
     if tokenizer is None:
         if not isinstance(text, (str, Path)):
-            raise FoveateError("compose needs a tokenizer where text is not a folder or a hub id")
+            raise FoveateError("compose needs a tokenizer if text is not a folder or a hub id")
         tokenizer, image_token_id = load_tokenizer(checkpoints.local_folder(text))
     else:
         image_token_id = prepare_tokenizer(tokenizer)
@@ -132,7 +132,7 @@ def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
 
 
 def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A part with its weights. Raises `FoveateError` where they are missing or broken."""
+    """A part with its weights. Raises `FoveateError` if they are missing or broken."""
     checkpoints.weight_files(folder)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
     try:

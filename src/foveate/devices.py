@@ -1,4 +1,4 @@
-"""Where a model runs, and in which number format."""
+"""Where a model runs, and its number format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device() -> str:
-    """`cuda`, else `mps`, else `cpu`."""
+    """`cuda` if available, else `mps`, else `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -28,7 +28,7 @@ def choose_dtype(device: str) -> torch.dtype:
 
 
 def usable_device(device: str | None) -> str:
-    """The device that was asked for, or the best there is. Raises `FoveateError` where it cannot be used."""
+    """The device asked for, or the best available. Raises `FoveateError` if it cannot be used."""
     device = device or choose_device()
     if device.partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise FoveateError(f"unknown device {device!r}: choose cuda, mps or cpu")
@@ -40,7 +40,7 @@ def usable_device(device: str | None) -> str:
 
 
 def usable_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
-    """The number format that was asked for, or what suits the device. Raises `FoveateError` for others."""
+    """The number format asked for, or the one that suits the device. Raises `FoveateError` for others."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None:

@@ -17,9 +17,9 @@ def require(module: str, extra: str, what: str) -> None:
     """Raises the `FoveateError` of `missing_extra` where an optional package is not installed.
 
     Args:
-        module: that is imported next.
-        extra: of Foveate, which brings it.
-        what: is done with it, as the sentence's subject.
+        module: the module that is imported next.
+        extra: the extra of Foveate that installs it.
+        what: the sentence's subject: what needs the module.
     """
     if not installed(module):
         raise missing_extra(module, extra, what)
@@ -35,19 +35,19 @@ def missing_extra(module: str, extra: str, what: str) -> FoveateError:
 
 
 def installed(module: str) -> bool:
-    """Whether a module is there, without importing it."""
+    """Whether a module is installed, without importing it."""
     try:
         return find_spec(module) is not None
-    except ImportError:  # of the package that it is a part of
+    except ImportError:  # its parent package is missing
         return False
 
 
 def report_keys(
     folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
 ) -> None:
-    """Raises `FoveateError` that names keys a checkpoint lacks, has too many of or in another shape."""
+    """Raises `FoveateError` that names a checkpoint's missing, unexpected and wrongly shaped keys."""
     problems = []
-    kinds = {"lacks": missing, "has unexpected": unexpected, "has another shape of": mismatched}
+    kinds = {"lacks": missing, "has unexpected": unexpected, "has the wrong shape for": mismatched}
     for what, keys in kinds.items():
         names = sorted(keys)
         if names:

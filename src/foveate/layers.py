@@ -21,5 +21,5 @@ def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
 
 
 def exact(x: Tensor) -> torch.autocast:
-    """A context in which autocast makes nothing less precise, for what is computed where `x` is."""
+    """A context without autocast, for full precision on the device of `x`."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)

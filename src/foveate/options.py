@@ -23,14 +23,14 @@ NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 class Plain(str):
-    """A value as it was written, without quotes: what it is depends on the kind of its option.
+    """A value written without quotes: the type of its option decides what it means.
 
-    A text is taken as it stands, be it `yes`, `1e3` or `null`. Numbers, true and false, and null are those of
-    YAML 1.2; null stands for None wherever an option may have none, also where it may be a text.
+    A text option takes it as typed, be it `yes`, `1e3` or `null`. Numbers, true and false, and null are those
+    of YAML 1.2; null means None for every option that may be None, even one that may also be a text.
     """
 
     def as_kind(self, kind: Any) -> Any:
-        """The value for a type; the plain text where that is the type, or where the value is not of it."""
+        """The value converted to a type; the plain text if that is the type or the value does not fit it."""
         text, origin, args = str(self), typing.get_origin(kind), typing.get_args(kind)
         word = text.strip()
         if kind is Any:
@@ -59,10 +59,10 @@ class Retiring:
 
 
 def merged(cls: type, options: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options with changes; keys and values within an option are changed one by one, too.
+    """Options with changes applied; a mapping within an option is changed key by key, too.
 
-    Changes that were written, in a file or on the command line, become values of the types that the dataclass
-    `cls` gives them; whether they are right is left to `build_options`.
+    Changes written in a file or on the command line are converted to the types of the fields of the dataclass
+    `cls`; `build_options` checks them.
     """
     found = dict(options)
     for key, value in _typed(dict(changes or {}), cls).items():
@@ -74,7 +74,7 @@ def merged(cls: type, options: Mapping[str, Any], changes: Mapping[str, Any] | N
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """A value with everything in it that is `Plain` made what the type wants."""
+    """A value with every `Plain` in it converted to the type."""
     if isinstance(value, Plain):
         return value.as_kind(kind)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -103,7 +103,7 @@ def _holds_keys(kind: Any) -> bool:
 def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Builds the dataclass `cls` from a mapping.
 
-    Nested dataclasses, lists, unions with None, literals, numbers, strings and booleans are understood.
+    Nested dataclasses, lists, unions with None, literals, numbers, strings and booleans are supported.
     Raises `FoveateError` that names the key for unknown keys, missing ones and values of a wrong type.
     """
     built = checked(cls, values, where)
@@ -118,7 +118,7 @@ def build_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some of the fields of the dataclass `cls`, each by itself.
+    """Values for some of the fields of the dataclass `cls`, each checked on its own.
 
     Raises `FoveateError` that names the key for unknown keys and values of a wrong type.
     """

@@ -20,7 +20,7 @@ def shipped(kind: Kind) -> list[str]:
 def find(kind: Kind, given: str | Path) -> Path:
     """The file of a recipe or an experiment, given as a path or by its name; a file at the path wins.
 
-    Raises `FoveateError` that lists the names where there is neither.
+    Raises `FoveateError` that lists the names if there is neither.
     """
     if Path(given).is_file():
         return Path(given)

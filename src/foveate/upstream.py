@@ -1,8 +1,8 @@
-"""What Foveate relies on of transformers, torch and peft that is private or little documented.
+"""Private or little documented parts of transformers, torch and peft that Foveate relies on.
 
-Such things move between their minor versions. Each stands here once, with a comment that says what is relied
-on, and `tests/core/test_upstream.py` has one test for each that fails by its name. What cannot stand here,
-because transformers finds it by its name in our classes, is tested there too:
+Such parts change between minor versions. Each is here once, with a comment that says what is relied on, and
+`tests/core/test_upstream.py` has one test for each that fails by its name. Some cannot be here, because
+transformers looks them up by name in our classes; they are tested there too:
 
     forward(mm_encoder_outputs=...), EncodedPictures.pooler_output    `model.modeling`
     replace_image_token, get_text_with_replacements                   `model.processing`
@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-# The LLM's key and value cache was called `past_key_values` up to transformers 5.23 and is `cache` since: the
+# The LLM's key and value cache is called `past_key_values` up to transformers 5.23 and `cache` after it: the
 # field of outputs, the argument of `forward` and `generate`, and the key that accelerate must not move.
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -42,14 +42,14 @@ CACHE = _cache_name()
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, by whichever of its names; None where there is none."""
+    """The cache among the arguments of a call, under either name; None if there is none."""
     given = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in given if cache is not None), None)
 
 
-# `generate` takes either a configuration or arguments; both together are to be removed.
+# `generate` takes either a configuration or arguments; support for both together will be removed.
 def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
-    """Arguments for `generate`: greedy decoding unless they say else; `ours` stand above `given`."""
+    """Arguments for `generate`: greedy decoding by default; `ours` override `given`."""
     config = given.get("generation_config")
     if config is None:
         return {"do_sample": False, **given, **ours}
@@ -58,16 +58,16 @@ def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any
     return {**config.update(**rest), "generation_config": config}
 
 
-# Where the blocks that a template marks as `generation` lie in its text; else only as a mask of tokens.
+# The character spans of a template's `generation` blocks; public functions give a mask of tokens only.
 def marked_answers(
     template: str, messages: Sequence[Mapping[str, Any]], **names: Any
 ) -> list[tuple[int, int]]:
-    """Start and end, in characters, of the answers in what a chat template writes.
+    """Start and end, in characters, of the answers in a chat template's text.
 
     Args:
         template: Jinja source.
         messages: one conversation.
-        **names: what else the template reads.
+        **names: further variables of the template.
     """
     _, ((*spans,),) = render_jinja_template(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **names
@@ -83,7 +83,7 @@ def cache_bytes(cache: Any) -> int:
 
 # `is_sliding` and `is_linear` say per layer whether it forgets tokens; the first axis of `keys` is the batch.
 def holds_all(cache: Any, rows: int) -> bool:
-    """Whether a cache holds every token that was read, one row of the batch for each of `rows`."""
+    """Whether a cache holds every token that was read, in a batch of `rows` rows."""
     return (
         isinstance(cache, DynamicCache)
         and not any(cache.is_sliding)
@@ -94,13 +94,13 @@ def holds_all(cache: Any, rows: int) -> bool:
 
 # `batch_select_indices` changes a cache in place.
 def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Leaves only these rows of the batch in a cache."""
+    """Keeps only these rows of the batch in a cache."""
     cache.batch_select_indices(rows)
 
 
-# No interface names a decoder's layers: LLMs of transformers hold them as a direct child.
+# No interface gives a decoder's layers: LLMs of transformers hold them as a direct child.
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
-    """The layers that a decoder runs one after another; None where they are not found."""
+    """The layers that a decoder runs one after another; None if they are not found."""
     children = dict(decoder.named_children())
     found = (children.get(name) for name in ("layers", "h", "blocks"))
     return next((layers for layers in found if isinstance(layers, nn.ModuleList)), None)
@@ -109,7 +109,7 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
 # The config knows the attention in use as `_attn_implementation`; only the setter is public.
 @contextmanager
 def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
-    """Lets a decoder compute its attention maps, which other implementations never hold."""
+    """Lets a decoder compute its attention maps, which other implementations never store."""
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:

@@ -1,4 +1,4 @@
-"""A sentence more for errors that come with a transformers which Foveate was not tested with."""
+"""A further sentence for errors with versions of transformers that Foveate was not tested with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-MOVED = (TypeError, AttributeError, ImportError)  # what a name that has moved raises
+MOVED = (TypeError, AttributeError, ImportError)  # errors that a moved name causes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,11 +30,11 @@ def add_version_note(error: BaseException) -> None:
     """Adds `untested()` to an error as a note, once."""
     note = untested()
     if note is not None and note not in getattr(error, "__notes__", ()):
-        error.add_note(note)  # type: ignore[attr-defined]  # Python 3.11, which untested versions need, too
+        error.add_note(note)  # type: ignore[attr-defined]  # Python 3.11, which untested versions also need
 
 
 def untested() -> str | None:
-    """Which transformers is installed and which were tested; None where it is one of those."""
+    """Which transformers is installed and which were tested; None if it was tested."""
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement

@@ -1,8 +1,8 @@
 """Values as people write them: YAML files, and `key=value` on the command line.
 
-What is written without quotes stays as it was typed (`Plain`) until the kind of its option is known; then
-`foveate.options` makes a number, true or false, null or a text of it. On the command line, `[...]` is a list,
-`{...}` keys with values, a text in quotes is what is between them, and all else is taken as it stands.
+A value without quotes stays as typed (`Plain`) until the type of its option is known; then `foveate.options`
+converts it to a number, true or false, null or a text. On the command line, `[...]` is a list, `{...}` is
+keys with values, quotes around a text are removed, and anything else is taken as typed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MERGE = "<<"  # YAML's way to share keys between mappings
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves what stands without quotes to `Plain`; a key that stands twice is an error."""
+    """Reads values without quotes as `Plain`; a repeated key is an error."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0] and value != MERGE:
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) != len(node.value):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         return mapping
 
 
@@ -64,7 +64,7 @@ def read_pairs(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def read_pair(pair: str, where: str) -> tuple[str, Any]:
-    """The key and the value of one `key=value`; `where` begins the error."""
+    """The key and the value of one `key=value`; error messages begin with `where`."""
     key, equals, text = pair.partition("=")
     if not equals:
         raise FoveateError(f"{where}: expected key=value")
@@ -82,7 +82,7 @@ def _read_value(text: str, where: str) -> Any:
     if first and first in "'\"":
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:  # '"a" or "b"' is no text in quotes
+        except yaml.YAMLError:  # '"a" or "b"' is not a text in quotes
             return Plain(text)
         return value if isinstance(value, str) else Plain(text)
     return Plain(text)

@@ -204,5 +204,5 @@ def test_a_further_question_says_whose_windows_it_shows() -> None:
         answers = [chat.ask(question, max_new_tokens=2) for question in ("What?", "Where?")]
         assert [len(answer.notes) for answer in answers] == [0, told]
         if told:
-            assert "belong to the message that showed the picture" in answers[1].notes[0]
+            assert "were chosen for the message that showed the picture" in answers[1].notes[0]
             assert answers[1].regions == answers[0].regions

@@ -130,7 +130,7 @@ def test_only_layers_that_are_read_are_built(layer: int, layers: int) -> None:
 
 @pytest.mark.parametrize("layer", [-4, 0, 4])
 def test_layers_that_are_not_there(layer: int) -> None:
-    with pytest.raises(FoveateError, match=f"vision_feature_layer {layer} of a tower with 3 layers"):
+    with pytest.raises(FoveateError, match=f"vision_feature_layer {layer}: the tower has 3 layers"):
         compose(tiny_vision(), tiny_text(), tokenizer=tiny_tokenizer(), vision_feature_layer=layer)
 
 
@@ -238,7 +238,7 @@ def test_what_compose_refuses(tmp_path: Path) -> None:
         compose(tmp_path / "eye", tiny_text(), tokenizer=tiny_tokenizer())
     weights["encoder.layers.0.mlp.fc1.weight"] = lost[:5].clone()
     save_file(weights, tmp_path / "eye" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FoveateError, match=r"has another shape of encoder\.layers\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(FoveateError, match=r"has the wrong shape for encoder\.layers\.0\.mlp\.fc1\.weight"):
         compose(tmp_path / "eye", tiny_text(), tokenizer=tiny_tokenizer())
     with pytest.raises(FoveateError, match="has no square image_size"):
         compose(tiny_vision(image_size=[56, 28]), tiny_text(), tokenizer=tiny_tokenizer())

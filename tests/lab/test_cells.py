@@ -583,7 +583,7 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path, batch: int | None) 
         (["--methods", "llava", "--option", "anyres.fit=pad"], "which --methods does not name"),
         (["--methods", "llava,llava"], "are the same"),
         ([], "either a file with an experiment or --methods"),
-        (["--methods", "llava", "--rows", "llava"], "--rows chooses from a file"),
+        (["--methods", "llava", "--rows", "llava"], "--rows needs a file"),
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path) -> None:

@@ -556,7 +556,7 @@ def test_questions_without_an_answer_are_not_counted_as_learnt(tmp_path: Path) -
     path.write_text(json.dumps(records))
     processor, regions = fresh("chain_of_spot").processor, Regions(squares(tmp_path, ALL))
     made = Samples([read_conversations(path)], np.array([[0, 0]]), processor, [regions])
-    assert made.measure(0)[1] == ["record 0, question 2: it has 2 answered ones, counted from 0"]
+    assert made.measure(0)[1] == ["record 0, question 2: the record has 2 answered questions, counted from 0"]
 
 
 def test_samples_without_a_region_are_left_out_and_named(tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_files_of_regions_that_are_none(tmp_path: Path) -> None:
     for text, words in (
         ("[1, 2]", "a JSON object of keys"),
         ("{", "not valid JSON"),
-        ('{"a": 1}', "holds no region; 'a': the key is not"),
+        ('{"a": 1}', "holds no regions; 'a': the key is not"),
     ):
         path.write_text(text)
         with pytest.raises(FoveateError, match=words):
@@ -673,8 +673,8 @@ def test_training_runs_and_reports(tmp_path: Path) -> None:
     shown = out.getvalue()
     assert "7 regions in" in shown and "4 malformed entries left out: 'bad': the key" in shown
     assert "record 3, question 1: the box lies outside the picture; there is no record 99" in shown
-    assert "record 0, question 7: it has 3 answered ones, counted from 0" in shown
-    assert "5 samples of up to" in shown and "1 left out because no region of theirs is known" in shown
+    assert "record 0, question 7: the record has 3 answered questions, counted from 0" in shown
+    assert "5 samples of up to" in shown and "1 left out because their regions are unknown" in shown
     again = load(tmp_path / "run" / "model", device="cpu")
     assert isinstance(again.model.method, ChainOfSpot)
     with pytest.raises(FoveateError, match="give the file as regions"):

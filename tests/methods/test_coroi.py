@@ -333,7 +333,7 @@ def test_layers() -> None:
     assert decoder_layers([2, 1], 4) == [1, 2]
     with pytest.raises(FoveateError, match="an LLM of at least 2 layers, not 1"):
         decoder_layers("six", 1)
-    with pytest.raises(FoveateError, match=r"layers \[3\] of an LLM of 4 layers: choose from 0 to 2"):
+    with pytest.raises(FoveateError, match=r"layers \[3\] do not fit an LLM of 4 layers: choose from 0 to 2"):
         made(layers=[3])  # behind the last layer, no token reads those of the picture
     assert list(made(layers=[0, 2]).model.connector.injectors()) == [0, 2]
 
@@ -653,8 +653,8 @@ def test_v2_tokens_lie_in_rows() -> None:
 
 def test_wrong_options_are_named() -> None:
     for options, words in (
-        ({"scales": [1]}, "scales must be different whole numbers from 2 on"),
-        ({"scales": [2, 2]}, "scales must be different whole numbers from 2 on"),
+        ({"scales": [1]}, "scales must be different whole numbers from 2 up"),
+        ({"scales": [2, 2]}, "scales must be different whole numbers from 2 up"),
         ({"rois": 0}, "rois must be at least 1, not 0"),
         ({"gradient": "centred", "rois": 1}, "rois must be at least 2, not 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),

@@ -719,7 +719,7 @@ def test_wrong_keys_are_named(tmp_path: Path) -> None:
     for change, message in (
         ({lost: None}, r"lacks connector\.fusion\.norm\.weight"),
         ({"model.spatial_embed.extra.weight": torch.zeros(2)}, "has unexpected model.spatial_embed.extra"),
-        ({lost: torch.zeros(9)}, r"another shape of connector\.fusion\.norm\.weight"),
+        ({lost: torch.zeros(9)}, r"the wrong shape for connector\.fusion\.norm\.weight"),
     ):
         changed = {key: t for key, t in {**weights, **change}.items() if t is not None}
         save_file(changed, model / "model.safetensors")

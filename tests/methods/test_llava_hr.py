@@ -144,9 +144,9 @@ def test_where_adapters_are() -> None:
     assert tower(direction="low_to_high").places == (1, 2, 3)
     with pytest.raises(FoveateError, match="a ViT of 6 blocks cannot be cut into 4 equal groups"):
         tower(layers=6)
-    with pytest.raises(FoveateError, match="blocks must be rising numbers from 1 to 4"):
+    with pytest.raises(FoveateError, match="blocks must be increasing numbers from 1 to 4"):
         tower(blocks=[2, 5])
-    with pytest.raises(FoveateError, match="blocks must be rising"):
+    with pytest.raises(FoveateError, match="blocks must be increasing"):
         tower(blocks=[2, 1])
     with pytest.raises(FoveateError, match="blocks are the ViT's"):
         tower(blocks=[2], direction="low_to_high")
@@ -261,7 +261,7 @@ def test_the_last_layer_is_read() -> None:
 def test_dino_is_not_like_clip() -> None:
     method = LlavaHR(CLIP)
     dino = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, image_size=56)
-    with pytest.raises(FoveateError, match="'dinov2' is no ViT like CLIP's"):
+    with pytest.raises(FoveateError, match="'dinov2' is not a ViT like CLIP's"):
         method.build_tower(dino, -1)
 
 
@@ -474,7 +474,7 @@ def test_what_does_not_fit_is_refused_with_pairs_that_do(
 ) -> None:
     with pytest.raises(FoveateError) as refused:
         LlavaHR(tower, given)
-    assert str(refused.value).endswith(f"; {' or '.join(map(str, named))} would do")
+    assert str(refused.value).endswith(f"; {' or '.join(map(str, named))} would fit")
     for pair in named:
         more = {key: value for key, value in given.items() if key != "magnify"}
         assert LlavaHR(tower, {**more, "resolutions": [pair]}).pairs[0][:2] == tuple(pair)
@@ -505,7 +505,10 @@ def test_pairs_of_the_paper(low: int, high: int, tokens: int) -> None:
         ({"convnext": {"patch": 8}, "resolutions": [[448, 1056]]}, "stride of 64"),
         ({"convnext": {"depth": [1]}}, "did you mean 'depths'"),
         ({"gate": "relu"}, "'relu' is not one of tanh, sigmoid, none"),
-        ({"direction": "low_to_high", "resolutions": [[504, 384]]}, "grid of 36, which stage 3's of 24"),
+        (
+            {"direction": "low_to_high", "resolutions": [[504, 384]]},
+            "grid of 36, not divisible by stage 3's of 24",
+        ),
     ],
 )
 def test_wrong_options(given: dict[str, Any], message: str) -> None:
@@ -654,7 +657,7 @@ def test_wrong_convnext_weights(tmp_path: Path) -> None:
     ):
         composed(tmp_path / "cut")
     convnext_folder(tmp_path / "patch", patch_size=2)
-    with pytest.raises(FoveateError, match=r"another shape of embeddings.patch_embeddings.weight"):
+    with pytest.raises(FoveateError, match=r"the wrong shape for embeddings.patch_embeddings.weight"):
         composed(tmp_path / "patch")
 
 
@@ -702,7 +705,7 @@ def test_released_configurations(tmp_path: Path, clip: Path) -> None:
     assert xxl.convnext.norm_eps == 1e-5
     _, first = found("first", input_image_size=384, freeze_vision=True, image_aspect_ratio=None)
     assert (first.resolutions, first.fit, first.adapters) == (((336, 384),), "crop", False)
-    with pytest.raises(FoveateError, match="vision_tower_slow 'resnet50' is none of"):
+    with pytest.raises(FoveateError, match="vision_tower_slow 'resnet50' is not one of"):
         found("other", vision_tower_slow="resnet50")
     for name, size in (("null", None), ("text", "1024")):
         with pytest.raises(FoveateError, match="input_image_size a number of pixels, not 'convnext"):
@@ -838,7 +841,7 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
         built(pixels)
         hook.remove()
         gate = adapter.parts(*seen[0]).gate.item()
-    assert account.notes[0] == f"gates behind blocks 1: {gate:.3f}"
+    assert account.notes[0] == f"gates after blocks 1: {gate:.3f}"
     boxes, weights = zip(*account.heat(), strict=True)
     assert max(weights) == 1.0
     assert min(weights) == 0.01

@@ -322,7 +322,7 @@ def no_method() -> dict[str, tuple[Any, str]]:
         "an object": (Llava.__new__(Llava), "is not a subclass of"),
         "the base class": (Method, "does not define build_connector and plan"),
         "no title": (Untitled, "has no title"),
-        "other options": (Optionless, "Options that are no dataclass derived from MethodOptions"),
+        "other options": (Optionless, "Options that are not a dataclass derived from MethodOptions"),
     }
 
 

@@ -197,7 +197,7 @@ def test_the_separator_trains_as_the_comma() -> None:
 def test_a_model_without_a_comma_says_so() -> None:
     m = made()
     m.model.config.separator_token_id = None
-    with pytest.raises(FoveateError, match="separator_token_id None is no token of the LLM"):
+    with pytest.raises(FoveateError, match="separator_token_id None is not a token of the LLM"):
         m.ask(picture(9, 9), "What?")
 
 
@@ -543,7 +543,7 @@ def test_a_wrong_key_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({lost: None}, r"lacks connector\.compressor\.queries"),
         ({"model.sampler.post_qformer.kv_proj.weight": torch.zeros(2)}, "has unexpected model.sampler"),
-        ({lost: torch.zeros(9, 32)}, r"another shape of connector\.compressor\.queries"),
+        ({lost: torch.zeros(9, 32)}, r"the wrong shape for connector\.compressor\.queries"),
     ):
         changed = {key: t for key, t in {**weights, **change}.items() if t is not None}
         save_file(changed, model / "model.safetensors")

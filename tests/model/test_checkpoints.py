@@ -98,7 +98,7 @@ def test_no_method_takes_another_ones_checkpoint(config: dict[str, Any], method:
         assert released is not None
         assert released.method == method
     else:
-        with pytest.raises(FoveateError, match="of no layout known here"):
+        with pytest.raises(FoveateError, match="not of a layout known here"):
             recognise(tmp_path / "model", tower)
 
 
@@ -117,7 +117,7 @@ def test_golden_checkpoints_are_not_mistaken(folder: str, pytestconfig: pytest.C
         assert released is not None
         assert released.method == owner
     else:
-        with pytest.raises(FoveateError, match=r"of no layout known here|has unexpected"):
+        with pytest.raises(FoveateError, match=r"not of a layout known here|has unexpected"):
             FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower)
 
 
@@ -136,7 +136,7 @@ def test_weights_tell_inf_llava_from_llava(tmp_path: Path) -> None:
     torch.save(weights, model / "pytorch_model.bin")
     assert method() == "inf_llava"
     with pytest.raises(
-        FoveateError, match=r"lacks connector\.attention.*another shape of connector\.attention"
+        FoveateError, match=r"lacks connector\.attention.*the wrong shape for connector\.attention"
     ):
         FoveateForConditionalGeneration.from_pretrained(model, vision_tower=tower)
     (model / "pytorch_model.bin").unlink()
@@ -343,12 +343,12 @@ BROKEN = {
     ),
     "a key of another shape": (
         change_weights(lambda w: w.update({"connector.projector.0.bias": torch.zeros(2)})),
-        r"has another shape of connector\.projector\.0\.bias",
+        r"has the wrong shape for connector\.projector\.0\.bias",
     ),
     "unknown method": (change_config(method="lava"), "unknown method 'lava'"),
     "unknown option": (change_config(options={"fitt": "pad"}), "unknown key 'fitt'; did you mean 'fit'"),
     "wrong value": (change_config(options={"fit": "stretch"}), "'stretch' is not one of pad, crop, squash"),
-    "another kind of model": (change_config(model_type="bert"), "of no layout known here"),
+    "another kind of model": (change_config(model_type="bert"), "not of a layout known here"),
     "unknown tower": (change_config(vision_config={"model_type": "eye"}), "knows no model_type 'eye'"),
     "unknown LLM": (change_config(text_config={"model_type": "parrot"}), "knows no model_type 'parrot'"),
 }

@@ -30,7 +30,7 @@ def test_a_prefill_in_pieces_is_refused() -> None:
     with pytest.raises(FoveateError, match="prefill_chunk_size: CoRoI changes hidden states"):
         m.ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
     m.model.generation_config.prefill_chunk_size = 8
-    with pytest.raises(FoveateError, match="has to be in one piece"):
+    with pytest.raises(FoveateError, match="must run in one piece"):
         m.ask(picture(60, 80), "What?", max_new_tokens=2)
     fresh("coroi", chain=False).ask(picture(60, 80), "What?", max_new_tokens=2, prefill_chunk_size=8)
 
@@ -67,7 +67,7 @@ def test_a_decoder_whose_layers_are_not_found_is_named(monkeypatch: pytest.Monke
     text = CONFIG_MAPPING["gpt2"](**LLM, n_embd=48, n_layer=4, n_head=4)
     monkeypatch.setattr("transformers.GPT2LMHeadModel.get_decoder", lambda self: self.lm_head)
     assert compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer()).model is not None
-    with pytest.raises(FoveateError, match="GPT2LMHeadModel: its decoder's layers are not found"):
+    with pytest.raises(FoveateError, match="GPT2LMHeadModel: its decoder's layers cannot be found"):
         compose(tiny_vision(), text, "coroi", tokenizer=tiny_tokenizer())
 
 

@@ -47,7 +47,7 @@ def test_broken_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (0, 4, 3), (4, 0), (5, 5, 2), (5, 5, 7), (1, 2, 3, 4), ()], ids=str)
 def test_arrays_that_are_no_pictures(shape: tuple[int, ...]) -> None:
-    with pytest.raises(FoveateError, match=r"an array of shape .* is no picture: expected \(H, W\)"):
+    with pytest.raises(FoveateError, match=r"an array of shape .* is not a picture: expected \(H, W\)"):
         read_picture(np.zeros(shape, np.uint8))
 
 

@@ -88,6 +88,6 @@ def test_a_tower_without_a_token_per_patch() -> None:
         SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2]), -2
     )
     with pytest.raises(
-        FoveateError, match=r"'swin' makes .* not one token of each of its 256 patches: choose a ViT"
+        FoveateError, match=r"'swin' gives .* not one token for each of its 256 patches: choose a ViT"
     ):
         tower(torch.zeros(1, 3, 64, 64))

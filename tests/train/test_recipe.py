@@ -192,7 +192,7 @@ def test_a_wrong_change_is_named(tmp_path: Path, change: str, message: str) -> N
     [
         ("a: [", "r.yaml line 1: "),
         ("- a", "should hold keys and values"),
-        (SMALL + "output: y\n", "'output' stands twice"),
+        (SMALL + "output: y\n", "'output' is given twice"),
         (SMALL.replace("output: runs/x", ""), "r.yaml: 'output' is missing"),
         (SMALL.replace("pretrain:", "a/b:"), "stage 'a/b': use only letters"),
     ],

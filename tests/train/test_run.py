@@ -118,7 +118,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: P
     stale.mkdir()  # as a kill while it is written leaves it
     output = io.StringIO()
     train(recipe, console=Console(file=output, width=200))
-    assert f"going on from {left}" in output.getvalue()
+    assert f"resuming from {left}" in output.getvalue()
     assert "stage pretrain" not in output.getvalue()
     assert losses(run, "finetune") == losses(finished / "run", "finetune")
     assert same(weights(run / "model"), weights(finished / "run" / "model"))
@@ -328,7 +328,7 @@ def test_a_dry_run_shows_what_would_train_and_writes_nothing(tmp_path: Path) -> 
         assert (tmp_path / "run" / "model").is_dir() != dry_run
         if dry_run:
             assert sorted(tmp_path.rglob("*")) == before
-    assert f"all is well with {recipe}; nothing was written" in said[True]
+    assert f"everything is well with {recipe}; nothing was written" in said[True]
     shown = [line for line in said[False] if line[:1] in "┃│" or "a step:" in line or "samples of" in line]
     assert len(shown) > 10
     assert [line for line in said[True] if line in shown] == shown
@@ -350,7 +350,7 @@ def test_other_folders_are_left_alone(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     for changes, resume, message in (
         ([f"output={tmp_path / 'mine'}"], None, "exists already and holds no run: choose another output"),
-        ([f"output={tmp_path / 'new'}"], True, "there is no run in .* to go on with"),
+        ([f"output={tmp_path / 'new'}"], True, "there is no run in .* to resume"),
         ([], False, "holds a run already"),
         (
             ["stages.finetune.lr=1e-5"],

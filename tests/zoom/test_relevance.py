@@ -283,12 +283,12 @@ def test_a_picture_of_one_pixel() -> None:
 def test_tokens_that_are_no_grid_are_refused() -> None:
     odd = VLMS["llava_siglip"]()
     odd.processor.replace_image_token = lambda *args, **kwargs: "<image>" * 20
-    with pytest.raises(FoveateError, match="20 image tokens where 0 can be placed"):
+    with pytest.raises(FoveateError, match="20 image tokens, but 0 can be placed"):
         token_places(odd, Size(60, 90))
     odd.model.config.image_token_id = 0
-    with pytest.raises(FoveateError, match="has 0 image tokens where 0 can be placed"):
+    with pytest.raises(FoveateError, match="has 0 image tokens, but 0 can be placed"):
         token_places(odd, Size(60, 90))
-    with pytest.raises(FoveateError, match="give the region otherwise"):
+    with pytest.raises(FoveateError, match="choose another way to give the region"):
         token_places(foveate_model("slime"), Size(60, 90))
 
 

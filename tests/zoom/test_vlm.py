@@ -105,7 +105,7 @@ def test_image_tokens_are_the_features(name: str) -> None:
 def test_a_model_without_a_token_for_pictures() -> None:
     model = VLMS["llava"]()
     model.model.config.image_token_id = model.processor.image_token_id = None
-    with pytest.raises(FoveateError, match="LlavaForConditionalGeneration names no token for pictures"):
+    with pytest.raises(FoveateError, match="LlavaForConditionalGeneration has no token for pictures"):
         token_places(model, Size(60, 90))
 
 

@@ -137,7 +137,7 @@ def test_only_the_last_answer_is_streamed() -> None:
 
 
 def test_a_picture_that_the_processor_does_not_take() -> None:
-    with pytest.raises(FoveateError, match="does not take the picture or the text"):
+    with pytest.raises(FoveateError, match="does not accept the picture or the text"):
         zoom("qwen3_vl").ask(picture(2, 500), "What?")
 
 
@@ -350,7 +350,7 @@ def test_wrong_input_is_refused() -> None:
         zoom("llava").ask(picture(60, 90), "  ")
     with pytest.raises(FoveateError, match="stands for a picture"):
         zoom("llava").ask(picture(60, 90), "What is in <image>?")
-    with pytest.raises(FoveateError, match="no processor of a VLM"):
+    with pytest.raises(FoveateError, match="not a processor of a VLM"):
         Zoom(llava.model, llava.processor.tokenizer)
     with pytest.raises(FoveateError, match="min_pixels"):
         Budget(min_pixels=10, max_pixels=5)

@@ -1,4 +1,4 @@
-"""An answer: the model's text, where it looked, what that cost, and the drawing of all this."""
+"""An answer: the model's text, where it looked, what it cost, and a drawing of all this."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Ledger:
     """What one answer cost.
 
     Attributes:
-        views: pictures shown to the vision tower, those that came from the cache included.
-        encoded_views: of them encoded now.
+        views: pictures shown to the vision tower, including those from the cache.
+        encoded_views: views encoded now.
         visual_tokens: visual tokens that the LLM read, after a method dropped some.
         prompt_tokens: all tokens that the LLM read, visual ones included.
-        kept_tokens: tokens of a prompt that it had read in an earlier turn and found in its cache.
+        kept_tokens: prompt tokens that it had read in an earlier turn and found in its cache.
         new_tokens: generated.
         tflop: vision, prefill and decoding, in 10^12 floating point operations.
         kv_megabytes: key and value cache after the longest prefill.
@@ -50,7 +50,7 @@ class Ledger:
         return sum(self.seconds.values())
 
     def add(self, turn: Ledger) -> None:
-        """Adds what a further turn cost."""
+        """Adds the costs of a further turn."""
         self.views += turn.views
         self.encoded_views += turn.encoded_views
         self.visual_tokens += turn.visual_tokens
@@ -93,13 +93,13 @@ class Answer:
 
     @property
     def heat(self) -> list[tuple[Box, float]]:
-        """For methods that keep what matters to the question: parts of the picture, in original pixels, with
-        a weight from 0 (dropped) to 1; else empty."""
+        """Parts of the picture, in original pixels, with a weight from 0 (dropped) to 1, for methods that
+        keep what matters to the question; else empty."""
         return self.account.heat()
 
     @property
     def chains(self) -> list[Chain]:
-        """For methods that look at parts of the picture one after the other: these parts."""
+        """Parts of the picture looked at one after the other, for methods that do so; else empty."""
         return self.account.chains
 
     @property

@@ -1,9 +1,9 @@
-"""What one turn of a conversation leaves for the next: what the LLM has read need not be read again.
+"""State kept from one turn of a conversation to the next, so that the LLM need not read it again.
 
-A turn's prompt begins with what was said before. `Context` keeps the LLM's key and value cache over some
-conversations side by side, and knows which token stands in which of its columns. Of the next prompt only what
-follows the part in common is read; columns that are not part of it are masked. The replies are those of
-reading everything anew, because every token keeps its position.
+A turn's prompt begins with what was said before. `Context` keeps the LLM's key and value cache over parallel
+conversations, and knows the token in each of its columns. Only the part of the next prompt after the common
+prefix is read; columns outside the prefix are masked. Replies are the same as when everything is read again,
+because every token keeps its position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from foveate.model.modeling import EncodedPictures, FoveateForConditionalGenerat
 
 @dataclass(frozen=True)
 class Passage:
-    """A conversation up to where the model is to go on.
+    """A conversation up to where the model continues.
 
     Attributes:
         ids: its tokens, one placeholder for each visual token.
@@ -37,12 +37,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote, and how many tokens it read for that.
+    """What the model wrote, and how many tokens it read for it.
 
     Attributes:
-        ids: the new tokens, the one that ends the answer included.
-        read: tokens of the prompt that were read now.
-        kept: tokens of the prompt that an earlier turn had left in the cache.
+        ids: the new tokens, including the one that ends the answer.
+        read: tokens of the prompt read now.
+        kept: tokens of the prompt found in the cache.
     """
 
     ids: list[int]
@@ -52,13 +52,13 @@ class Written:
 
 @dataclass
 class _Row:
-    ids: list[int]  # what the cache holds of a conversation, and what a connector dropped of it
-    columns: list[int]  # where each stands in the cache; -1 where it was dropped
+    ids: list[int]  # tokens of a conversation that the cache holds or a connector dropped
+    columns: list[int]  # column of each in the cache; -1 if dropped
     pictures: list[Hashable]
 
 
 class Context:
-    """The key and value cache over conversations side by side, as their last turn left it; empty at first."""
+    """The key and value cache of parallel conversations after their last turn; empty at first."""
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []
@@ -69,14 +69,14 @@ class Context:
         self.rows, self.cache = [], None
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with some of the conversations only."""
+        """Keeps only some of the conversations."""
         if self.cache is not None and len(rows) < len(self.rows):
             upstream.keep_rows(self.cache, torch.tensor(rows, device=self.held.device))
             self.held = self.held[list(rows)]
             self.rows = [self.rows[row] for row in rows]
 
     def known(self, row: int, prompt: Passage) -> int:
-        """How many of a prompt's first tokens are in the cache; its last one never counts."""
+        """The number of a prompt's first tokens in the cache; its last token never counts."""
         if self.cache is None:
             return 0
         before = self.rows[row]
@@ -95,16 +95,16 @@ class Context:
         encoded: EncodedPictures | None,
         **generation: Any,
     ) -> list[Written]:
-        """Reads what is new of each prompt and lets the model write.
+        """Reads the new part of each prompt and lets the model write.
 
         Args:
-            model: whose cache this is.
+            model: the model whose cache this is.
             prompts: one for each conversation.
-            known: what the method `known` says of each.
-            encoded: the pictures behind the known tokens, conversation after conversation.
-            **generation: arguments of transformers' `generate`; greedy decoding without any.
+            known: the result of `known` for each.
+            encoded: the pictures after the known tokens, conversation after conversation.
+            **generation: arguments of transformers' `generate`; greedy decoding by default.
         """
-        cache, self.cache = self.cache, None  # lost if generation is interrupted, never half-written
+        cache, self.cache = self.cache, None  # dropped if generation is interrupted, never half-written
         visible = _visible(prompts, known, encoded)
         width = max(sum(row) for row in visible)
         past = 0 if cache is None else self.held.shape[1]
@@ -133,7 +133,7 @@ class Context:
                 generation, return_dict_in_generate=True, **{upstream.CACHE: cache}
             ),
         )
-        sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # of several answers the first
+        sequences = output.sequences[:: len(output.sequences) // len(prompts)]  # the first of several answers
         ends = _ends(model, generation)
         written = [_until(row.tolist(), ends, len(prompts) > 1) for row in sequences[:, past + width :]]
         self._keep(output.get(upstream.CACHE), sequences, prompts, columns, written, past + width)
@@ -151,7 +151,7 @@ class Context:
         written: Sequence[list[int]],
         length: int,
     ) -> None:
-        """Notes what the cache holds now, if it is one that can be gone on with."""
+        """Notes what the cache holds now, if it can be resumed."""
         if not upstream.holds_all(cache, len(prompts)):  # or several beams or answers
             return
         held = cache.get_seq_length()
@@ -165,7 +165,7 @@ class Context:
             )
 
 
-ONE_ANSWER = ("num_beams", "num_return_sequences")  # 1 where a cache is to be gone on with
+ONE_ANSWER = ("num_beams", "num_return_sequences")  # must be 1 to resume a cache
 OWN_CACHE = (*upstream.CACHE_NAMES, "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
 
@@ -179,7 +179,7 @@ def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, A
 def _visible(
     prompts: Sequence[Passage], known: Sequence[int], encoded: EncodedPictures | None
 ) -> list[list[bool]]:
-    """Per prompt, which of its tokens behind the known ones the LLM gets: all but the dropped visual ones."""
+    """Per prompt, the mask of tokens after the known ones that the LLM gets: not the dropped ones."""
     kept = iter(encoded.kept if encoded is not None and encoded.kept is not None else [])
     visible = []
     for prompt, first in zip(prompts, known, strict=True):
@@ -192,7 +192,7 @@ def _visible(
 
 
 def _compact(encoded: EncodedPictures) -> EncodedPictures:
-    """The pictures without the tokens that were dropped."""
+    """The pictures without dropped tokens."""
     if encoded.kept is None:
         return encoded
     tokens = [t[keep] for t, keep in zip(encoded.pooler_output, encoded.kept, strict=True)]
@@ -206,6 +206,6 @@ def _ends(model: FoveateForConditionalGeneration, generation: Mapping[str, Any])
 
 
 def _until(ids: list[int], ends: set[int], several: bool) -> list[int]:
-    """What a conversation wrote; where others wrote longer, what follows its end is padding."""
+    """A conversation's reply; what follows its end is padding, if other replies are longer."""
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
     return ids if stop is None or not several else ids[: stop + 1]

@@ -1,4 +1,4 @@
-"""Conversations: the turns with which a method answers a question, side by side for several pictures."""
+"""Conversations: the turns in which a method answers a question, for several pictures in parallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN, Reply, Turn
 from foveate.picture.account import Account
 
-# Arguments of `generate` that are about the answer's end and words, and would spoil a box on the way to it.
+# Arguments of `generate` about the answer's end and words, which would spoil an intermediate box.
 OF_ANSWERS = (
     *("streamer", "min_new_tokens", "min_length", "stop_strings", "stopping_criteria", "length_penalty"),
     *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id"),
@@ -41,7 +41,7 @@ class Chat:
         return converse([self], [question], self._context, generation)[0]
 
     def turns(self, question: str) -> Generator[Turn, str, Reply]:
-        """The turns with which a question is answered; further questions take one each."""
+        """The turns that answer a question; further questions take one each."""
         if not self.messages:
             return self.engine.model.method.converse(self.picture, question)
         return _one_turn(question)
@@ -57,12 +57,12 @@ class Chat:
             raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
 
     def answer(self, question: str, asked: Asked, end: Reply) -> Answer:
-        """Notes what was said, and says where the model looked."""
+        """Stores what was said, and returns where the model looked."""
         method, notes = self.engine.model.method, list(end.notes)
         if self.messages and method.uses_query and method.query_text == "question":
             notes.append(
-                "the parts that were looked at belong to the message that showed the picture: this question "
-                "did not choose them"
+                "the parts looked at were chosen for the message that showed the picture, "
+                "not for this question"
             )
         self.messages, self.accounts = asked.messages, asked.accounts
         account = asked.accounts[0]
@@ -83,7 +83,7 @@ class Chat:
 
 
 class Asked:
-    """A question on its way to an answer: what was said and shown, and what it has cost."""
+    """A question in progress: what was said and shown, and its costs so far."""
 
     def __init__(self, chat: Chat) -> None:
         self.messages, self.accounts = list(chat.messages), list(chat.accounts)
@@ -108,16 +108,16 @@ def _one_turn(question: str) -> Generator[Turn, str, Reply]:
 def converse(
     chats: Sequence[Chat], questions: Sequence[str], context: Context, generation: Mapping[str, Any]
 ) -> list[Answer]:
-    """Answers a question in each chat, turn by turn, all side by side.
+    """Answers a question in each chat, turn by turn, in parallel.
 
     Args:
         chats: of one engine, one for each question.
         questions: one for each chat.
-        context: what the chats' last turn left.
+        context: that of the chats' last turn.
         generation: arguments of transformers' `generate`.
 
     Raises:
-        FoveateError: what is not a question, answers of no token.
+        FoveateError: an invalid question, or answers of no token.
     """
     if generation.get("max_new_tokens", 1) < 1:
         raise FoveateError(f"max_new_tokens must be at least 1, it is {generation['max_new_tokens']}")
@@ -138,7 +138,7 @@ def converse(
         )
         before = list(live)
         for row, one in zip(before, said, strict=True):
-            # In a reply the mark of pictures stands for none.
+            # A picture's placeholder in a reply stands for no picture.
             asked[row].hear(one, one.text.replace(engine.processor.image_token, ""))
             try:
                 live[row] = turns[row].send(one.text)
@@ -161,15 +161,15 @@ def content(turn: Turn) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"type": "text", "text": before}] if before else []
     for picture, piece in zip(turn.pictures, pieces, strict=True):
         parts.append({"type": "image", "image": picture})
-        piece = piece.removeprefix("\n")  # chat templates end a picture's line themselves
+        piece = piece.removeprefix("\n")  # chat templates add the line break after a picture themselves
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
 
 
 def _bounded(generation: Mapping[str, Any], turns: Sequence[Turn]) -> dict[str, Any]:
-    """The arguments of `generate` for turns that are taken side by side.
+    """The arguments of `generate` for turns that run in parallel.
 
-    What was asked for the answer's length and form is not asked of a step on the way.
+    Requirements on the answer's length and form do not apply to intermediate steps.
     """
     arguments = dict(generation)
     bounds = [turn.max_new_tokens for turn in turns if turn.max_new_tokens is not None]

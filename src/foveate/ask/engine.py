@@ -1,7 +1,7 @@
-"""The model with its memory: it encodes a picture once, says one turn, and counts what that cost.
+"""The model with its memory: it encodes a picture once, replies to one turn, and counts the cost.
 
-It knows no conversation: messages come with every call, and what the LLM has read of them lies in the
-`Context` that the caller keeps. Several threads may use one engine, each with contexts of its own.
+It holds no conversation: messages come with every call, and the caller keeps what the LLM has read of them in
+a `Context`. Several threads may share one engine, each with its own contexts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Said:
     Attributes:
         text: without special tokens.
         ledger: what this turn cost.
-        accounts: where the method looked in the pictures that were read now, the conversation's last ones.
+        accounts: where the method looked in the pictures read now, the conversation's last ones.
     """
 
     text: str = ""
@@ -61,15 +61,15 @@ class _Shown:
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
-        """All that its visual tokens depend on."""
+        """Everything that its visual tokens depend on."""
         return self.fingerprint, self.query
 
 
 class Memory:
-    """Vision features of the pictures that were asked about last, and of the parts that connectors looked at.
+    """Vision features of the pictures asked about last, and of the parts that connectors looked at.
 
     Args:
-        most: bytes that all of it may take; what was used longest ago goes first.
+        most: bound in bytes; what was used longest ago is dropped first.
     """
 
     def __init__(self, most: int) -> None:
@@ -83,13 +83,13 @@ class Memory:
         return sum(tensor.nbytes for tensor in (*self.features.values(), *looks))
 
     def keep(self, pictures: Mapping[str, Tensor]) -> None:
-        """Notes the features of pictures that were used now."""
+        """Stores the features of pictures used now."""
         for key, features in pictures.items():
             self.features[key] = features
             self.features.move_to_end(key)
 
     def forget(self) -> None:
-        """Drops what there is no room for: of the oldest picture the oldest parts, then the picture."""
+        """Drops what exceeds the bound: first the oldest parts of the oldest picture, then the picture."""
         self.looks = {key: parts for key, parts in self.looks.items() if key in self.features}
         excess = self.bytes - self.most
         for key in list(self.features):
@@ -108,9 +108,9 @@ class Engine:
     Args:
         model: the network, on its device.
         processor: what turns pictures and messages into its inputs.
-        memory: bytes that vision features may take between calls.
-        keep_context: whether a `Context` keeps the LLM's cache from one turn to the next; without it every
-            turn reads the whole conversation anew.
+        memory: bound in bytes on vision features kept between calls.
+        keep_context: whether a `Context` keeps the LLM's cache from one turn to the next; without it, every
+            turn reads the whole conversation again.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Engine:
     ) -> None:
         self.model, self.processor, self.keep_context = model, processor, keep_context
         self.memory = Memory(memory)
-        # Held while pictures are encoded and connected, so that no two threads encode the same one; the LLM
+        # Held while pictures are encoded and connected, so that no two threads encode the same one. The LLM
         # writes without it.
         self._lock = RLock()
 
@@ -131,7 +131,7 @@ class Engine:
 
     @torch.inference_mode()
     def features(self, picture: Image.Image) -> Tensor:
-        """Vision features of a picture's views (V, N, C), from memory where it was asked about lately."""
+        """Vision features of a picture's views (V, N, C), from memory if asked about recently."""
         with self._lock:
             known = self.memory.features.get(_fingerprint(picture))
             if known is not None:
@@ -140,7 +140,7 @@ class Engine:
             return self.model.encode_views(pixels.to(self.model.device, self.model.dtype))
 
     def account(self, picture: Image.Image, plan: ViewPlan) -> Account:
-        """What running tower or connector once more tells of a picture."""
+        """The details about a picture that need another run of the tower or connector."""
 
         def views() -> Tensor:
             pixels = torch.from_numpy(self.processor.image_processor.views(picture, plan))
@@ -160,15 +160,15 @@ class Engine:
     def say(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], context: Context, **generation: Any
     ) -> list[Said]:
-        """One turn of conversations side by side: the model's reply to each.
+        """One turn of parallel conversations: the model's reply to each.
 
         Args:
             conversations: messages, with PIL images as pictures.
-            context: of the same conversations' last turn; it notes this one.
-            **generation: arguments of transformers' `generate`; greedy decoding without any.
+            context: that of the same conversations' last turn; updated by this one.
+            **generation: arguments of transformers' `generate`; greedy decoding by default.
 
         Returns:
-            One reply each. Time that was spent on all of them is shared equally.
+            One reply each. Shared time is divided equally among them.
         """
         if not (self.keep_context and can_go_on(self.model, generation)):
             context.clear()
@@ -202,7 +202,7 @@ class Engine:
         return said
 
     def _now(self) -> float:
-        """Seconds, once the device has done all that was asked of it."""
+        """The time in seconds, once the device has finished all its work."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
@@ -219,7 +219,7 @@ class Engine:
         return Passage(prompt.ids, [picture.key for picture in shown], prompt.places), shown
 
     def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
-        """Visual tokens of the pictures; the tower runs once, for the views of those that are new."""
+        """Visual tokens of the pictures; the tower runs once, for the views of new ones."""
         memory = self.memory
         new: dict[str, _Shown] = {}
         for picture in shown:
@@ -235,7 +235,7 @@ class Engine:
             _share(ledgers, "prepare", self._now() - start)
             start = self._now()
             parts = self.model.encode_views(pixels).split(counts)
-            # Copies: a part of the batch's tensor would keep all of it from being freed.
+            # Copies: a slice of the batch's tensor would keep all of it in memory.
             found |= {key: part.clone() for key, part in zip(new, parts, strict=True)}
             _share(ledgers, "encode", self._now() - start)
             for picture, count in zip(new.values(), counts, strict=True):
@@ -262,7 +262,7 @@ class Engine:
         return encoded
 
     def _source(self, shown: Sequence[_Shown]) -> Source:
-        """The original pictures, with what was looked at for earlier questions."""
+        """The original pictures, with the parts looked at for earlier questions."""
         norms = torch.from_numpy(self.processor.image_processor.norms).to(self.model.device)
         return Source(
             [torch.from_numpy(np.array(p.picture)).to(self.model.device) for p in shown],
@@ -272,7 +272,7 @@ class Engine:
         )
 
     def _note_looks(self, shown: Sequence[_Shown], source: Source) -> None:
-        """Adds to the ledgers what the connector looked at."""
+        """Adds the connector's looks to the ledgers."""
         for i, picture in enumerate(shown):
             ledger = picture.said.ledger
             ledger.views += len(source.looked[i])
@@ -282,7 +282,7 @@ class Engine:
 
 
 def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
-    """Tells each picture's conversation what the connector said of it."""
+    """Gives each picture's conversation the connector's account of it."""
     for i, picture in enumerate(shown):
         picture.said.accounts.append(Account() if encoded.accounts is None else encoded.accounts[i])
         kept = picture.plan.tokens if encoded.kept is None else int(encoded.kept[i].sum())

@@ -48,7 +48,7 @@ def load(
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
 
     Returns:
-        The model; its `device` and `dtype` say what was chosen.
+        The model; `device` and `dtype` show what was chosen.
 
     Raises:
         FoveateError: no such folder, unknown layout, missing weights or tokenizer, wrong options.
@@ -71,9 +71,9 @@ class Foveate:
     Args:
         model: the network, on its device.
         processor: what turns pictures and messages into its inputs.
-        memory: bytes that the vision features of pictures may take between questions; 0 keeps none.
-        keep_context: whether the LLM's cache is kept from one turn of a conversation to the next; without it
-            every turn reads the whole conversation anew.
+        memory: bound in bytes on vision features kept between questions; 0 keeps none.
+        keep_context: whether the LLM's cache is kept from one turn of a conversation to the next; without it,
+            every turn reads the whole conversation again.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Foveate:
             picture: path, URL, bytes, array or PIL image.
             question: not empty.
             max_new_tokens: bound on the answer's length.
-            **generation: further arguments of transformers' `generate`; greedy decoding without any.
+            **generation: further arguments of transformers' `generate`; greedy decoding by default.
 
         Raises:
             FoveateError: a picture that cannot be read, an empty question.
@@ -115,7 +115,7 @@ class Foveate:
     def ask_all(
         self, questions: Iterable[tuple[Picture, str]], *, max_new_tokens: int = 256, **generation: Any
     ) -> list[Answer]:
-        """Asks several questions at once, each about a picture of its own, in one batch.
+        """Asks several questions at once, each about its own picture, in one batch.
 
         Args:
             questions: pairs of a picture and what is asked about it.
@@ -123,11 +123,11 @@ class Foveate:
             **generation: as for `ask`.
 
         Raises:
-            FoveateError: as for `ask`; no question; a streamer for more than one.
+            FoveateError: as for `ask`; no questions; a streamer for more than one.
         """
         questions = list(questions)
         if not questions:
-            raise FoveateError("there is no question: give pairs of a picture and a question")
+            raise FoveateError("there are no questions: give pairs of a picture and a question")
         if len(questions) > 1 and generation.get("streamer") is not None:
             raise FoveateError("only one answer can be streamed: ask one question at a time")
         chats = [self.chat(picture) for picture, _ in questions]

@@ -26,24 +26,24 @@ from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture, read_size
 
 IGNORED = -100  # label of tokens without loss
-SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # of an item's pictures
+SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # keys of an item's pictures
 
 
 class Samples(Dataset[dict[str, Tensor]]):
     """Records of one or more data files as model inputs.
 
-    An item holds `input_ids`, `attention_mask` and `labels` (T,), and where there are pictures `pixel_values`
+    An item holds `input_ids`, `attention_mask` and `labels` (T,), and, if it has pictures, `pixel_values`
     (V, 3, h, w) and `image_sizes` (P, 2), `query_ids` and `query_mask` (P, Tq) for methods that read the
     question, `source_pixels` (n,) and `source_norms` (P, 2, 3) for those that look at the original pictures.
-    Only the assistant's tokens have labels. Where the method makes several lessons of a record, each epoch
-    sees one of them, drawn at random.
+    Only the assistant's tokens have labels. If the method makes several lessons of a record, each epoch sees
+    one of them, drawn at random.
 
     Args:
         sources: the files.
         records: (S, 2) int64, source and record of each item.
         processor: with the stage's options and chat template.
-        regions: per source where its questions want one to look, for methods that learn it.
-        seed: of the lessons that are drawn.
+        regions: per source the regions of its questions, for methods that learn them.
+        seed: for drawing lessons.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Samples(Dataset[dict[str, Tensor]]):
             return encode(self.processor, cut_out(lessons[drawn]))
 
     def measure(self, index: int) -> tuple[int, list[str]]:
-        """An item's tokens, visual ones included, from its text and the sizes of its pictures alone, and what
-        is wrong with its regions.
+        """An item's number of tokens, visual ones included, and the problems of its regions. Needs only its
+        text and its pictures' sizes.
 
-        The tokens of its longest lesson; 0 where the method can make none of it.
+        Counts its longest lesson; 0 if the method can make no lesson of it.
         """
         with self._named(index) as (lessons, problems):
             return max(map(self._tokens, lessons), default=0), problems
@@ -95,7 +95,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     @contextmanager
     def _named(self, index: int) -> Iterator[tuple[list[list[dict[str, Any]]], list[str]]]:
-        """An item's lessons and what is wrong with its regions; errors on the way get the record's name."""
+        """An item's lessons and the problems of its regions; errors name the record."""
         number, record = (int(n) for n in self.records[index])
         source, regions = self.sources[number], self.regions[number]
         try:
@@ -109,7 +109,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
-    """Reads the size of a conversation's first picture."""
+    """The size of a conversation's first picture."""
     pictures = pictures_of(messages)
     return cache(partial(read_size, *pictures[:1]))
 
@@ -117,7 +117,7 @@ def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
 def _problems(
     messages: Sequence[Mapping[str, Any]], size: Callable[[], Size], known: Mapping[int | None, Box]
 ) -> list[str]:
-    """What is wrong with the regions of a conversation's questions."""
+    """The problems of the regions of a conversation's questions."""
     answered, found = sum(message["role"] == "assistant" for message in messages), []
     if known and (shown := len(pictures_of(messages))) != 1:
         return [f"it shows {shown} pictures"] * len(known)
@@ -125,14 +125,14 @@ def _problems(
         where = "the picture alone" if number is None else f"question {number}"
         problem = checked_box([float(n) for n in box], size()).problem
         if number is not None and number >= answered:
-            found.append(f"{where}: it has {answered} answered ones, counted from 0")
+            found.append(f"{where}: the record has {answered} answered questions, counted from 0")
         elif problem is not None:
             found.append(f"{where}: {problem}")
     return found
 
 
 def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the parts of pictures cut out; each picture is read once."""
+    """Messages with their `Cut`s cut out; each picture is read once."""
     read: dict[int, Any] = {}
 
     def resolved(part: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             return part
         cut = part["image"]
         picture = cut.picture if isinstance(cut, Cut) else cut
-        key = id(picture)  # a lesson's cuts hold what the message they come from holds
+        key = id(picture)  # a lesson's cuts hold the same object as the message
         if key not in read:
             read[key] = read_picture(picture)
         return {**part, "image": cut.make(read[key]) if isinstance(cut, Cut) else read[key]}
@@ -170,7 +170,7 @@ def encode(processor: FoveateProcessor, messages: Sequence[Mapping[str, Any]]) -
 
 @dataclass(frozen=True)
 class Collator:
-    """Items of `Samples` -> a batch. Texts are padded on the right, questions on the left as when asking."""
+    """Items of `Samples` -> a batch. Texts are padded on the right, questions on the left, as in asking."""
 
     pad_token_id: int
 
@@ -199,7 +199,7 @@ class Collator:
 
 @contextmanager
 def errors_of_workers() -> Iterator[None]:
-    """Reduces what a DataLoader's worker raised, which comes with its traceback as text, to the sentence."""
+    """Reduces a DataLoader worker's error, which contains its traceback as text, to its message."""
     try:
         yield
     except FoveateError as error:

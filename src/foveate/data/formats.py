@@ -6,9 +6,9 @@ Two kinds of record, in a JSON list (`.json`) or one a line (`.jsonl`):
     messages  {"messages": [{"role", "content": text or parts}], "images": paths}
               parts are {"type": "text", "text"} and {"type": "image", "image": path}
 
-In a user's text, `<image>` stands for the next path of `image` or `images`; so does a part
-{"type": "image"} without a path. As LLaVA's own training does, a single picture moves to the front of its
-message, and a first turn by the assistant is dropped.
+In a user's text, `<image>` stands for the next path in `image` or `images`; so does a part {"type": "image"}
+without a path. As in LLaVA's own training, a single picture moves to the front of its message, and a first
+turn by the assistant is dropped.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ BLANKS = " \t\r\n"
 
 @dataclass(frozen=True)
 class Conversations:
-    """A data file that has been checked. Its records stay on disk.
+    """A checked data file. Its records stay on disk.
 
     Attributes:
         path: the file.
         images: folder that picture paths start from.
-        prompts: False leaves out what the user says beside a picture.
+        prompts: False leaves out the user's text in messages with a picture.
         spans: (R, 2) int64, the first byte of each record and the one after its last.
         pictures: (R,) int64, number of pictures of each record.
     """
@@ -50,16 +50,16 @@ class Conversations:
         return len(self.spans)
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """The conversation of a record, as `FoveateProcessor.apply_chat_template` takes it."""
+        """The conversation of a record, as `FoveateProcessor.apply_chat_template` accepts it."""
         messages = to_messages(self._record(index), self.images)
         return messages if self.prompts else [_without_prompt(message) for message in messages]
 
     def id(self, index: int) -> str:
-        """A record's `id`; its place in the file where it has none."""
+        """A record's `id`; its place in the file if it has none."""
         return str(self._record(index).get("id", index))
 
     def where(self, index: int) -> str:
-        """Names a record for messages: its file, its place there, its id."""
+        """A record's name in messages: its file, its place there, its id."""
         place = f"sample {index}"
         if self.path.suffix == ".jsonl":
             with self.path.open("rb") as file:
@@ -77,15 +77,15 @@ class Conversations:
 def read_conversations(
     path: str | Path, images: str | Path | None = None, prompts: bool = True
 ) -> Conversations:
-    """Reads and checks a file of conversations; whether its pictures exist is not looked at here.
+    """Reads and checks a file of conversations; does not check that its pictures exist.
 
     Args:
         path: `.jsonl` with one record a line, or `.json` with a list of records.
         images: folder that picture paths start from; by default the file's own.
-        prompts: False leaves out what the user says beside a picture.
+        prompts: False leaves out the user's text in messages with a picture.
 
     Raises:
-        FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no record;
+        FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no records;
             the message names the record.
     """
     path = Path(path)
@@ -114,7 +114,7 @@ def read_conversations(
 def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
     """A record of either kind as messages whose contents are lists of parts; picture paths start at `images`.
 
-    Raises `FoveateError` that says what is wrong with the record, but not which one it is.
+    Raises `FoveateError` that says what is wrong with the record, without naming the record.
     """
     if not isinstance(record, Mapping):
         raise FoveateError("a record must be a JSON object")
@@ -125,7 +125,7 @@ def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
         turns = [(_role(turn, "role"), turn.get("content")) for turn in _objects(record, "messages")]
         paths = record.get("images")
     else:
-        raise FoveateError("there is neither 'conversations' (LLaVA) nor 'messages' in it")
+        raise FoveateError("it has neither 'conversations' (LLaVA) nor 'messages'")
     given = [paths] if isinstance(paths, str) else paths or []
     if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
         raise FoveateError("its pictures must be given as a path or a list of paths")
@@ -161,7 +161,7 @@ def _role(turn: Mapping[str, Any], key: str) -> str:
 
 
 def _parts(role: str, content: Any) -> list[dict[str, Any]]:
-    """A turn's content as parts; pictures that are still to be assigned have the path None."""
+    """A turn's content as parts; pictures not assigned yet have the path None."""
     pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(pieces, list) or not all(isinstance(piece, Mapping) for piece in pieces):
         raise FoveateError("a turn's content must be a text or a list of parts")
@@ -181,7 +181,7 @@ def _parts(role: str, content: Any) -> list[dict[str, Any]]:
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    """A text cut at its image tokens. With one of them, the picture comes first and the rest is one text."""
+    """A text split at its image tokens. With only one, the picture comes first and the rest is one text."""
     pieces = text.split(IMAGE_TOKEN)
     picture = {"type": "image", "image": None}
     if len(pieces) == 1:
@@ -192,7 +192,7 @@ def _split(text: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(pieces):
         parts += [dict(picture)] if i else []
-        piece = piece.removeprefix("\n") if i else piece  # chat templates end a picture's line themselves
+        piece = piece.removeprefix("\n") if i else piece  # chat templates add this line break
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
 
@@ -206,7 +206,7 @@ def _check_turns(contents: list[tuple[str, list[dict[str, Any]]]]) -> None:
                 f"turn {i + 1} is by the {role}, not the {expected}: user and assistant must alternate"
             )
     if not any(part["text"].strip() for role, parts in turns if role == "assistant" for part in parts):
-        raise FoveateError("the assistant says nothing in it, so there is nothing to learn")
+        raise FoveateError("it has no answer by the assistant, so there is nothing to learn")
 
 
 def _without_prompt(message: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
 
 
 def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
-    """Records of a JSON list, one parsed at a time: all together they would take several times the space."""
+    """Records of a JSON list, parsed one at a time: all together they would take several times the memory."""
     text = path.read_bytes().decode("latin-1")  # a character a byte: positions are byte offsets
     decoder = json.JSONDecoder()
     position = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)

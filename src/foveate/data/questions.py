@@ -12,7 +12,7 @@ from PIL import Image
 from foveate.data.formats import read_conversations, to_messages
 from foveate.errors import FoveateError, require
 
-WHOLE_PICTURE = "Describe the picture."  # asked where a region must not depend on any question
+WHOLE_PICTURE = "Describe the picture."  # asked if a region must not depend on a question
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Question:
     Attributes:
         record: its place in the data, from 0.
         id: of the record; empty where it has none.
-        number: which question of the record, from 0; None: none of them, but `WHOLE_PICTURE`.
+        number: index of the question in the record, from 0; None: `WHOLE_PICTURE` instead.
         text: as the user asks it.
     """
 
@@ -33,13 +33,13 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Its name in the authors' files."""
+        """Its key in the authors' files."""
         record = f"{self.record:06d}_{self.id.replace('/', '_')}"
         return record if self.number is None else f"{record}_q{self.number}"
 
 
 class Annotatable(Protocol):
-    """Data that can be annotated. `fingerprint` changes with them."""
+    """Data that can be annotated. `fingerprint` changes with the data."""
 
     fingerprint: str
 
@@ -50,7 +50,7 @@ class Annotatable(Protocol):
         """A record's id, and its conversation as lists of parts."""
 
     def picture(self, index: int) -> Any:
-        """The only picture of a record, as `read_picture` takes it."""
+        """The only picture of a record, as `read_picture` accepts it."""
 
 
 class FileSource:
@@ -86,7 +86,7 @@ class DatasetSource:
         try:
             saved = Path(name).is_dir()
             found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, IndexError) as error:  # the last: one without rows
+        except (OSError, ValueError, IndexError) as error:  # IndexError: a dataset without rows
             raise FoveateError(f"{name} cannot be read as a dataset: {str(error).splitlines()[0]}") from error
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
@@ -105,7 +105,7 @@ class DatasetSource:
         self.cells = found.select_columns([self.pictures]).with_format("arrow")
         kind = found.features.arrow_schema.field(self.pictures).type
         self.several = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        self.fingerprint = str(found._fingerprint)  # of its rows; datasets has no public one
+        self.fingerprint = str(found._fingerprint)  # datasets has no public fingerprint
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,15 +115,15 @@ class DatasetSource:
         name = str(row.get("id", index))
         if self.asked == "question":
             if not isinstance(row["question"], str):
-                raise FoveateError("its question is no text")
+                raise FoveateError("its question is not a text")
             shown = [{"type": "image", "image": ""}] * self._shown(index)
             return name, [{"role": "user", "content": [*shown, {"type": "text", "text": row["question"]}]}]
         turns = [_plain(turn) for turn in row[self.asked]] if isinstance(row[self.asked], list) else None
-        names = ["picture"] * self._shown(index)  # a path for each is wanted
+        names = ["picture"] * self._shown(index)  # records need a path for each
         return name, to_messages({self.asked: turns, "image": names, "images": names}, Path())
 
     def _shown(self, index: int) -> int:
-        """How many pictures a row has, none of which is read."""
+        """The number of a row's pictures, without reading them."""
         cell = self.cells[index][self.pictures][0]
         if not cell.is_valid:
             return 0
@@ -142,7 +142,7 @@ class DatasetSource:
 
 
 def _plain(turn: Any) -> Any:
-    """A turn whose parts have no keys that stand for nothing: columns give every part the keys of all."""
+    """A turn without the empty keys of its parts: columns give every part the keys of all parts."""
     if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
         return turn
     parts = [
@@ -153,10 +153,10 @@ def _plain(turn: Any) -> Any:
 
 
 def open_annotatable(data: str | Path, images: str | Path | None = None, split: str = "train") -> Annotatable:
-    """A `.json` or `.jsonl` file of conversations; anything else is taken as a dataset of `datasets`.
+    """A `.json` or `.jsonl` file of conversations; anything else is read as a dataset of `datasets`.
 
     Raises:
-        FoveateError: no such data, broken records, columns that are missing.
+        FoveateError: no such data, broken records, missing columns.
     """
     folder = None if images is None else Path(images)
     if folder is not None and not folder.is_dir():
@@ -169,9 +169,9 @@ def open_annotatable(data: str | Path, images: str | Path | None = None, split: 
 def questions(
     source: Annotatable, about: Literal["questions", "pictures"] = "questions"
 ) -> tuple[list[Question], int]:
-    """The questions of all records with one picture, and how many records have none or several.
+    """The questions of all records with one picture, and the number of records with none or several.
 
-    `about` pictures: one for each record instead, the same everywhere.
+    With `about` "pictures": one for each record instead, always `WHOLE_PICTURE`.
     """
     found, left_out = [], 0
     for index in range(len(source)):
@@ -188,7 +188,7 @@ def questions(
         asked = [m for m in messages if m["role"] == "user"]
         for number, turn in enumerate(asked):
             text = " ".join(part["text"].strip() for part in turn["content"] if part["type"] == "text")
-            text = text.encode("utf-8", "replace").decode()  # halves of a character stop tokenizers
+            text = text.encode("utf-8", "replace").decode()  # tokenizers fail on halves of a character
             found.append(Question(index, name, number, text))
     if not found:
         raise FoveateError("no record of the data has a question about exactly one picture")

@@ -1,4 +1,4 @@
-"""Files of regions of interest: where the questions of a data file want one to look.
+"""Files of regions of interest: the part of the picture that each question of a data file is about.
 
 Two kinds of file; records count from 0 in the data file, questions from 0 in their record:
 
@@ -7,8 +7,8 @@ Two kinds of file; records count from 0 in the data file, questions from 0 in th
     .jsonl  one {"index": 12, "id": "coco/7", "number": 0, "box": [left, top, right, bottom]} a line, in the
             same pixels; a "number" of null stands for the picture without any question
 
-Both are what `foveate.annotate` writes. Entries of another kind are left out, counted and named; so are, once
-the data are read, regions of records and questions that are not there and those outside of their picture.
+Both are written by `foveate.annotate`. Malformed entries are left out, counted and named; so are, once the
+data are read, regions of records and questions that do not exist, and regions outside their picture.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from foveate.picture.geometry import Box
 KEY = re.compile(r"(\d+)_(.*)_q(\d+)", re.DOTALL)
 WANTED = {"index", "id", "number", "box"}
 NAMED = 5  # malformed entries that are named; all are counted
-LARGEST = 2**62  # no record and no question has such a number
-ALL = -1  # question of a region that belongs to none of them
+LARGEST = 2**62  # above any record's or question's number
+ALL = -1  # question number of a region for the whole picture
 
-# Reads an entry: record, id, question and box. Raises `ValueError` that says what is wrong with it.
+# Reads an entry: record, id, question and box. Raises `ValueError` with the problem.
 Entry: TypeAlias = Callable[[], tuple[int, str, int, Box]]
 
 
@@ -43,12 +43,12 @@ class Regions:
     Attributes:
         path: the file.
         malformed: how many entries are left out.
-        named: the first of them, each with what is wrong.
-        useless: of how many regions nothing can be learnt, as `leave_out` was told.
+        named: the first of them, each with its problem.
+        useless: how many regions nothing can be learnt from, counted by `leave_out`.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Reads and checks a file. Raises `FoveateError` if it is missing, no such file, or has no region."""
+        """Reads and checks a file. Raises `FoveateError` if it is missing, of another kind or empty."""
         self.path = Path(path)
         if not self.path.is_file():
             raise FoveateError(f"no file of regions at {self.path}")
@@ -69,7 +69,7 @@ class Regions:
             boxes.append(box)
         if not places:
             why = f"; {self.named[0]}" if self.named else ""
-            raise FoveateError(f"{self.path} holds no region{why}")
+            raise FoveateError(f"{self.path} holds no regions{why}")
         keys = np.array(places, dtype=np.int64)
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         again = (np.diff(keys[order], axis=0, prepend=-2) == 0).all(1)  # the first one counts
@@ -86,7 +86,7 @@ class Regions:
         return len(self._places)
 
     def of(self, record: int, name: str) -> dict[int | None, Box]:
-        """Question -> its region as annotated, of one record; None: that of the picture without any question.
+        """Question -> its region as annotated, of one record; None: the region without a question.
 
         Args:
             record: its place in the data file.
@@ -106,17 +106,17 @@ class Regions:
         }
 
     def beyond(self, records: int) -> list[str]:
-        """What is wrong with regions of records that a data file of so many does not have."""
+        """The problems of regions whose record is not in a data file with this number of records."""
         first = np.searchsorted(self._places[:, 0], records)
         return [f"there is no record {record}" for record, _ in self._places[first:].tolist()]
 
     def leave_out(self, problems: Sequence[str]) -> None:
-        """Counts and names regions that nothing can be learnt from, each by what is wrong with it."""
+        """Counts regions that nothing can be learnt from, and names the first by their problems."""
         self.useless += len(problems)
         self.named += problems[: NAMED - len(self.named)]
 
     def report(self) -> str:
-        """How many regions there are and what was left out, in one or more lines."""
+        """The number of regions and what was left out, in one or more lines."""
         lines = [f"{len(self) - self.useless} regions in {self.path}"]
         if out := self.malformed + self.useless:
             lines.append(f"{out} malformed entries left out: {'; '.join(self.named)}")
@@ -124,14 +124,14 @@ class Regions:
 
 
 def _mark(name: str) -> int:
-    """64 bits of an id; keys of squares have _ for its /."""
+    """64 bits of an id; keys of squares replace its / by _."""
     return int.from_bytes(
         blake2b(name.replace("/", "_").encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
     )
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object whose keys may come twice."""
+    """A JSON object whose keys may repeat."""
 
 
 def _squares(path: Path) -> Iterator[tuple[str, Entry]]:
@@ -155,7 +155,7 @@ def _boxes(path: Path) -> Iterator[tuple[str, Entry]]:
 def _square(key: str, value: Any) -> tuple[int, str, int, Box]:
     found = KEY.fullmatch(key)
     if found is None:
-        raise ValueError("the key is not of the kind 000012_coco_7_q0")
+        raise ValueError("the key is not of the form 000012_coco_7_q0")
     if not isinstance(value, dict) or "params" not in value:
         raise ValueError("it has no params")
     top, left, side = _numbers(value["params"], "params", ("top", "left", "side"))

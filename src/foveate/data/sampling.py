@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 def repeated(count: int, repeat: float, rng: np.random.Generator) -> np.ndarray:
-    """Indices below `count`, each `repeat` times; what is left of a fraction is a random part of them."""
+    """Indices below `count`, each `repeat` times; a fraction is a random part of them."""
     whole, part = divmod(repeat, 1)
     extra = rng.permutation(count)[: round(part * count)]
     return np.concatenate([np.tile(np.arange(count), int(whole)), np.sort(extra)]).astype(np.int64)
@@ -19,15 +19,15 @@ def repeated(count: int, repeat: float, rng: np.random.Generator) -> np.ndarray:
 class EpochSampler(Sampler[int]):
     """A new random order for every epoch.
 
-    With `group_by` "modality", as LLaVA does it, the samples of one optimizer step all have pictures or none
-    do, and come by falling length, so that little is padded; only an epoch's last step may be mixed.
+    With `group_by` "modality", as in LLaVA, the samples of one optimizer step either all have pictures or
+    none do, and are sorted by decreasing length, to reduce padding; only an epoch's last step may be mixed.
 
     Args:
         lengths: (S,) tokens of each sample.
         pictures: (S,) number of pictures of each sample.
         batch: samples per optimizer step, on all devices.
         group_by: "modality" or "none".
-        seed: of the orders.
+        seed: for the orders.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Toy data: coloured squares and questions about them, to see a training run work from end to end.
+"""Toy data: coloured squares and questions about them, to try a training run from end to end.
 
 python -m foveate.data.toy FOLDER
 """

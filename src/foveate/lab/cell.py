@@ -23,7 +23,7 @@ from foveate.lab.scales import Scale, scale_named
 from foveate.methods import method_class
 from foveate.options import checked, merged
 
-LATER = ("method", "regions")  # of a stage: where these are not used, names are as before there were any
+LATER = ("method", "regions")  # added to stages later: names ignore them when unset
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Cell:
         seed: of the connector's weights and of the order of the data.
         level, scale: names.
         steps: of training.
-        options: the method's options beyond its `options_for` the level's ratio.
+        options: the method's options, on top of its `options_for` the level's ratio.
         stages: of training, instead of the lab's.
-        label: how a report calls it; by default by the method's title and its options.
-        told: whether the method is told the region that a question is about; an upper bound.
-        batch: pictures a step; None: those of the scale.
+        label: its name in reports; by default the method's title and options.
+        told: whether the method is given the region that a question is about; an upper bound.
+        batch: pictures a step; None: the scale's.
     """
 
     method: str
@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """The command that makes this cell again, where it is told nothing and has no stages of its own."""
+        """The command that makes this cell again, if it is not `told` and has no stages of its own."""
         words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
         if self.batch:
@@ -88,7 +88,7 @@ class Cell:
 
 
 def _typed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a method or control as their types want them."""
+    """Options of a method or control, converted to their types."""
     with controls():
         kind = method_class(method)
     options = merged(kind.Options, {}, given)
@@ -98,10 +98,10 @@ def _typed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells of a level and scale share.
+    """The parts that all cells of a level and scale share.
 
     Attributes:
-        folder: where data, features and results lie.
+        folder: where data, features and results are kept.
         scale: the sizes.
         parts: tower, LLM and tokenizer that every method starts from.
         train, test: the pictures and questions.
@@ -114,7 +114,7 @@ class Bench:
     test: Examples
 
     def cells(self, scale: str) -> Path:
-        """The folder of results; other parts have another one."""
+        """The folder of results; it depends on the parts."""
         parts = self.parts
         return self.folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
 
@@ -126,12 +126,12 @@ class Bench:
 
     @cached_property
     def guesses(self) -> dict[str, dict[str, float]]:
-        """Per kind of question, the lines that accuracy is to be seen against."""
+        """Per kind of question, the baselines to compare accuracy with."""
         return {"chance": chance(self.test.asked), "in-scene guess": in_scene_guess(self.test.asked)}
 
 
 def make_bench(level: str, scale: str, folder: Path, parts: Parts) -> Bench:
-    """Raises `FoveateError` for unknown names, and where the disk is full."""
+    """Raises `FoveateError` for unknown names, or if the disk is full."""
     sizes, hard = scale_named(scale), level_named(level)
     train = examples(folder, hard, sizes.view, sizes.magnify, "train", sizes.scenes)
     test = examples(folder, hard, sizes.view, sizes.magnify, "test", sizes.test_scenes)

@@ -1,4 +1,4 @@
-"""`foveate lab`: prepare the small tower and LLM, run methods against each other, look at the pictures."""
+"""`foveate lab`: prepare the small tower and LLM, compare methods, look at the pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from foveate.errors import FoveateError
 from foveate.shipped import shipped
 
 app = typer.Typer(
-    help="Compare methods in minutes on a CPU, on pictures of which everything is known.",
+    help="Compare methods in minutes on a CPU, on pictures whose contents are known.",
     no_args_is_help=True,
 )
 
 ScaleName = Annotated[str, typer.Option(help="Sizes of the networks.")]
 LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words, dense or signs.")]
-Folder = Annotated[Path, typer.Option(help="Where data, features, weights and reports are kept.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; networks this small want one.")]
+Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights and reports.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
 
 @app.command()
@@ -32,7 +32,7 @@ def prepare(
     folder: Folder = Path("lab"),
     seed: int = 0,
     threads: Threads = 1,
-    parts: Annotated[str, typer.Option(help="Which, with commas between.")] = "tower,reader,convnet",
+    parts: Annotated[str, typer.Option(help="Which parts, separated by commas.")] = "tower,reader,convnet",
 ) -> None:
     """Pre-train the tower, the LLM (reader) and the ConvNeXt that methods start from."""
     from foveate.lab.scales import scale_named
@@ -69,13 +69,13 @@ def run(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Instead of a file: methods, and controls of the lab, with commas between."),
+        typer.Option(help="Instead of a file: methods and controls of the lab, separated by commas."),
     ] = None,
     rows: Annotated[
-        str | None, typer.Option(help="Of the file's variants only these, with | between their labels.")
+        str | None, typer.Option(help="Labels of the file's variants to run, separated by |.")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Whole numbers with commas between; by default 0, or the file's.")
+        str | None, typer.Option(help="Whole numbers separated by commas; by default 0, or the file's.")
     ] = None,
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
@@ -88,13 +88,13 @@ def run(
     ] = None,
     threads: Threads = 1,
 ) -> None:
-    """Train and measure methods with equal data and steps; started again, it goes on where it was."""
+    """Train and measure methods with equal data and steps; started again, it resumes."""
     from foveate.lab.experiment import Experiment, Variant, only, read_experiment
 
     if (experiment is None) == (methods is None):
         raise FoveateError("give either a file with an experiment or --methods")
     if rows is not None and methods is not None:
-        raise FoveateError("--rows chooses from a file with an experiment")
+        raise FoveateError("--rows needs a file with an experiment")
     numbers = None if seeds is None else _numbers(seeds)
     if experiment is not None:
         _the_file_says(context, "level", "scale", "steps", "batch", "option")
@@ -137,7 +137,7 @@ def export(
     method: Annotated[str | None, typer.Option(help="A method's name.")] = None,
     experiment: Annotated[
         Path | None,
-        typer.Option(help="Instead of a method: the experiment that `run` has read, a file or a name."),
+        typer.Option(help="Instead of a method: the experiment that `run` trained, a file or a name."),
     ] = None,
     row: Annotated[str | None, typer.Option(help="Label of the file's variant.")] = None,
     seed: int = 0,
@@ -148,7 +148,7 @@ def export(
     folder: Folder = Path("lab"),
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="Change of the method's options as key=value; repeatable."),
+        typer.Option("--option", "-o", help="Change to the method's options as key=value; repeatable."),
     ] = None,
 ) -> None:
     """Write a method that `run` has trained as a model for `foveate ask`."""
@@ -185,7 +185,7 @@ def photographs(
     seed: int = 0,
     threads: Threads = 1,
 ) -> None:
-    """Draw the lab's objects on photographs, smaller and smaller, and count a model's right answers."""
+    """Draw the lab's objects on photographs at decreasing sizes, and count a model's right answers."""
     from foveate.lab.photographs import measure_photographs, photographs_in
 
     files = photographs_in(photographs)
@@ -218,10 +218,10 @@ def show(
     seed: int = 0,
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 6,
     background: Annotated[
-        Path | None, typer.Option(help="A photograph behind the objects, in place of the lab's.")
+        Path | None, typer.Option(help="A photograph as background, instead of the lab's.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Folder for each scene as a picture, to ask a model about.")
+        Path | None, typer.Option(help="Folder for each scene as a separate picture, to ask a model about.")
     ] = None,
 ) -> None:
     """Draw scenes of a level: as they are, and as the tower's base view shows them."""
@@ -247,11 +247,11 @@ def show(
 
 
 def _the_file_says(context: typer.Context, *names: str) -> None:
-    """Raises `FoveateError` for options given beside an experiment's file, which would go unheard."""
+    """Raises `FoveateError` for options given with an experiment's file, which would be ignored."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise FoveateError(f"--{name} is for --methods: with a file, the file says it")
+            raise FoveateError(f"--{name} is for --methods: set it in the experiment's file")
 
 
 def _command(experiment: Path | None, cell: Any) -> str:
@@ -266,7 +266,7 @@ def _numbers(seeds: str) -> tuple[int, ...]:
     try:
         return tuple(int(seed) for seed in seeds.split(",") if seed.strip())
     except ValueError:
-        raise FoveateError(f"--seeds {seeds}: expected whole numbers with commas between") from None
+        raise FoveateError(f"--seeds {seeds}: expected whole numbers separated by commas") from None
 
 
 def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""What methods are compared with, and what nobody would publish: known only inside `with controls():`.
+"""Baselines that methods are compared with; registered only inside `with controls():`.
 
-pooled       tiles, averaged down to the tokens of one view, no enhancement of any kind
+pooled       tiles, averaged down to the tokens of one view, without any enhancement
 resampler    the whole picture's tokens as queries that attend to all tokens of the tiles
-convnet      a prepared ConvNeXt in place of the tower, on the whole picture at its own pixels
-oracle       the region that the question is about as a second view: how much there is to win
+convnet      a prepared ConvNeXt in place of the tower, on the whole picture at its own resolution
+oracle       the region that the question is about as a second view: how much there is to gain
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTROLS: dict[str, str] = {
 
 @contextmanager
 def controls() -> Iterator[None]:
-    """Registers the controls beside the methods for as long as it is entered."""
+    """Registers the controls beside the methods within the context."""
     added = {name: place for name, place in CONTROLS.items() if name not in METHODS}
     METHODS.update(added)
     try:
@@ -51,7 +51,7 @@ def controls() -> Iterator[None]:
 
 
 class GivenRegion(Method):
-    """A method that is told where to look: its views depend on the question's region."""
+    """A method that is given the region: its views depend on the question's region."""
 
     @abstractmethod
     def plan_for(self, height: int, width: int, region: Box | None) -> ViewPlan:
@@ -102,7 +102,7 @@ class Tiled(Method):
 
 @dataclass(frozen=True)
 class PooledOptions(TileOptions):
-    with_global: bool = True  # average with the view of the whole picture, which tells the place of a token
+    with_global: bool = True  # average with the view of the whole picture, which encodes the place of a token
 
 
 class PooledConnector(Connector):
@@ -118,7 +118,7 @@ class PooledConnector(Connector):
         views = features.unflatten(0, (len(plans), 1 + t * t))  # (P, 1 + t t, N, C)
         tiles = views[:, 1:].unflatten(1, (t, t)).unflatten(3, (h, w))  # (P, t, t, h, w, C)
         large = tiles.permute(0, 1, 3, 2, 4, 5)  # (P, t, h, t, w, C): the feature map of all tiles
-        map_of_tiles = large.reshape(len(plans), h, t, w, t, -1)  # every token's t x t neighbours together
+        map_of_tiles = large.reshape(len(plans), h, t, w, t, -1)  # a token's t x t neighbours adjacent
         tokens = self.tile_projector(map_of_tiles.mean((2, 4)).flatten(1, 2))  # (P, N, D)
         if self.options.with_global:
             tokens = (tokens + self.global_projector(views[:, 0])) / 2
@@ -143,14 +143,15 @@ class ResamplerOptions(TileOptions):
 class ResamplerConnector(Connector):
     """One cross-attention over the tokens of all views, and one feed-forward layer.
 
-    The queries are the tokens of the whole picture. Queries and keys tell their places by sines and cosines,
-    so a query finds what lies under it at once; queries that start from nothing take far longer to learn.
+    The queries are the tokens of the whole picture. Queries and keys encode their places by sines and
+    cosines, so that a query finds the tokens below it at once; queries without a start take far longer to
+    learn.
     """
 
     def __init__(self, widths: Widths, grid: Size, options: ResamplerOptions) -> None:
         super().__init__()
         if widths.text % (4 * options.heads):
-            raise FoveateError(f"an LLM of width {widths.text} cannot be cut into {options.heads} heads")
+            raise FoveateError(f"an LLM of width {widths.text} cannot be split into {options.heads} heads")
         self.views, self.heads = 1 + options.tiles**2, options.heads
         rows, columns = options.tiles * grid.height, options.tiles * grid.width
         tiles = sincos_places(rows, columns, widths.text, options.heads)
@@ -162,7 +163,7 @@ class ResamplerConnector(Connector):
         self.norm = nn.LayerNorm(widths.text)
         self.ask = nn.Linear(widths.text, widths.text)
         self.keys_values = nn.Linear(widths.text, 2 * widths.text)
-        with torch.no_grad():  # queries and keys begin as what they are made of, places included
+        with torch.no_grad():  # queries and keys start as their inputs, places included
             self.ask.weight.copy_(torch.eye(widths.text))
             self.keys_values.weight[: widths.text].copy_(torch.eye(widths.text))
         self.mix = nn.Linear(widths.text, widths.text)
@@ -183,7 +184,7 @@ class ResamplerConnector(Connector):
 
 
 def sincos_places(rows: int, columns: int, width: int, heads: int) -> Tensor:
-    """(rows, columns, width): sines and cosines of where in the picture a token's middle lies.
+    """(rows, columns, width): sines and cosines of the place of a token's centre in the picture.
 
     Every head gets long and short waves, along rows and columns.
     """
@@ -217,7 +218,7 @@ class ProjectorConnector(Connector):
 
 class OracleCrop(GivenRegion):
     title = "oracle crop"
-    idea = "the whole picture, and the region that the question is about at its own pixels"
+    idea = "the whole picture, and the region that the question is about at full resolution"
     paper = "control"
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
@@ -228,7 +229,7 @@ class OracleCrop(GivenRegion):
         return ViewPlan(picture, canvases, views, 2 * self.tower.tokens)
 
     def _around(self, region: Box | None, picture: Size) -> Box:
-        """A square around the region, no smaller than a view, moved into the picture."""
+        """A square around the region, at least as large as a view, moved into the picture."""
         if region is None:
             return whole(picture)
         side = min(max(self.tower.image_size, int(region.width), int(region.height)), *picture)
@@ -264,7 +265,7 @@ class ConvTower(nn.Module):
 
 
 class PlacedConnector(ProjectorConnector):
-    """A convolutional feature does not tell its place."""
+    """Adds places, which convolutional features do not encode."""
 
     def __init__(self, widths: Widths, tokens: int) -> None:
         super().__init__(widths)
@@ -276,7 +277,7 @@ class PlacedConnector(ProjectorConnector):
 
 class ConvNetOnly(Tiled):
     title = "ConvNet only"
-    idea = "a ConvNeXt in place of the tower, on the whole picture at its own pixels"
+    idea = "a ConvNeXt in place of the tower, on the whole picture at its own resolution"
     Options = ConvNetOptions
     options: ConvNetOptions
 

@@ -1,4 +1,4 @@
-"""Methods that ask more than once before they answer: every question is a conversation of its own."""
+"""Methods that ask more than once before they answer: every question is its own conversation."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.picture.geometry import Box, Size, whole
 
-REGION = "region"  # a kind of question beside those that are measured
+REGION = "region"  # a further kind of question, which is not measured
 LONGEST_ANSWER = 8  # tokens; words have five letters
 
 
 class ConversingStudent(Student):
-    """Trains on the method's lessons, and is measured in conversations that it leads itself.
+    """Trains on the method's lessons, and is measured in its own conversations.
 
-    Where to look is taught as the box of the object that a question is about; of questions about the whole
-    picture, as all of it. The region of the picture alone, without a question, is its largest such object. A
-    student that is told the region has it put into its mouth: its lessons are what it is measured on.
+    The region that is taught is the box of the object that a question is about; for questions about the whole
+    picture, all of it. The region of the picture alone, without a question, is its largest such object. A
+    student that is told the region gets it as the model's own reply: it is measured on its lessons.
     """
 
     template = "bare"
@@ -48,7 +48,7 @@ class ConversingStudent(Student):
         self.collate = Collator(tokenizer.pad_token_id)
 
     def ready(self) -> str | None:
-        """Nothing is cached: crops differ from question to question."""
+        """Caches nothing: crops differ from question to question."""
         return None
 
     def pointing(self, data: Examples, captions: bool) -> Examples:
@@ -85,7 +85,7 @@ class ConversingStudent(Student):
         return self.method.lessons(_dialogue(picture, asked), lambda: size, regions)
 
     def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
-        """Answers all questions about these pictures, side by side."""
+        """Answers all questions about these pictures, in parallel."""
         if self.cell.told:
             return self._grade_told(data, indices)
         asked = [(Image.fromarray(data.pictures[i]), q) for i in indices for q in data.questions[i]]
@@ -98,7 +98,7 @@ class ConversingStudent(Student):
                 question,
                 answer.text == question.answer,
                 answer.ledger.visual_tokens,
-                [] if answer.notes else answer.regions,  # the whole picture for want of a box is no choice
+                [] if answer.notes else answer.regions,  # the whole picture for lack of a box is not a choice
             )
             for (_, question), answer in zip(asked, answers, strict=True)
         ]
@@ -123,7 +123,7 @@ class ConversingStudent(Student):
 
 
 def _second_runs(learnt: Tensor) -> Tensor:
-    """(B, T) bool -> the same with only the second run of True in each row: the answer's, behind the box."""
+    """(B, T) bool -> the same with only the second run of True in each row: the answer's, after the box."""
     starts = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
     return learnt & (starts.cumsum(1) == 2)
 
@@ -153,12 +153,12 @@ def make_student(cell: Cell, bench: Bench) -> Student:
 
 
 def under(student: Student, stage: Stage, fresh: bool = False) -> Student:
-    """A student with this one's weights and the stage's options, method or data; itself where it has none.
+    """A student with this one's weights and the stage's options, method or data; itself if it has none.
 
-    A `fresh` one of another method has weights of its own, those that the method has from this seed.
+    A `fresh` one of another method has its own weights, made from this seed.
 
-    Raises `FoveateError` for a method that asks twice where the cell's own does not: its words are more; for
-    regions where it does not ask for them.
+    Raises `FoveateError` for a method that asks twice if the cell's own does not, as it needs more words; and
+    for regions if it does not ask for them.
     """
     if not stage.options and stage.method is None and not stage.regions:
         return student

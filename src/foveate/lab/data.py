@@ -25,7 +25,7 @@ from foveate.lab.scenes import make_scene
 from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
 
 GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
-SPARE = 200 * 2**20  # bytes that are left free on the disk
+SPARE = 200 * 2**20  # bytes left free on the disk
 Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
 
 
@@ -44,14 +44,14 @@ class Examples:
 
     @cached_property
     def asked(self) -> list[Question]:
-        """The questions of all pictures after each other."""
+        """The questions of all pictures, in order."""
         return [question for row in self.questions for question in row]
 
 
 def examples(
     folder: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int = 0
 ) -> Examples:
-    """Reads a set of pictures with questions, or makes and keeps it.
+    """Reads a set of pictures with questions, or makes and stores it.
 
     Raises:
         FoveateError: the disk is full.
@@ -93,11 +93,11 @@ def _question(values: dict[str, Any]) -> Question:
 class Features:
     """Features of a frozen tower for every view of every picture, bfloat16, one file per view.
 
-    Methods whose plans share a view share its file. Where the disk has no room for another file, its views
-    are kept in memory or, beyond `memory` bytes, encoded whenever they are asked for.
+    Methods whose plans share a view share its file. If the disk has no room for another file, its views are
+    kept in memory or, beyond `memory` bytes, encoded at every use.
 
     Args:
-        folder: where the files lie.
+        folder: where the files are kept.
         data: the pictures.
         tower: names the tower's weights; part of every file's name.
         encode: the tower.
@@ -120,7 +120,7 @@ class Features:
         self.fallback: str | None = None  # says why features are not on disk
 
     def ready(self, plan: ViewPlan) -> None:
-        """Encodes what views of the plan are not there yet, all pictures."""
+        """Encodes the plan's missing views of all pictures."""
         keys = [view_key(plan, view) for view in plan.views]
         missing = {}
         for key, view in zip(keys, plan.views, strict=True):
@@ -170,7 +170,7 @@ class Features:
         return True
 
     def _room(self, keys: list[str], shape: tuple[int, ...]) -> dict[str, Tensor] | None:
-        """Space for so many views: on disk, else in memory, else nowhere."""
+        """Space for this number of views: on disk, else in memory, else none."""
         count = len(keys) * int(np.prod(shape)) * 2
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free > count + SPARE:
@@ -187,7 +187,7 @@ class Features:
 
 
 def view_key(plan: ViewPlan, view: View) -> str:
-    """Names what a view shows, so that equal views of different methods have one name."""
+    """A name for what a view shows, the same for equal views of different methods."""
     canvas = plan.canvases[view.canvas]
     full = whole(plan.picture)
     filled = canvas.source.clipped(plan.picture) != canvas.source or canvas.content != whole(canvas.size)
@@ -209,14 +209,14 @@ def _digest(*texts: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing: an interrupted run leaves no half file."""
+    """Writes all or nothing: an interrupted run leaves no partial file."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)
 
 
 class _ComplaintAboutSpace:
-    """Turns a full disk into a sentence."""
+    """Turns the error of a full disk into a `FoveateError`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""An experiment as a file: which cells are trained, on which level, from which seeds."""
+"""An experiment as a file: the cells to train, the level and the seeds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from foveate.written import read_yaml
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A part of a cell's training, with options and weights of its own.
+    """A part of a cell's training, with its own options and modules to train.
 
     Attributes:
-        part: of the cell's steps.
-        trains: modules that train, with dots: `connector`, `connector.adapter`, `language_model`.
-        captions: whether captions are learnt beside the questions.
-        regions: whether the boxes of the objects that are asked about are learnt, too: what the row's method,
-            without options, teaches in the first turn of its conversations.
+        part: fraction of the cell's steps.
+        trains: dotted names of modules that train: `connector`, `connector.adapter`, `language_model`.
+        captions: whether captions are also learnt.
+        regions: whether the boxes of the objects in questions are also learnt: what the row's method, without
+            options, teaches in the first turn of its conversations.
         options: the method's options, changed in this stage.
-        method: that stands in for the row's own in this stage, with these options; what it learns is handed
-            over as far as both have it. So a method starts from a trained LLaVA.
+        method: replaces the row's own in this stage, with these options; its trained weights are passed on as
+            far as both have them. So a method starts from a trained LLaVA.
     """
 
     part: float
@@ -51,9 +51,9 @@ class Variant:
     Attributes:
         method: a method or a control.
         label: name of the row; by default the method's title and its options.
-        options: beyond the method's own for the level.
+        options: on top of the method's own for the level.
         stages: instead of the lab's: the connector with captions, then connector and LLM.
-        told: whether it is told the region that a question is about: an upper bound, for methods that look
+        told: whether it is given the region that a question is about: an upper bound, for methods that look
             again at the original picture, or ask where to look.
     """
 
@@ -75,9 +75,9 @@ class Experiment:
     Attributes:
         variants: the rows.
         level, scale: names.
-        seeds: of connectors and of the order of the data.
-        steps: of training; None: those of the scale.
-        batch: pictures a step, with all their questions; None: those of the scale.
+        seeds: for connectors and the order of the data.
+        steps: of training; None: the scale's.
+        batch: pictures a step, with all their questions; None: the scale's.
     """
 
     variants: tuple[Variant, ...]
@@ -115,7 +115,7 @@ def read_experiment(experiment: str | Path) -> Experiment:
 
 
 def only(experiment: Experiment, rows: Sequence[str]) -> Experiment:
-    """The experiment with the variants of these labels, or names of methods. Raises `FoveateError`."""
+    """The experiment with only the variants of these labels or method names. Raises `FoveateError`."""
     known = {variant.label or variant.method: variant for variant in experiment.variants}
     if unknown := set(rows) - set(known):
         raise FoveateError(f"unknown rows {', '.join(sorted(unknown))}: there are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A trained cell as a model of its own, which `foveate.load` reads."""
+"""A trained cell as a separate model, which `foveate.load` reads."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def export(
     """Writes the model of a cell that `run` has trained, in float16.
 
     Args:
-        cell: which one.
+        cell: the trained cell.
         folder: where the lab keeps everything.
         out: folder to write.
-        options: changes to the method's options, for pictures that are unlike the lab's.
-        command: what trains the cell, for the error where it is not; by default `cell.command`.
+        options: changes to the method's options, for pictures unlike the lab's.
+        command: the command that trains the cell, for the error if it is missing; by default `cell.command`.
 
     Raises:
         FoveateError: the cell is not trained, is a control, or the options are wrong.
     """
     if cell.method in CONTROLS:
-        raise FoveateError(f"{cell.method} is a control: it is known to the lab alone")
+        raise FoveateError(f"{cell.method} is a control: only the lab knows it")
     bench = make_bench(cell.level, cell.scale, folder, load_parts(cell.scale, folder))
     weights = bench.cells(cell.scale) / cell.key / "weights.pt"
     if not weights.is_file():
-        raise FoveateError(f"{weights} is not there: run `{command or cell.command}` first")
+        raise FoveateError(f"{weights} is missing: run `{command or cell.command}` first")
     student = make_student(cell, bench)
     student.model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     Foveate(student.model.half(), student.processor).save(out)

@@ -1,4 +1,4 @@
-"""Scenes to look at: the picture, and what is left of it in the tower's base view."""
+"""Scenes to look at: the picture, and the tower's base view of it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from foveate.lab.questions import ask_about
 from foveate.lab.scales import Scale
 from foveate.lab.scenes import Scene, make_scene
 
-SIDE = 432  # pixels that a scene is shown at
-LINE = 13  # pixels of a line of text
+SIDE = 432  # size of a shown scene, in pixels
+LINE = 13  # height of a line of text, in pixels
 
 
 def scenes(
     level: Level, scale: Scale, seed: int = 0, count: int = 6, photographs: Sequence[np.ndarray] = ()
 ) -> list[Scene]:
-    """Test scenes; with photographs (H, W, 3) of one's own in place of the lab's."""
+    """Test scenes; with given photographs (H, W, 3) instead of the lab's."""
     return [make_scene(level, scale.view, scale.magnify, "test", seed, i, photographs) for i in range(count)]
 
 

@@ -21,12 +21,12 @@ class Level:
         ratio: side of the picture, divided by the side of the tower's view.
         objects: fewest and most objects.
         side: smallest and largest side of an object, pixels.
-        glyph: smallest and largest font size, pixels; a capital is about 0.73 of it high.
+        glyph: smallest and largest font size, pixels; a capital's height is about 0.73 of it.
             No glyph is larger than half of its object.
-        both: every plain object carries a letter and a digit.
-        signs: chance that an object is a sign with a word on it.
-        wild: photographs in any colours, contrast and grain; otherwise pale, with an even grain.
-        questions: questions per picture of each kind; kinds that a picture cannot ask are left out.
+        both: whether every plain object carries a letter and a digit.
+        signs: probability that an object is a sign with a word.
+        wild: photographs in any colours, contrast and grain; otherwise pale, with uniform grain.
+        questions: questions per picture of each kind; kinds that a picture does not allow are left out.
     """
 
     summary: str
@@ -51,7 +51,7 @@ class Level:
         for name in ("objects", "side", "glyph"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise FoveateError(f"{name} must be two rising positive numbers, not {low}, {high}")
+                raise FoveateError(f"{name} must be two increasing positive numbers, not {low}, {high}")
         if unknown := set(self.questions) - set(KINDS):
             raise FoveateError(f"unknown kinds of questions {sorted(unknown)}: known are {', '.join(KINDS)}")
 

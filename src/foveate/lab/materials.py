@@ -1,8 +1,8 @@
-"""What pictures are made of: real photographs, real handwritten digits, fonts and words.
+"""The material of pictures: real photographs, real handwritten digits, fonts and words.
 
 All of it comes with installed packages: two photographs (china.jpg and flower.jpg, CC BY 2.0) and 1,797
-digits with scikit-learn, the DejaVu fonts with matplotlib. Nothing is shared between training and test: the
-photographs are cut in two, digits and words are dealt out.
+digits with scikit-learn, the DejaVu fonts with matplotlib. Training and test share nothing: the photographs
+are cut in two, digits and words are divided.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRAIN_DIGITS = 1400
 LETTERS = "ACEHKLNOPRSTUX"
 DIGITS = "0123456789"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
-# None of them starts with a word of the questions, as `top` does: the tokenizer spells them all.
+# None of them starts with a word of the questions, such as `top`: the tokenizer spells them all.
 WORD_LIST = """
     ACE ACT ANT APE ARC ART ASH ATE CAN CAP CAR CAT COT CUE CUP CUT EAR EAT ERA HAT HEN HER HOP HOT HUT
     ION LAP LET LOT NET NOR NOT NUT OAK OAR OUR OUT OWN PAL PAN PAR PAT PEA PEN PET POT RAN RAT RUN RUT
@@ -48,19 +48,19 @@ WORD_LIST = """
 """
 WORDS = tuple(word for word in WORD_LIST.split() if set(word) <= set(LETTERS))
 WORD_LENGTHS = (3, 5)
-INVENTED = 0.6  # share of the words to train on that are random letters, so that they must be spelled
+INVENTED = 0.6  # fraction of training words that are random letters, so that they must be spelled
 TOKENS = ("ARE", "CROSS", "HAS", "NONE", "ON", "SHAPE", "THE", "TOP")  # no invented word starts with them
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What one split may use.
+    """The material of one split.
 
     Attributes:
         photographs: (H, W, 3) bytes, the split's part of each.
-        digits: per digit 0 to 9 (n, 8, 8) bytes, ink bright.
+        digits: per digit 0 to 9 (n, 8, 8) bytes, bright ink.
         words: capitals.
-        invented: share of random letters among the words that `word` deals out.
+        invented: fraction of random letters among the words that `word` returns.
     """
 
     photographs: tuple[np.ndarray, ...]
@@ -69,7 +69,7 @@ class Materials:
     invented: float = 0.0
 
     def word(self, rng: np.random.Generator) -> str:
-        """One of `words`, or random letters that are no word of any split."""
+        """One of `words`, or random letters that are not a word of any split."""
         if self.invented == 0 or rng.random() >= self.invented:
             return str(rng.choice(self.words))
         while True:
@@ -81,7 +81,7 @@ class Materials:
 
 @lru_cache(maxsize=len(SPLITS))
 def materials(split: Split) -> Materials:
-    """Raises `FoveateError` where scikit-learn or matplotlib is not installed."""
+    """Raises `FoveateError` if scikit-learn or matplotlib is not installed."""
     check_packages()
     from sklearn.datasets import load_digits, load_sample_image
 
@@ -117,6 +117,6 @@ def letter_mask(letter: str, font_name: str, size: int) -> Image.Image:
 
 
 def check_packages() -> None:
-    """Raises `FoveateError` where scikit-learn or matplotlib is not installed."""
+    """Raises `FoveateError` if scikit-learn or matplotlib is not installed."""
     for package in ("sklearn", "matplotlib"):
         require(package, "lab", "the lab")

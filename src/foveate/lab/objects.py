@@ -25,12 +25,12 @@ PLAIN = ("circle", "square", "triangle", "diamond", "cross")
 SIGN = "sign"  # a wide rectangle that carries a word
 SHAPES = (*PLAIN, SIGN)
 
-GLYPH_HEIGHT = {"triangle": 0.64}  # where glyphs stand, as a part of the height; others: in the middle
-GLYPH_PART = 0.5  # of its object's height: no glyph is larger
-SIDE_BY_SIDE = 0.21  # of the object's width: how far from the middle each of two glyphs stands
-JITTER = 0.06  # of the object's width: how far a glyph is from where it should stand
-SHADE = 12  # of 255: how far a colour is from the one that it is called by
-OVERSAMPLING, LARGE = 4, 512  # outlines up to so many pixels are drawn larger and reduced
+GLYPH_HEIGHT = {"triangle": 0.64}  # height of the glyphs' middle, as a fraction; others: the middle
+GLYPH_PART = 0.5  # bound on a glyph's height, as a fraction of its object's
+SIDE_BY_SIDE = 0.21  # fraction of the object's width: distance of each of two glyphs from the middle
+JITTER = 0.06  # fraction of the object's width: a glyph's random shift
+SHADE = 12  # of 255: largest difference of a colour from its namesake
+OVERSAMPLING, LARGE = 4, 512  # outlines up to LARGE pixels are drawn larger and reduced
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Thing:
         shape: one of `SHAPES`.
         colour: one of `COLOURS`.
         box: the object's box, pixels of the picture.
-        letter, digit, word: what it carries, lower case; None where it carries none.
+        letter, digit, word: what it carries, lower case; None if it has none.
         glyphs: every letter and digit on it.
     """
 
@@ -79,7 +79,7 @@ class Lettering:
 
 
 def lettering(word: str, font: str, size: int, margins: tuple[float, float]) -> Lettering:
-    """`word` at `size` font pixels; `margins`, of both sides together, are parts of that size."""
+    """`word` at `size` font pixels; `margins`, summed over both sides, are fractions of that size."""
     masks, spacing = tuple(letter_mask(letter, font, size) for letter in word), max(1, round(size / 10))
     bare = Lettering(word, masks, spacing, (0, 0))
     width, height = (n + round(margin * size) for n, margin in zip(bare.written, margins, strict=True))
@@ -109,7 +109,7 @@ class Pen:
         return Thing(SIGN, colour, box, None, None, what.word.lower(), tuple(glyphs))
 
     def plain(self, shape: str, colour: str, box: Box, carried: Sequence[tuple[str, int]]) -> Thing:
-        """A shape with one or two glyphs near its middle, where every shape is filled.
+        """A shape with one or two glyphs near its middle, which is filled in every shape.
 
         `carried` are kinds, `letter` or `digit`, with their size in font pixels.
         """

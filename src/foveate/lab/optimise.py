@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-WARM_STEPS = 0.05  # part of all steps
+WARM_STEPS = 0.05  # fraction of all steps
 WEIGHT_DECAY = 0.02
 
 
 def optimiser(groups: Iterable[tuple[nn.Module, float]]) -> torch.optim.AdamW:
-    """AdamW over modules with a learning rate each; biases, norms and single vectors are not decayed."""
+    """AdamW over modules, each with its learning rate; biases, norms and single vectors are not decayed."""
     parts = []
     for module, lr in groups:
         parameters = list(module.parameters())
@@ -25,7 +25,7 @@ def optimiser(groups: Iterable[tuple[nn.Module, float]]) -> torch.optim.AdamW:
 
 
 def warm_cosine(optimise: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear rise, then half a cosine to zero."""
+    """A linear rise, then half a cosine down to zero."""
     warm = max(1, round(WARM_STEPS * steps))
 
     def factor(step: int) -> float:

@@ -1,7 +1,7 @@
 """Many questions about one picture as one sequence: [visual tokens][question 1][question 2] ...
 
-Every question sees the visual tokens and itself, and counts its positions as if it stood alone behind them,
-so its logits are those of a conversation of its own, while the visual tokens pass the LLM once.
+Every question sees the visual tokens and itself, and counts its positions as if it came alone after them, so
+its logits are those of its own conversation, while the visual tokens pass the LLM once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Packed:
     Attributes:
         input_ids: (B, T), placeholders first.
         labels: (B, T), `IGNORED` outside answers.
-        attention_mask: (B, 1, T, T) bool, True where a token sees another.
+        attention_mask: (B, 1, T, T) bool, True if a token sees another.
         position_ids: (B, T).
         blocks: (B, T): `VISUAL`, the question's number from 1, `PADDING`.
     """
@@ -48,13 +48,13 @@ class Packed:
         return Packed(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model's forward takes."""
+        """The arguments of the model's forward."""
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: getattr(self, name) for name in names}
 
 
 def encode(question: Question, tokenizer: Any) -> Sample:
-    """The question, its answer, and the token that ends it; a caption may go on and has no end."""
+    """The question, its answer, and the token that ends it; a caption may continue and has no end."""
     asked = tokenizer(question.text, add_special_tokens=False).input_ids
     answer = tokenizer(question.answer, add_special_tokens=False).input_ids
     end = [] if question.kind == CAPTION else [tokenizer.eos_token_id]
@@ -68,14 +68,14 @@ def pack(
     padding: int,
     visual_positions: Tensor | None = None,
 ) -> Packed:
-    """Packs the questions of every picture behind `visual` placeholders.
+    """Packs the questions of every picture after `visual` placeholders.
 
     Args:
         samples: per picture its questions.
         visual: visual tokens of each picture.
         placeholder: id of a visual token.
-        padding: id that fills up shorter rows.
-        visual_positions: (B, visual) rising positions of the visual tokens; by default 0, 1, 2, ...
+        padding: id that pads shorter rows.
+        visual_positions: (B, visual) increasing positions of the visual tokens; by default 0, 1, 2, ...
     """
     rows = len(samples)
     length = max(sum(len(sample.ids) for sample in row) for row in samples)
@@ -106,7 +106,7 @@ def pack(
 
 
 def _visible(blocks: Tensor) -> Tensor:
-    """(B, T) block numbers -> (B, 1, T, T): earlier tokens of the own block, and visual ones."""
+    """(B, T) block numbers -> (B, 1, T, T): a token sees earlier ones of its block, and visual ones."""
     causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()
     own = blocks[:, :, None] == blocks[:, None, :]
     return (causal & (own | (blocks == VISUAL)[:, None, :]))[:, None]
@@ -115,7 +115,7 @@ def _visible(blocks: Tensor) -> Tensor:
 def all_right(logits: Tensor, packed: Packed) -> list[list[bool]]:
     """Per picture and question, whether greedy decoding would give exactly the answer.
 
-    logits (B, T, vocabulary). Every token of the answer is the most likely one after those before it.
+    logits (B, T, vocabulary). True if every token of the answer is the most likely one after those before it.
     """
     guesses = logits[:, :-1].argmax(-1)  # (B, T - 1)
     labels, blocks = packed.labels[:, 1:], packed.blocks[:, 1:]

@@ -1,8 +1,8 @@
-"""Pages full of letters and digits: where the tower learns to read before it sees scenes.
+"""Pages full of letters and digits: the tower learns to read on them before it sees scenes.
 
-A patch embedding is one linear map, so a glyph that lies across patches must be put together by attention,
-which does not come by itself in the time that there is. Pages make it come: at first every glyph lies in the
-middle of a patch, then further and further from it, until it lies anywhere.
+A patch embedding is one linear map, so attention must combine a glyph that lies across patches, which it does
+not learn by itself in the available time. Pages teach it: at first every glyph lies in the middle of a patch,
+then further and further away, until it lies anywhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from foveate.lab.objects import COLOURS, DARK_INK, SHADE
 from foveate.lab.scenes import NOISE
 
 GLYPH_SIZES = (10, 11)  # font pixels at `magnify` 1, as in the levels
-NEAR = 0.6  # of a glyph's size: patches whose middle is that near to the glyph's are labelled with it
+NEAR = 0.6  # fraction of a glyph's size: patches whose centre is this close to the glyph's get its label
 
 
 class Page(NamedTuple):
@@ -68,7 +68,7 @@ def make_page(
 
 
 def page_labels(page: Page, grid: int, glyphs: str) -> np.ndarray:
-    """Colour and glyph of every patch, (2, grid * grid) classes; 0: no glyph is near enough to be read."""
+    """Colour and glyph of every patch, (2, grid * grid) classes; 0: no glyph is near enough to read."""
     side = len(page.picture)
     middles = (np.arange(grid) + 0.5) * side / grid
     x, y = np.tile(middles, grid), np.repeat(middles, grid)

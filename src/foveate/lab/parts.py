@@ -29,20 +29,20 @@ from foveate.lab.words import lab_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("tower", "reader", "convnet")
-NOTES = "prepared.json"  # in a part's folder: what it can do and how long it took
+NOTES = "prepared.json"  # in a part's folder: its accuracy and training time
 Report = Callable[[str, int, int, float], None]  # what, step, steps, loss
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What `prepare` makes.
+    """The result of `prepare`.
 
     Attributes:
         tower: frozen, the stand-in for CLIP.
         reader: the LLM, the stand-in for Vicuna.
         tokenizer: of the LLM.
         tower_key, reader_key, convnet_key: name their weights.
-        convnet: folder of the ConvNeXt for methods that have one; None where there is none.
+        convnet: folder of the ConvNeXt for methods that have one; None if there is none.
     """
 
     tower: CLIPVisionModel
@@ -55,7 +55,7 @@ class Parts:
 
 
 class Prepared(NamedTuple):
-    """A pre-trained part and its accuracy, by what was asked."""
+    """A pre-trained part and its accuracy, per kind of question."""
 
     model: PreTrainedModel
     accuracy: dict[str, Any]
@@ -70,10 +70,10 @@ def prepare(
     report: Report | None = None,
     parts: Sequence[str] = PARTS,
 ) -> Path:
-    """Pre-trains those of `parts` that are missing of a scale, and writes them.
+    """Pre-trains and writes those of `parts` that a scale lacks.
 
-    Returns the folder of the parts, each in transformers' own layout with a `prepared.json`, which tells
-    what it can do and how long it took.
+    Returns the folder of the parts, each in transformers' own layout with a `prepared.json` that holds its
+    accuracy and training time.
 
     Raises:
         FoveateError: unknown parts.
@@ -121,7 +121,7 @@ def _prepare_reader(scale: Scale, seed: int, tell: Callable[[int, float], None])
 
 
 def load_parts(name: str, folder: Path) -> Parts:
-    """The parts in `folder`, or those that come with the package; the ConvNeXt may be missing.
+    """The parts in `folder`, or those shipped with the package; the ConvNeXt may be missing.
 
     Raises:
         FoveateError: neither has them.

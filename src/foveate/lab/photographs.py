@@ -1,7 +1,7 @@
 """The lab's objects on real photographs of any size: how well a model reads them as they get smaller.
 
-One object is drawn on each photograph, at the photograph's own pixels, and the model is asked what is written
-on it. The objects have the digits, words and fonts of the lab's test split.
+One object is drawn on each photograph, at the photograph's own resolution, and the model is asked what is
+written on it. The objects have the digits, words and fonts of the lab's test split.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from foveate.ask.foveate import Foveate
 
 KINDS = ("letter", "digit", "word")
-PARTS = (1 / 4, 1 / 9, 1 / 16, 1 / 25, 1 / 36, 1 / 64, 1 / 100)  # of the picture's area
-GLYPHS = (0.3, 0.5)  # smallest and largest font size, as a part of the side of a plain object
+PARTS = (1 / 4, 1 / 9, 1 / 16, 1 / 25, 1 / 36, 1 / 64, 1 / 100)  # fractions of the picture's area
+GLYPHS = (0.3, 0.5)  # smallest and largest font size, as a fraction of the side of a plain object
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -39,10 +39,10 @@ class Trial:
     Attributes:
         photograph: file name.
         size: width and height of the photograph, pixels.
-        part: of the photograph's area, the object's box.
+        part: fraction of the photograph's area that the object's box covers.
         box: the object's box, pixels.
         kind: `letter`, `digit` or `word`.
-        question, answer: what was asked, and what is right.
+        question, answer: what was asked, and the right answer.
         reply: what the model said.
         seconds: wall time of the answer.
     """
@@ -65,7 +65,7 @@ class Trial:
 def draw_on(photograph: Image.Image, kind: str, part: float, rng: np.random.Generator) -> Thing:
     """Draws one object with a letter, a digit or a word anywhere on an RGB photograph.
 
-    Its box is `part` of the photograph's area; less where that would be wider or higher than the photograph.
+    Its box covers `part` of the photograph's area, or less if it would be wider or higher than that.
     """
     stock = materials("test")
     pen = Pen(photograph, rng, stock)
@@ -97,7 +97,7 @@ def trials(
     repeats: int = 1,
     seed: int = 0,
 ) -> Iterator[Trial]:
-    """Asks about every file, part and kind, `repeats` times with other objects."""
+    """Asks about every file, part and kind, `repeats` times with different objects."""
     for number, file in enumerate(files):
         photograph = read_picture(file)
         for p, part in enumerate(parts):
@@ -145,9 +145,9 @@ def measure_photographs(
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Asks all, writes `photographs.md`, `.json` and `.png` to the folder `out`; returns the first.
+    """Asks everything, writes `photographs.md`, `.json` and `.png` to the folder `out`; returns the first.
 
-    `report` is told how many questions are answered, and how many there are.
+    `report` gets the number of answered questions, and the total.
     """
     out.mkdir(parents=True, exist_ok=True)
     total = len(files) * len(PARTS) * len(KINDS) * repeats
@@ -188,7 +188,7 @@ def _markdown(table: dict[int, dict[str, list[bool]]], found: Sequence[Trial], n
             "",
             f"Model: {name}. {len({t.photograph for t in found})} photographs of {min(pixels):.1f} to "
             f"{max(pixels):.1f} megapixels, one object each time, {len(found)} questions; exact answers in "
-            f"percent, and how many of how many. Median time of an answer: "
+            f"percent, and counts. Median time of an answer: "
             f"{np.median([t.seconds for t in found]):.2f} s.",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),

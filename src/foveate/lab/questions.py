@@ -1,4 +1,4 @@
-"""Questions about a scene, with answers, the region to look at, and what a guesser would choose from."""
+"""Questions about a scene, with answers, the region to look at, and the answers to guess from."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
 from foveate.lab.scenes import Scene
 from foveate.picture.geometry import Box
 
-ABSENT = "none"  # the answer where the question is about nothing in the picture
-CAPTION = "caption"  # a kind beside those that are measured
+ABSENT = "none"  # the answer if the question is about nothing in the picture
+CAPTION = "caption"  # a further kind, which is not measured
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Question:
         kind: one of `foveate.lab.levels.KINDS`, or `CAPTION`.
         text: the question.
         answer: lower case.
-        region: box of the object that must be read, pixels of the picture; None where the question is about
-            the whole picture, or where showing the region would give the answer away.
-        candidates: the answers that fit some object of this scene: what who sees every glyph and cannot tell
-            which belongs to what has to guess from. Empty: no object bears on the answer.
+        region: box of the object that must be read, pixels of the picture; None if the question is about the
+            whole picture, or if showing the region would give the answer away.
+        candidates: the answers that fit some object of this scene: the choice of a guesser who sees every
+            glyph but not what it belongs to. Empty: no object bears on the answer.
     """
 
     kind: str
@@ -78,7 +78,7 @@ def chance(questions: Iterable[Question]) -> dict[str, float]:
 
 
 def in_scene_guess(questions: Iterable[Question]) -> dict[str, float]:
-    """Per kind, the accuracy of guessing among what is in the scene: everything seen, nothing bound."""
+    """Per kind, the accuracy of guessing among what is in the scene: glyphs seen, none bound to objects."""
     questions = list(questions)
     blind = chance(questions)
     line = {}
@@ -117,7 +117,7 @@ def _reading(kind: str) -> Callable[[Scene], list[Question]]:
 
 
 def _rev(scene: Scene) -> list[Question]:
-    """`what colour has letter k ?`, where only one object carries a k."""
+    """`what colour has letter k ?`, if only one object carries a k."""
     colours = tuple(thing.colour for thing in scene.things if thing.word is None)
     asked = []
     for kind in ("letter", "digit"):
@@ -165,7 +165,7 @@ def _where(scene: Scene) -> list[Question]:
 
 
 def _absent(scene: Scene) -> list[Question]:
-    """What is not there is asked for: the answer is `none`."""
+    """Questions about something absent: the answer is `none`."""
     shapes = {thing.shape for thing in scene.things}
     colours = {thing.colour for thing in scene.things}
     names = [f"the {shape}" for shape in PLAIN if shape not in shapes]

@@ -3,16 +3,16 @@
 No picture is involved. A scene is described in one of two ways, and questions and captions follow:
 
 * in words: `red square k top-left .` for every object;
-* as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few
-  times between noise, as visual tokens will come. Each letter of a word has bags of its own, in order, with
-  its place in the word; behind a cut, as tiles make them, the letters have no places and come in rows, one
-  for each row of patches. In half of these batches an overview comes first that tells no letters or digits,
-  and most bags after it tell no places in the picture: a view of the whole picture, and then its parts.
+* as bags: tokens whose embedding is the sum of the embeddings of an object's words, each repeated a few times
+between noise, like visual tokens. Each letter of a word has its own bags, in order, with its place in the
+word; after a cut, as tiles make them, the letters have no places and come in rows, one for each row of
+patches. In half of these batches an overview without letters or digits comes first, and most bags after it
+have no places in the picture: a view of the whole picture, and then its parts.
 
-A caption is an object's words in any order, the first given: they make the LLM learn to find an object by a
-word, where questions alone leave it guessing among all that are there. Bags stand at random rising positions
-with gaps, up to `LONGEST`: an LLM that has only seen short prefixes makes methods with many visual tokens
-look bad for a reason that is not theirs.
+A caption is an object's words in any order, the first given: captions teach the LLM to find an object by a
+word, while questions alone leave it guessing among all objects. Bags are at random increasing positions with
+gaps, up to `LONGEST`: an LLM that has only seen short prefixes makes methods with many visual tokens look bad
+unfairly.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from foveate.lab.words import PLACES
 from foveate.picture.geometry import Box
 
 LONGEST = 800  # largest position of a visual token
-CROWDED, GAPPED = 0.4, 0.6  # parts of the steps after which scenes are full, and positions have gaps
-IN_WORDS = 0.25  # of the batches
+CROWDED, GAPPED = 0.4, 0.6  # fractions of the steps after which scenes are full, and positions have gaps
+IN_WORDS = 0.25  # fraction of the batches
 REPEATS = (1, 4)  # times that a bag is repeated
-EMPTY = 0.3  # chance of a token of pure noise after a bag
-OVERVIEW = 0.5  # of the other batches: a view of everything comes first
-PLACED = 0.3  # chance that a bag behind an overview tells where its object is
-CUT = 0.35  # chance that a word is cut
-ROWS = (1, 3)  # of patches on which the letters behind a cut lie
+EMPTY = 0.3  # probability of a token of pure noise after a bag
+OVERVIEW = 0.5  # fraction of the other batches: a view of everything comes first
+PLACED = 0.3  # probability that a bag after an overview has its object's place
+CUT = 0.35  # probability that a word is cut
+ROWS = (1, 3)  # rows of patches over which the letters after a cut are spread
 NOISE = 0.3  # of the embeddings' size
 BAG = 5  # most words in a bag
 
@@ -88,9 +88,9 @@ class Descriptions:
     def batch(
         self, size: int, progress: float = 1.0
     ) -> tuple[Tensor, Tensor, list[Scene], list[list[Question]]]:
-        """Bags (B, n, BAG) of token ids, -1 for none; rising positions (B, n); scenes; their questions.
+        """Bags (B, n, BAG) of token ids, -1 for none; increasing positions (B, n); scenes; their questions.
 
-        `progress` is the part of the pre-training that is over: few objects and dense positions come first.
+        `progress` is the completed fraction of the pre-training: few objects and dense positions come first.
         """
         most = 99 if progress >= CROWDED else 3 + int(5 * progress / CROWDED)
         in_words, overview = self.rng.random() < IN_WORDS, self.rng.random() < OVERVIEW
@@ -139,7 +139,7 @@ class Descriptions:
                 tokens.append([])
 
     def _positions(self, rows: int, count: int, gapped: bool) -> Tensor:
-        """Rising positions: dense ones, or with random gaps up to `LONGEST`."""
+        """Increasing positions: dense ones, or with random gaps up to `LONGEST`."""
         if not gapped:
             return torch.arange(count).repeat(rows, 1)
         reach = int(self.rng.integers(count, max(LONGEST, count) + 1))
@@ -154,7 +154,7 @@ class Descriptions:
 
 
 def _texts(thing: Thing) -> list[list[str]]:
-    """What is written on an object: its letter and digit, or the letters of its word with their places."""
+    """The writing on an object: its letter and digit, or the letters of its word with their places."""
     if thing.word is not None:
         return [[letter, place] for letter, place in zip(thing.word, PLACES, strict=False)]
     return [[text] for text in (thing.letter, thing.digit) if text is not None]

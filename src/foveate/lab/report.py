@@ -12,12 +12,12 @@ from foveate.lab.levels import FINE, KINDS, level_named
 Result = Mapping[str, Any]
 LINES = ("chance", "in-scene guess")
 GROUPS = ("fine", "coarse", "where")
-APART = 1.06  # factor between methods with equally many tokens, on the plot's axis
-LABELLED = 1.2  # least factor between numbers of tokens that are written below it
-MARKERS = "os^Dv"  # every ten rows, when the colours begin again
+APART = 1.06  # factor between methods with the same number of tokens, on the plot's axis
+LABELLED = 1.2  # least factor between numbers of tokens with a label on it
+MARKERS = "os^Dv"  # one for each ten rows, when the colours repeat
 LOOKED = (
     "*region*: of the questions about an object, how often a region that the method chose contains all of it "
-    "(found), and what the best of them and the object both cover, divided by what either covers (overlap).",
+    "(found), and the intersection over union of the best of them with the object (overlap).",
     "",
 )
 COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters", "training, CPU s")
@@ -37,7 +37,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
 
 
 def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Cells that differ in their seed only, under a name for their row."""
+    """Cells that differ only in their seed, under the name of their row."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         options = ", ".join(f"{key}={value}" for key, value in result["cell"]["options"].items())
@@ -78,21 +78,21 @@ def markdown(results: Sequence[Result]) -> str:
         "match, mean over seeds and their range.",
         "",
         f"*Fine* questions ({', '.join(fine)}) need the small glyphs; *coarse* ones (attr, count) do not; "
-        "*where* is told apart. A fine accuracy near the in-scene guess means glyphs are seen but not "
-        "bound to their objects: it is no half-way house to reading.",
+        "*where* is reported separately. A fine accuracy near the in-scene guess means glyphs are seen but "
+        "not bound to their objects: it is not a step towards reading.",
         "",
         *_table(head, summary),
         "",
         *_table(kind_head, details),
         "",
-        "Visual tokens: those that the LLM reads for a question, the mean. GFLOP: tower, connector and LLM "
-        "prefill of one question, counted on the lab's own small networks. Training time is of one thread "
+        "Visual tokens: the mean number that the LLM reads for a question. GFLOP: tower, connector and LLM "
+        "prefill of one question, counted on the lab's own small networks. Training time is for one thread "
         "and leaves out the frozen tower's features, which are encoded once.",
         "",
         "![accuracy against visual tokens](report.png)",
         "",
         *(LOOKED if looked else []),
-        "Every cell again:",
+        "The commands of all cells:",
         "",
         "```",
         *(result["command"] for result in results),
@@ -140,12 +140,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Fine accuracy of every cell against its visual tokens, with the lines to see it against."""
+    """Fine accuracy of every cell against its visual tokens, with the baselines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    beside: dict[int, int] = {}  # methods with as many tokens stand side by side
+    beside: dict[int, int] = {}  # methods with the same number of tokens are drawn side by side
     for row, (name, cells) in enumerate(by_method(results).items()):
         tokens = _tokens(cells)
         place = tokens * APART ** beside.setdefault(tokens, 0)

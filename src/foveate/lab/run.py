@@ -26,23 +26,23 @@ def run(
     name: str | None = None,
     commands: Callable[[Cell], str] = lambda cell: cell.command,
 ) -> Path:
-    """Trains what is not there yet of all variants and seeds, seed by seed, and writes the report.
+    """Trains what is missing of all variants and seeds, seed by seed, and writes the report.
 
     Args:
         experiment: what to train.
-        folder: where everything is kept; an interrupted run goes on where it was.
+        folder: where everything is kept; an interrupted run resumes.
         report: called after every step.
         name: of the report's folder; by default scale, level, steps and batch.
-        commands: what makes a cell again.
+        commands: the command that makes a cell again.
 
     Returns:
         The Markdown file of the report.
 
     Raises:
         FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
-            packages that are missing.
+            missing packages.
     """
-    check_packages()  # not only when the report's plot is drawn
+    check_packages()  # now, not only for the report's plot
     level, scale = experiment.level, experiment.scale
     with controls():
         check_methods([variant.method for variant in experiment.variants])

@@ -29,7 +29,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of the stand-ins for CLIP and for Vicuna, and what they are trained on.
+    """Sizes of the stand-ins for CLIP and for Vicuna, and their training data.
 
     Attributes:
         summary: one line for tables.
@@ -38,16 +38,16 @@ class Scale:
         vision_width, vision_layers, vision_heads: of the tower.
         text_width, text_layers, text_heads: of the LLM.
         tower, convnet, reader: pre-training of tower, ConvNeXt and LLM; batches of crops and of texts.
-        tower_scenes, tower_test_scenes: pictures that the tower's crops come from, in training and when it is
-            measured.
+        tower_scenes, tower_test_scenes: pictures that the tower's crops come from, in training and in
+            measuring.
         levels: names of the levels that tower and LLM are pre-trained for.
-        page_sizes: factors on the size of the glyphs on the pages that the tower learns to read on.
-        uneven: largest ratio of sides of the windows that the tower sees in pre-training; above 1, some
-            stand out of the picture, as padded views do.
+        page_sizes: factors on the size of the glyphs on pages.
+        uneven: largest aspect ratio of the windows that the tower sees in pre-training; above 1, some extend
+            beyond the picture, as padded views do.
         cell: training of a method; batches of pictures with all their questions.
-        warm_up: part of the steps of a cell in which only new modules train, with captions.
+        warm_up: fraction of a cell's steps in which only new modules train, with captions.
         cell_llm_lr: learning rate of the LLM's weights in a cell.
-        scenes, test_scenes: pictures of a level to train on and to be measured on.
+        scenes, test_scenes: pictures of a level for training and for measuring.
     """
 
     summary: str
@@ -76,7 +76,7 @@ class Scale:
 
     def __post_init__(self) -> None:
         if self.view % self.patch:
-            raise FoveateError(f"a view of {self.view} pixels cannot be cut into patches of {self.patch}")
+            raise FoveateError(f"a view of {self.view} pixels cannot be divided into patches of {self.patch}")
         if min(self.tower_scenes, self.tower_test_scenes, self.scenes, self.test_scenes) < 1:
             raise FoveateError("a scale needs at least one scene of each kind")
 

@@ -23,7 +23,7 @@ NOISE = 6.0  # standard deviation of the pixel noise, of 255
 GAP = 3  # pixels between objects
 CELL_MARGIN = 1 / 24  # of the side: no object's centre is nearer to a border between cells
 PLACING_TRIES = 80
-LEAST_BACKGROUND = 90  # side of the part of a photograph that is behind the objects
+LEAST_BACKGROUND = 90  # least side of the part of a photograph behind the objects
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def make_scene(
     """Scene number `index`; the same arguments give the same scene.
 
     Args:
-        level: what is on it.
+        level: what it holds.
         view: side of the tower's view, pixels; the picture is `level.ratio` times as large.
         magnify: factor on the level's sizes of objects and glyphs.
-        split: whose photographs, digits and words are used.
+        split: the split whose photographs, digits and words are used.
         seed: of the whole set.
         index: within the set.
-        photographs: (H, W, 3) bytes each, in place of the split's.
+        photographs: (H, W, 3) bytes each, instead of the split's.
 
     Raises `FoveateError` for photographs that are too small.
     """
@@ -133,9 +133,9 @@ class _Drawer:
 
 
 def place(rng: np.random.Generator, width: int, height: int, picture: Size, taken: list[Box]) -> Box | None:
-    """A free place anywhere on the picture, with no regard to tiles or patches, added to `taken`.
+    """A free place anywhere on the picture, independent of tiles or patches, added to `taken`.
 
-    None where there is none. No centre is near a border between the picture's ninths.
+    None if there is none. No centre is near a border between the picture's ninths.
     """
     if width > picture.width - 2 or height > picture.height - 2:
         return None

@@ -1,4 +1,4 @@
-"""A method's model in the lab, and what feeds it."""
+"""A method's model in the lab, and its inputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from foveate.model.modeling import EncodedPictures
 from foveate.picture.geometry import Box, ViewPlan
 from foveate.picture.source import Look, Source
 
-OWN_TOWER_LR = 0.25  # of the connector's, for towers that a method builds itself
-WARM_UP_LR = 2.0  # of the connector's, while the LLM is frozen
+OWN_TOWER_LR = 0.25  # of the connector's, factor for towers that a method builds itself
+WARM_UP_LR = 2.0  # of the connector's, factor while the LLM is frozen
 
 
 class Stage(NamedTuple):
-    """Steps on questions, with captions and regions or without, in which some modules train.
+    """Training steps of some modules on questions, with or without captions and regions.
 
-    `lr` is that of new modules, and of parts of a tower that are named alone; a whole tower and the LLM have
-    their own. `options` change the method's; `method` stands in for it.
+    `lr` applies to new modules, and to parts of a tower that are named separately; a whole tower and the LLM
+    have their own. `options` change the method's; `method` replaces it.
     """
 
     steps: int
@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Questions about one picture that share their visual tokens, and the region that they are all about."""
+    """Questions about one picture that share their visual tokens, and the region of all of them."""
 
     picture: int
     region: Box | None
@@ -68,8 +68,8 @@ class Pass(NamedTuple):
 
 
 class Graded(NamedTuple):
-    """A question, whether it was answered exactly, the visual tokens that the LLM read, and where the
-    method looked, if it chooses."""
+    """A question, whether it was answered exactly, the visual tokens that the LLM read, and where the method
+    looked, if it chooses."""
 
     question: Question
     right: bool
@@ -78,7 +78,7 @@ class Graded(NamedTuple):
 
 
 class Student:
-    """A method's model and what feeds it."""
+    """A method's model and its inputs."""
 
     template = "plain"
 
@@ -89,7 +89,7 @@ class Student:
         if bench.parts.convnet is not None:
             options |= kind.options_with(bench.parts.convnet)
         options |= cell.options
-        # A tower that a method builds is trained with it; of the ConvNet alone, it is prepared and frozen.
+        # A tower that a method builds is trained with it; the ConvNet control's is prepared and frozen.
         self.builds_tower = kind.build_tower is not Method.build_tower and kind is not ConvNetOnly
         set_seed(cell.seed)
         made = compose(
@@ -123,7 +123,7 @@ class Student:
         return self.model.encode_views(torch.from_numpy(views))
 
     def ready(self) -> str | None:
-        """Caches the views' features where they are frozen; a sentence where there is no room for them."""
+        """Caches the views' features if they are frozen; returns a sentence if there is no room for them."""
         if self.builds_tower:
             return None
         for features in self.features.values():
@@ -131,14 +131,14 @@ class Student:
         return next((f.fallback for f in self.features.values() if f.fallback), None)
 
     def pointing(self, data: Examples, captions: bool) -> Examples:
-        """The same with questions for regions as captions, beside them or instead.
+        """The same with questions for regions as captions, in addition or instead.
 
-        Raises `FoveateError` where the method does not ask where to look.
+        Raises `FoveateError` if the method does not ask where to look.
         """
         raise FoveateError(f"stages: {self.method.title} does not ask where to look: regions must be false")
 
     def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
-        """Of all questions about these pictures."""
+        """The outputs for all questions about these pictures."""
         return self.forward(data, self.rows(data, indices, captions)).loss
 
     def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
@@ -168,7 +168,7 @@ class Student:
         return rows
 
     def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
-        """All questions of these rows at once."""
+        """The outputs for all questions of these rows at once."""
         samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
         encoded = self._connect(data, rows, samples)
         placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
@@ -177,7 +177,7 @@ class Student:
         if encoded.kept is not None:
             mask = packed.blocks != PADDING
             mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
-            places = mask.long().cumsum(1) - 1  # as if the dropped tokens were not there
+            places = mask.long().cumsum(1) - 1  # as if the dropped tokens did not exist
             tokens = [int(kept.sum()) for kept in encoded.kept]
             inputs |= {"attention_mask": mask, "position_ids": places.clamp(min=0)}
         output = self.model(
@@ -210,7 +210,7 @@ class Student:
             return self.model.connect(features, sizes, ids, mask, source)
 
     def _source(self, data: Examples, rows: Sequence[Row]) -> Source:
-        """The pictures themselves; what a frozen tower has seen of them once is kept."""
+        """The pictures themselves; a frozen tower's features are cached."""
         memory = self.memories[data.key]
         return Source(
             [torch.from_numpy(np.array(data.pictures[row.picture])) for row in rows],
@@ -220,7 +220,7 @@ class Student:
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:
-        """Features (B V, N, C): cached ones where there is no region, of the region's own views elsewhere."""
+        """Features (B V, N, C): cached ones without a region, else of the region's own views."""
         told = [n for n, row in enumerate(rows) if row.region is not None]
         untold = [n for n, row in enumerate(rows) if row.region is None]
         width = self.model.config.vision_config.hidden_size
@@ -243,7 +243,7 @@ class Student:
         return self.model.encode_views(torch.from_numpy(pixels))
 
     def stages(self) -> list[Stage]:
-        """The cell's own; or first the connector alone, with captions, then the LLM with it."""
+        """The cell's own stages; or first the connector alone, with captions, then also the LLM."""
         scale, steps = self.bench.scale, self.cell.steps
         own = ("vision_tower",) if self.builds_tower else ()
         specs = self.cell.stages or (
@@ -282,7 +282,7 @@ class Student:
         return optimiser(groups)
 
     def take(self, other: Student) -> None:
-        """The weights of another student that were trained, where both have them."""
+        """Loads the trained weights of another student that both have."""
         self.model.load_state_dict(other.trained(), strict=False)
         self.ready()
 

@@ -1,6 +1,6 @@
-"""Windows for a method that is told where to look: they show the region that a question is about.
+"""Windows for a method that is given the region: they show the region that a question is about.
 
-What a method is worth that is told is what there is to win by choosing better.
+Its accuracy is an upper bound on what better choices can gain.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from foveate.picture.geometry import Box, ViewPlan
 class Chooses(Protocol):
     """A connector that chooses windows of tokens on the grid of its first view.
 
-    `choose`: what each window of one size is worth (P, rows, columns), -inf where it may not be chosen -> the
-    number of the one that is chosen, (P,).
+    `choose`: scores of the windows of one size (P, rows, columns), -inf for those not allowed -> index of the
+    chosen one, (P,).
     """
 
     choose: Callable[[Tensor], Tensor]
@@ -33,10 +33,10 @@ class Chooses(Protocol):
 def told_windows(
     connector: object, tower: TowerGeometry, plans: Sequence[ViewPlan], regions: Sequence[Box | None]
 ) -> Iterator[None]:
-    """Inside, the connector's windows show these regions, pixels of the pictures; None: it is told nothing.
+    """Within it, the connector's windows show these regions, in pixels of the pictures; None: its own choice.
 
-    Raises `FoveateError` where it does not choose among windows, and `ValueError` for another number of
-    regions than plans.
+    Raises `FoveateError` if it does not choose among windows, and `ValueError` if there are not as many
+    regions as plans.
     """
     if not isinstance(connector, Chooses):
         raise FoveateError("told: this method does not choose among windows of the picture")
@@ -54,7 +54,7 @@ def told_windows(
             if box is not None:
                 left, top, right, bottom = box
                 aims[p] = _shown(rows, side, top, bottom)[:, None] + _shown(columns, side, left, right)
-        # In single precision whatever the model's: of equal windows, 1e-3 decides.
+        # In single precision, whatever the model's: 1e-3 decides between equal windows.
         wanted = torch.from_numpy(aims).to(values.device, torch.float32)
         return choose(values.where(wanted.isnan() | values.isneginf(), wanted))
 
@@ -66,11 +66,11 @@ def told_windows(
 
 
 def _shown(windows: int, side: int, first: float, last: float) -> np.ndarray:
-    """What a window of an axis is worth for a region from first to last, in tokens, (windows,).
+    """The score of each window along an axis for a region from first to last, in tokens, (windows,).
 
-    How much of the region it shows, less a little for the distance of its middle: added up for height and
-    width, no window shows more of the region than the best one, which is the nearest of those that show as
-    much.
+    A score is the part of the region that the window shows, less a little for the distance of its centre.
+    Summed over height and width, the best window shows the most of the region and is the nearest of those
+    that do.
     """
     starts = np.arange(windows)
     both = np.minimum(starts + side, last) - np.maximum(starts, first)

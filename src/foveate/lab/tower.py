@@ -1,12 +1,12 @@
 """Pre-training of the tower, the stand-in for CLIP: a `CLIPVisionModel` that says what lies on every patch.
 The stand-in for CLIP-ConvNeXt, a `ConvNextModel` for methods that have one, learns the same.
 
-It learns to read on pages (see `pages`). Then it sees windows of the pictures at every zoom between their own
-pixels and the base view, and learns for each patch the shape and colour of the object there and the glyph on
-it, nearest to the patch, with its place in its word. The glyph is asked of every patch of the object as long
-as the window shows it, its place where the window shows how the word begins. Where in the picture the object
-lies is asked where the window shows all of the picture. Elsewhere the answer is that it cannot be known.
-Glyphs are legible to it at their own size, and too small in the base view: what the methods are there for.
+It learns to read on pages (see `pages`). Then it sees windows of the pictures at every zoom from their own
+resolution to the base view, and learns for each patch the shape and colour of the object there and the
+nearest glyph on it, with its place in its word. The glyph is a label of every patch of the object if the
+window shows it, its place if the window shows the start of the word. The object's place in the picture is a
+label if the window shows the whole picture. Otherwise the label is that it is unknown. Glyphs are legible at
+their own size, and too small in the base view: that is what the methods are for.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ CLASSES = {
     "place": 1 + len(PLACES),
 }
 NOTHING_WEIGHT = 0.06  # in the loss; most patches show background
-UNKNOWN_WEIGHT = {"cell": 0.3, "place": 0.2}  # in the loss: that a cell or a place cannot be known
-VISIBLE = 0.6  # of a glyph's area inside the window: it can be read
+UNKNOWN_WEIGHT = {"cell": 0.3, "place": 0.2}  # in the loss, for an unknown cell or place
+VISIBLE = 0.6  # least fraction of a glyph's area inside the window to be read
 
-# Zooms that windows are cut at, as original pixels per pixel of the view, and their chances; 0: everything.
+# Zooms of windows, as original pixels per pixel of the view, and their probabilities; 0: everything.
 ZOOMS = (1.0, 1.5, 2.0, 0.0)
 CHANCES = (0.55, 0.15, 0.10, 0.20)
-UNEVEN, OUTSIDE = 0.5, 0.4  # chances of an uneven window, and of one that may stand out along an axis
-STRIDED = 0.3  # of views of everything: every n-th pixel instead of a smooth reduction
+UNEVEN, OUTSIDE = 0.5, 0.4  # probabilities of an uneven window, and of one beyond the scene's border
+STRIDED = 0.3  # fraction of views of everything with every n-th pixel instead of a smooth reduction
 MEASURED = ("shape", "colour", "letter", "digit", "cell", "place")
 
-READING = 0.33  # part of the steps with pages alone
+READING = 0.33  # fraction of the steps with pages alone
 ALIGNED, ASTRAY = (
     0.02,
     0.18,
-)  # parts of the steps at which glyphs start to leave patches' middles, and lie anywhere
-PAGES = 0.2  # share of pages in a batch after that
+)  # fractions of the steps at which glyphs start to leave patches' centres, and lie anywhere
+PAGES = 0.2  # fraction of pages in a batch after that
 
 
 class Window(NamedTuple):
-    """A part of a scene, in its pixels; what lies beyond the scene is black."""
+    """A part of a scene, in its pixels; black beyond the scene."""
 
     left: int
     top: int
@@ -77,7 +77,7 @@ def whole_of(scene: Scene) -> Window:
 def random_window(rng: np.random.Generator, whole: int, side: int, uneven: float = 1.0) -> Window:
     """A window of about `side` x `side` pixels in a scene of `whole` x `whole`.
 
-    With `uneven` above 1 it may be wider or higher by up to that factor, and may stand out of the scene.
+    With `uneven` above 1 it may be wider or higher by up to that factor, and may extend beyond the scene.
     """
     if uneven == 1.0:
         left, top = rng.integers(whole - side + 1, size=2)
@@ -100,7 +100,7 @@ def crop(scene: Scene, window: Window, view: int, stride: bool = False) -> np.nd
 
 
 def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
-    """What every patch of the window shows: (labels, grid * grid) classes in the order of `CLASSES`."""
+    """The labels of every patch of the window: (labels, grid * grid) classes in the order of `CLASSES`."""
     middles = (np.arange(grid) + 0.5) / grid
     x = np.tile(window.left + middles * window.width, grid)  # (N,) in pixels of the picture
     y = np.repeat(window.top + middles * window.height, grid)
@@ -120,10 +120,10 @@ def patch_labels(scene: Scene, window: Window, grid: int) -> np.ndarray:
             boxes = [thing.glyphs[i].box for i in shown]
             centres = np.array([[(b.left + b.right) / 2, (b.top + b.bottom) / 2] for b in boxes])
             apart = np.hypot(x[here, None] - centres[:, 0], y[here, None] - centres[:, 1])  # (n, glyphs)
-            nearest = np.array(shown)[apart.argmin(1)]  # of the object's glyphs
+            nearest = np.array(shown)[apart.argmin(1)]  # nearest glyph of the object
             classes = np.array([1 + GLYPHS.index(glyph.character) for glyph in thing.glyphs])
             labels[2, here] = classes[nearest]
-            if thing.word is not None and shown[0] == 0:  # the window shows how the word begins
+            if thing.word is not None and shown[0] == 0:  # the window shows the start of the word
                 labels[4, here] = 1 + nearest
     return labels
 
@@ -136,13 +136,13 @@ def _visible(box: tuple, window: Window) -> float:
 
 
 def normalised(pictures: np.ndarray) -> Tensor:
-    """(V, h, w, 3) bytes -> (V, 3, h, w), as the image processor does it."""
+    """(V, h, w, 3) bytes -> (V, 3, h, w), like the image processor."""
     pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 class PatchHead(nn.Module):
-    """Reads the labels off every patch token; thrown away after pre-training."""
+    """Predicts the labels from every patch token; discarded after pre-training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -163,9 +163,9 @@ class CropSampler:
         self.stock = materials("tower")
 
     def batch(self, size: int, progress: float) -> tuple[Tensor, Tensor]:
-        """Pixels (size, 3, view, view) and labels (size, labels, N), `UNKNOWN` where there is none.
+        """Pixels (size, 3, view, view) and labels (size, labels, N), `UNKNOWN` if there is none.
 
-        `progress` is the part of the pre-training that is over.
+        `progress` is the completed fraction of the pre-training.
         """
         pages = size if progress < READING else round(PAGES * size)
         drawn = [self._page(progress) if i < pages else self._window() for i in range(size)]
@@ -267,7 +267,7 @@ def legibility(
             labels = np.stack([patch_labels(s, w, grid) for s, w in zip(batch, windows, strict=True)])
             pixels = normalised(np.stack(pictures)).to(model.device)
             guesses = head(patch_tokens(model, pixels))
-            # "nothing" is left out: on these patches there is something
+            # "nothing" is left out: these patches show something
             best = [(g[..., 1:].argmax(-1) + 1).cpu().numpy() for g in guesses]
             kinds = list(labels.swapaxes(0, 1))
             is_letter = (kinds[2] > 0) & (kinds[2] <= len(LETTERS))

@@ -30,7 +30,7 @@ GROUPS = ("fine", "coarse")
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices: every picture once an epoch, in an order that the seed decides."""
+    """Endless batches of indices: every picture once an epoch, in an order given by the seed."""
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -45,11 +45,11 @@ Report = Callable[[int, int, float], None]  # step, steps, loss
 def train_cell(
     cell: Cell, bench: Bench, report: Report | None = None, command: str | None = None
 ) -> dict[str, Any]:
-    """Trains and measures a cell, or reads its result if it is there. An interrupted cell goes on.
+    """Trains and measures a cell, or reads its result if it exists. An interrupted cell resumes.
 
     `command` makes the cell again; by default `cell.command`.
 
-    Returns what `result.json` in the cell's folder holds.
+    Returns the contents of `result.json` in the cell's folder.
     """
     place = bench.cells(cell.scale) / cell.key
     result_file = place / "result.json"
@@ -142,7 +142,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
 
 
 def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
-    """Where the method that a cell starts from is kept, for rows that start from the same, and its steps."""
+    """The folder of the method that a cell starts from, shared by rows with the same start, and its steps."""
     stages = tuple(itertools.takewhile(lambda stage: stage.method is not None, cell.stages))
     shared = replace(cell, options={}, told=False, stages=stages)
     steps = round(sum(stage.part for stage in stages) * cell.steps)
@@ -174,13 +174,13 @@ def _save(
 
 
 class Measured(NamedTuple):
-    """What a trained cell is worth.
+    """The measurements of a trained cell.
 
     Attributes:
         accuracy: exact match of greedy answers, per kind of question, and over all fine and all coarse ones.
-        tokens: visual tokens that the LLM read for a question, the mean.
-        looked: of the questions that are about an object, how often one of the regions that the method chose
-            contains it ("found"), and the mean overlap with the best of them; None where it chooses none.
+        tokens: mean number of visual tokens that the LLM read for a question.
+        looked: over the questions about an object, how often one of the regions that the method chose
+            contains it ("found"), and the mean overlap with the best of them; None if it chooses none.
     """
 
     accuracy: dict[str, float]
@@ -210,7 +210,7 @@ def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
 
 
 def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:
-    """Accuracy over all fine questions, and over all coarse ones but `where`, which is told apart."""
+    """Accuracy over all fine questions, and over all coarse ones except `where`."""
     counts = {kind: sum(question.kind == kind for question in asked) for kind in by_kind}
     groups = {
         "fine": [k for k in by_kind if k in FINE],

@@ -1,4 +1,4 @@
-"""The lab's tokenizer: whole words of the questions, and letter by letter what is written in the pictures."""
+"""The lab's tokenizer: whole words of the questions, and letters for what is written in the pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lab_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def talking_tokenizer() -> PreTrainedTokenizerFast:
-    """The same tokens, and behind them those of instructions and boxes, whose numbers are spelled."""
+    """The same tokens, followed by those of instructions and boxes, whose numbers are spelled."""
     spelled = [f"##{digit}" for digit in DIGITS]
     return _tokenizer(
         [*INSTRUCTION_WORDS.split(), *spelled], ["?", ".", ",", ":", "[[", "]]", "<box>", "</box>"]
@@ -40,7 +40,7 @@ def talking_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _tokenizer(more: Sequence[str], marks: Sequence[str]) -> PreTrainedTokenizerFast:
-    """`more` tokens come last; spaces are put around `marks`."""
+    """`more` tokens come last; `marks` are surrounded by spaces."""
     from transformers import PreTrainedTokenizerFast
 
     letters, spelled = list(LETTERS.lower()), [f"##{letter}" for letter in LETTERS.lower()]

@@ -1,9 +1,8 @@
 """The registry of methods: Foveate's own, those of installed packages, and those registered in this process.
 
-A new method of Foveate's own is one file in this folder and one line here; a file that no line names is not a
-method. A package brings one by an entry point in the group `foveate.methods`, which is imported when the
-method is first used; `register_method` makes one known without a package. Nothing that lies in a model folder
-is ever run.
+A new method in Foveate is one file in this folder and one line here; a file that no line names is not a
+method. A package brings a method by an entry point in the group `foveate.methods`, which is imported when the
+method is first used; `register_method` registers one without a package. Code in a model folder is never run.
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ METHODS: dict[str, str] = {
     "coroi": "foveate.methods.coroi:Coroi",
     "chain_of_spot": "foveate.methods.chain_of_spot:ChainOfSpot",
 }
-DEFAULT = "llava"  # where nothing says which
-GROUP = "foveate.methods"  # of the entry points by which packages bring methods
-EVERY = "all"  # stands for all methods where one may be named
+DEFAULT = "llava"  # if no method is named
+GROUP = "foveate.methods"  # entry point group in which packages declare methods
+EVERY = "all"  # names all methods at once
 
-_registered: dict[str, type[Method]] = {}  # by `register_method`
+_registered: dict[str, type[Method]] = {}  # filled by `register_method`
 
 
 def register_method(name: str, method: type[Method]) -> None:
-    """Makes a method known by a name, in this process: every command and class takes the name from then on.
+    """Registers a method under a name, in this process; every command and class then accepts the name.
 
-    A class of the same module and name as one registered before replaces it: a notebook's cell may run twice.
+    A class of the same module and name as a registered one replaces it: a notebook cell may run twice.
 
     Args:
         name: letters, digits, - and _.
         method: a subclass of `foveate.methods.base.Method`.
 
     Raises:
-        FoveateError: a name that something else has, or an object that is no method.
+        FoveateError: a name that is taken, or an object that is not a method.
     """
     place = f"{getattr(method, '__module__', '?')}:{getattr(method, '__qualname__', repr(method))}"
     _check_name(name, place)
@@ -65,16 +64,16 @@ def register_method(name: str, method: type[Method]) -> None:
 
 
 def method_names() -> list[str]:
-    """The names of all methods that are known here: Foveate's own first. Imports none of them."""
+    """The names of all known methods, Foveate's own first. Imports none of them."""
     claimed = [name for name, entries in _claims().items() if len(entries) == 1 and _is_name(name)]
     return list(dict.fromkeys([*METHODS, *_registered, *claimed]))
 
 
 def method_class(name: str) -> type[Method]:
-    """The class behind a name.
+    """The class with a name.
 
-    Raises `FoveateError` for unknown names, for those that two packages claim, and where a package's entry
-    point cannot be imported or is no method.
+    Raises `FoveateError` for unknown names, names that two packages claim, and entry points that cannot be
+    imported or are not methods.
     """
     if name not in METHODS and name not in _registered and name not in _claims():
         _installed.cache_clear()  # it may have been installed since
@@ -82,7 +81,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def usable_methods() -> tuple[dict[str, type[Method]], list[str]]:
-    """All methods that are known here, and a sentence on each that a package brings and that is of no use."""
+    """All known methods, and a sentence on each method of a package that cannot be used."""
     claims = _claims()
     found: dict[str, type[Method]] = {}
     problems = []
@@ -127,20 +126,20 @@ def _load(entry: EntryPoint) -> type[Method]:
         reason = (str(error).splitlines() or [""])[0]
         raise FoveateError(
             f"the method {entry.name!r}, {place}, cannot be imported ({type(error).__name__}: {reason}): "
-            "mend that package, or uninstall it"
+            "repair that package, or uninstall it"
         ) from error
     _check_method(found, entry.name, place)
     return found
 
 
 def _claims() -> dict[str, list[EntryPoint]]:
-    """Name -> the entry points of installed packages that claim it; several that mean the same count once."""
+    """Name -> the entry points of installed packages that claim it, without duplicates."""
     return _installed(tuple(sys.path))
 
 
 @lru_cache(maxsize=8)
 def _installed(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Reads the metadata of every package, which takes some ten milliseconds."""
+    """Reads the metadata of every package, which takes about ten milliseconds."""
     found: dict[str, dict[str, EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, {}).setdefault(entry.value, entry)
@@ -154,7 +153,7 @@ def _owner(entry: EntryPoint) -> str:
 
 
 def _is_of(entry: EntryPoint, method: type[Method]) -> bool:
-    """Whether an entry point is this very class, which its package may import from where it was defined."""
+    """Whether an entry point is this class, even if its package imports it from another module."""
     module, _, attribute = entry.value.partition(":")
     root, own = module.strip().partition(".")[0], method.__module__.partition(".")[0]
     return (root, attribute.strip()) == (own, method.__qualname__)
@@ -189,4 +188,4 @@ def _check_method(found: Any, name: str, place: str) -> None:
         if not isinstance(inspect.getattr_static(found, attribute, None), str):
             raise FoveateError(f"{where} has no {attribute}: give it one, a text")
     if not (issubclass(found.Options, MethodOptions) and dataclasses.is_dataclass(found.Options)):
-        raise FoveateError(f"{where} has Options that are no dataclass derived from MethodOptions")
+        raise FoveateError(f"{where} has Options that are not a dataclass derived from MethodOptions")

@@ -57,7 +57,7 @@ NEWLINE = -1
 
 @dataclass(frozen=True)
 class AnyResOptions(MethodOptions):
-    # Rows and columns of tiles that may be chosen: the five of LLaVA-1.6. Empty: the global view alone.
+    # Grids to choose from, as rows and columns of tiles: the five of LLaVA-1.6. Empty: the global view alone.
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     projector_depth: int = 2  # linear layers of the projector
 
@@ -68,7 +68,7 @@ class AnyResOptions(MethodOptions):
 
 
 def token_sources(plan: ViewPlan, grid: Size) -> np.ndarray:
-    """Which feature each LLM token is: view * N + patch, or NEWLINE. Shape (plan.tokens,), int64.
+    """The feature for each LLM token: view * N + patch, or NEWLINE. Shape (plan.tokens,), int64.
 
     `grid` is the tower's patch grid per view. The tiles' grids join to one large one in raster order, the
     letterbox padding is cut off, and a newline ends each row.

@@ -36,7 +36,7 @@ IMAGE_TOKEN = "<image>"  # stands for a picture in texts, and for one visual tok
 class MethodOptions(Retiring):
     """Options that every method has."""
 
-    max_visual_tokens: int | None = None  # upper bound of `ViewPlan.tokens`, for comparisons at equal budget
+    max_visual_tokens: int | None = None  # upper bound on `ViewPlan.tokens`, for comparisons at equal budget
 
     def __post_init__(self) -> None:
         if self.max_visual_tokens is not None and self.max_visual_tokens < 1:
@@ -71,7 +71,7 @@ class TowerGeometry:
 
     @classmethod
     def of(cls, vision_config: PreTrainedConfig) -> TowerGeometry:
-        """Reads it off a vision tower's configuration. Raises `FoveateError` where it has no square input."""
+        """Reads it off a vision tower's configuration. Raises `FoveateError` if its input is not square."""
         sides = {}
         for name in ("image_size", "patch_size"):
             value = vision_config.to_dict().get(name)
@@ -91,8 +91,8 @@ class Widths(NamedTuple):
     layers: int = 0  # 0: unknown; only connectors with injectors ask
 
 
-# What a connector reads as the question: the user's text of the message that shows the picture; or all text
-# of the sample but answers that are learnt; or all text of the sample.
+# What a connector reads as the question: the user's text in the message that shows the picture; all text of
+# the sample except answers that are learnt; or all text of the sample.
 QueryText: TypeAlias = Literal["question", "prompt", "sequence"]
 
 
@@ -100,19 +100,19 @@ class Query(NamedTuple):
     """The question about each picture, as `Method.query_text` says."""
 
     embeds: Tensor  # (P, T, D), rows of the LLM's input embedding
-    mask: Tensor  # (P, T), 1 where there is a token
+    mask: Tensor  # (P, T), 1 for tokens, 0 for padding
 
 
 @dataclass
 class VisualTokens:
-    """What a connector hands to the LLM, all pictures of the batch after each other.
+    """What a connector hands to the LLM, picture after picture.
 
     Attributes:
         tokens: (T, D); picture p has `plans[p].tokens` rows.
-        kept: (T,) bool, False where the LLM must not see a token; None keeps all.
+        kept: (T,) bool, False for tokens that the LLM must not see; None keeps all.
         injection: whatever the method's injectors read in the LLM's layers.
-        separators: (T,) bool, rows in whose place the LLM's own embedding of the separator token stands.
-        accounts: per picture where the method looked; None where it sees what its views show.
+        separators: (T,) bool, rows that the LLM's own embedding of the separator token replaces.
+        accounts: per picture where the method looked; None if it sees all of its views.
     """
 
     tokens: Tensor
@@ -136,8 +136,8 @@ class Injector(nn.Module):
 class Connector(nn.Module):
     """Vision features -> visual tokens of the LLM. The trainable part of a method.
 
-    Initialise parameters when they are made, and keep tables in persistent buffers: a checkpoint is
-    loaded into a model that was built without memory, and only what it holds is filled.
+    Initialise parameters in the constructor, and keep tables in persistent buffers: a checkpoint is loaded
+    into a model built without memory, and only the tensors in the checkpoint are filled.
     """
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
@@ -155,13 +155,13 @@ class Connector(nn.Module):
 
 @dataclass
 class Turn:
-    """One thing to ask the model: pictures (one placeholder each, where the text says) and a text.
+    """One message to the model: a text, and pictures at the placeholders in it.
 
     Attributes:
-        text: what the user says. Without `<image>` in it, the pictures stand before it.
+        text: what the user says. Without `<image>` in it, the pictures come first.
         pictures: what the user shows.
-        inner: a step on the way, whose reply is not streamed to whoever asked.
-        max_new_tokens: bound on the reply, instead of the one that was asked for.
+        inner: an intermediate step: its reply is not streamed.
+        max_new_tokens: bound on the reply, instead of the caller's.
     """
 
     text: str
@@ -175,17 +175,17 @@ class Reply:
     """The end of a conversation: the answer, and where the method looked, in original pixels."""
 
     text: str
-    regions: list[Box] | None = None  # None: where the views lie, or what the connector says
-    notes: list[str] = field(default_factory=list)  # sentences about how it came to it
+    regions: list[Box] | None = None  # None: those of the views or of the connector
+    notes: list[str] = field(default_factory=list)  # sentences about how it was found
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a picture that is cut out when it is needed.
+    """A part of a picture, cut out when needed.
 
     Attributes:
-        picture: what it is cut from, as messages give pictures.
-        size: of the part, pixels.
+        picture: the picture it is cut from, as in messages.
+        size: of the part, in pixels.
         make: picture -> part.
     """
 
@@ -195,7 +195,7 @@ class Cut:
 
 
 class Method(ABC):
-    """Base class of all methods; the subclass's file stands beside its paper."""
+    """Base class of all methods; a subclass's file follows its paper."""
 
     title: ClassVar[str]
     idea: ClassVar[str]  # one line for the table of methods
@@ -210,12 +210,12 @@ class Method(ABC):
 
     @classmethod
     def options_for(cls, ratio: int) -> dict[str, Any]:
-        """Options with which a square picture, `ratio` views wide, is read at its own pixels."""
+        """Options that read a square picture, `ratio` views wide, at its own resolution."""
         return {}
 
     @classmethod
     def options_with(cls, convnet: Path) -> dict[str, Any]:
-        """Options with which a method that has a ConvNeXt starts from the one in a folder."""
+        """Options that start a method's ConvNeXt from the one in a folder."""
         return {}
 
     @abstractmethod
@@ -223,7 +223,7 @@ class Method(ABC):
         """The plan for a picture of this size, in whole numbers, before any pixel is touched."""
 
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> nn.Module:
-        """What turns views (V, 3, h, w) into features (V, N, C)."""
+        """The tower: views (V, 3, h, w) -> features (V, N, C)."""
         from foveate.towers.vit import VisionTower
 
         return VisionTower(vision_config, layer)
@@ -239,11 +239,11 @@ class Method(ABC):
         pretrained: PreTrainedModel | None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Puts pretrained weights into a tower of `build_tower`; layers that are never run are left out.
+        """Puts pretrained weights into a tower of `build_tower`; layers that never run are left out.
 
         Args:
-            tower: as it was built.
-            pretrained: the vision tower that a new model was given; None where it was given a configuration.
+            tower: the tower as built.
+            pretrained: the given vision tower; None if only its configuration was given.
             weights: the tensors of `tower_weights`.
 
         Raises:
@@ -270,15 +270,15 @@ class Method(ABC):
         features: Callable[[], Tensor],
         plan: ViewPlan,
     ) -> Account:
-        """What more there is to tell of a picture, where that takes running tower or connector once more.
+        """Further details about a picture that need another run of the tower or connector.
 
-        Asked for drawings and explanations alone. `views` makes the picture's views (V, 3, h, w), normalised,
-        and `features` what the tower makes of them (V, N, C).
+        Called only for drawings and explanations. `views` makes the picture's views (V, 3, h, w), normalised,
+        and `features` the tower's output for them (V, N, C).
         """
         return Account()
 
     def converse(self, picture: Image.Image, question: str) -> Generator[Turn, str, Reply]:
-        """The conversation about one picture: yields turns, is sent the model's replies, returns the end.
+        """The conversation about one picture: yields turns, receives the model's replies, returns the end.
 
         A method that asks twice (first where to look, then the question) overrides this; earlier turns stay
         in the context of later ones.
@@ -287,12 +287,12 @@ class Method(ABC):
         return Reply(text)
 
     def turn_sizes(self, picture: Size) -> list[Size]:
-        """Per turn of `converse` the size of the picture that it shows, as far as it is known beforehand."""
+        """Per turn of `converse` the size of the picture that it shows, as far as known beforehand."""
         return [picture]
 
     @property
     def learns_regions(self) -> bool:
-        """Whether training needs to know where the questions of a picture want one to look."""
+        """Whether training needs the regions of interest of a picture's questions."""
         return False
 
     def lessons(
@@ -301,21 +301,21 @@ class Method(ABC):
         size: Callable[[], Size],
         regions: Mapping[int | None, Box],
     ) -> list[list[dict[str, Any]]]:
-        """What can be learnt from a conversation; training takes one of them at random at each visit.
+        """The lessons of a conversation; training draws one at random at each visit.
 
         Args:
             messages: of a training sample, its pictures as paths.
-            size: reads the size of its first picture.
-            regions: where to look for each of its questions, in original pixels as annotated; None: for all.
+            size: returns the size of its first picture.
+            regions: region of each question by number, in original pixels as annotated; key None: for all.
 
         Returns:
-            Conversations whose pictures may be `Cut`s; none where the sample is of no use.
+            Conversations whose pictures may be `Cut`s; empty if the sample cannot be used.
         """
         return [[dict(message) for message in messages]]
 
     @property
     def query_text(self) -> QueryText:
-        """Which text the connector reads, where `uses_query`."""
+        """The text that the connector reads if `uses_query`."""
         return "question"
 
     @property
@@ -324,17 +324,17 @@ class Method(ABC):
         return False
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
-        """Per visual token the part of the picture it stands for, original pixels; None where it is no part.
+        """Per visual token its part of the picture, in original pixels; None for tokens without one.
 
-        By default one view's grid, or the grids of all views after each other. Raises `FoveateError` where
-        the tokens are neither.
+        By default one view's grid, or the grids of all views in order. Raises `FoveateError` if the tokens
+        are neither.
         """
         per_view = plan.tokens if len(plan.views) == 1 else self.tower.tokens
         if plan.tokens == per_view * len(plan.views) and math.isqrt(per_view) ** 2 == per_view:
             grids = [(i, view.size) for i, view in enumerate(plan.views)]
             return [plan.to_picture(i, box) for i, size in grids for box in square_grid(size, per_view)]
         raise FoveateError(
-            f"{self.title} does not say where its visual tokens look: give the region otherwise"
+            f"{self.title} does not say where its visual tokens look: choose another way to give the region"
         )
 
     def describe_options(self) -> dict[str, Any]:
@@ -352,7 +352,7 @@ class Method(ABC):
 
 
 def square_grid(size: Size, cells: int) -> list[Box]:
-    """A view of this size cut into `cells` equal boxes, as many rows as columns, row by row."""
+    """A view cut into `cells` equal boxes, with as many rows as columns, row by row."""
     side = math.isqrt(cells)
     return [
         Box(

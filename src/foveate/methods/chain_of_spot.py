@@ -14,19 +14,19 @@ arXiv 2403.12966. Authors' code: dongyh20/Chain-of-Spot (a fork of LLaVA-1.5).
 
 Where we differ from the authors' code and why:
 
-- `wording: released` puts the question in quotes and asks "what is the region" where training said "where
-  is", as the released model is asked; `wording: paper` is equations 7 and 9.
+- `wording: released` puts the question in quotes and asks "what is the region", as the released model is
+  asked (training had "where is"); `wording: paper` is equations 7 and 9.
 - `box_format: unit_xxyy` is the order of equation 8, `unit_xyxy` that of the released model.
-- `parser: strict` is the grammar of `foveate.picture.boxes`; what is not a box leads to the whole picture,
-  with the reason in the answer's notes. `parser: authors` cuts off the first and the last character and
-  splits at ", ": lists without brackets lose digits, other spellings fail, and a failure goes unnoticed.
+- `parser: strict` is the grammar of `foveate.picture.boxes`; a reply that is not a box leads to the whole
+  picture, with the reason in the answer's notes. `parser: authors` cuts off the first and the last character
+  and splits at ", ": lists without brackets lose digits, other spellings fail, and failures go unnoticed.
 - `crop: original` cuts out original pixels; `crop: padded` cuts them from the picture padded to a square,
-  black beyond it, as the released model has learnt. Pixel coordinates make no huge picture, and a box
-  without area is the whole picture; the authors' program stops at one.
+  black beyond it, as in the released model's training. Pixel coordinates do not make huge pictures, and a box
+  without area means the whole picture; the authors' program stops at such boxes.
 - Questions whose region is missing or malformed are left out of training; the authors train them with the
   full picture.
-- A side that is too short for two different numbers is taught wider than it is, so that it can be read; the
-  authors teach a box without area.
+- A side that is too short for two different numbers is taught wider than it is, so that it can be read back;
+  the authors teach a box without area.
 - The paper freezes the projector and learns one question of a picture; the authors' code trains it and
   appends the other questions (`others: append`).
 - The second turn keeps the LLM's cache of the first (`foveate.ask.context`), and the first picture is encoded
@@ -63,23 +63,23 @@ from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, kno
 from foveate.picture.boxes import Frame, ReadBox, box_format, checked_box, fitted, read_box, write_box
 from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 
-PADDING = (122, 116, 104)  # CLIP's mean colour, in which the released model's squares are padded
-MOST_PIXELS = 2**25  # of a crop that is made beyond the picture: 100 MB
+PADDING = (122, 116, 104)  # CLIP's mean colour, the padding of the released model
+MOST_PIXELS = 2**25  # of a crop that reaches beyond the picture: 100 MB
 LONGEST = 2**14  # side of such a crop
-FARTHEST = 2.0**31  # a coordinate: pictures of PIL end there
-FINEST = 1000  # what box formats count in, over the whole picture, or finer
-CENTRE = 0.5  # of each side, for the crop of the middle: a quarter of the picture
-LEAST_SIDE = 14  # of a crop, pixels of the original: one patch of the tower when it is shown 1 : 1
-REGION_TOKENS = 64  # bound on the reply to the first instruction; a box of any format has fewer
+FARTHEST = 2.0**31  # bound on coordinates, which PIL's pictures cannot exceed
+FINEST = 1000  # least resolution of box formats over the whole picture
+CENTRE = 0.5  # fraction of each side for the central crop: a quarter of the picture
+LEAST_SIDE = 14  # of a crop, in original pixels: one patch of the tower at full resolution
+REGION_TOKENS = 64  # bound on the reply to the first instruction; boxes of all formats are shorter
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The two instructions; {q} is the question, `<image>` where a picture stands."""
+    """The two instructions; {q} is the question, `<image>` marks a picture."""
 
     where: str
     answer: str
-    learnt: str  # the first instruction as it is trained with
+    learnt: str  # the first instruction in training
 
 
 WORDINGS = {
@@ -102,11 +102,11 @@ class ChainOfSpotOptions(MethodOptions):
     retired: ClassVar[Mapping[str, Any]] = {"least_side": 14, "region_tokens": 64}
     projector_depth: int = 2  # linear layers of the projector
     wording: Literal["paper", "released"] = "paper"  # of the two instructions
-    box_format: str = "unit_xxyy"  # one of foveate.picture.boxes.BOX_FORMATS
+    box_format: str = "unit_xxyy"  # a name in foveate.picture.boxes.BOX_FORMATS
     parser: Literal["strict", "authors"] = "strict"  # what is read as a box
     crop: Literal["original", "padded"] = "original"  # whether the crop is cut from the padded square
-    extend: float = 0.0  # by which part of themselves a region's sides grow before it is cut out
-    suffix: str = ""  # text behind the second instruction, which the authors have for MMBench and ScienceQA
+    extend: float = 0.0  # fraction by which a region's sides grow before it is cut out
+    suffix: str = ""  # text after the second instruction, as the authors add for MMBench and ScienceQA
     region_from: Literal["question", "questions", "image", "centre"] = "question"  # in training, table 3a
     others: Literal["drop", "append"] = "drop"  # in training, the picture's other questions
 
@@ -141,7 +141,7 @@ class ChainOfSpot(Method):
 
     @classmethod
     def options_for(cls, ratio: int) -> dict[str, Any]:
-        """Boxes of whole numbers, which are easier to learn."""
+        """Options with boxes of whole numbers, which are easier to learn."""
         return {"box_format": "internvl"}
 
     @property
@@ -181,11 +181,11 @@ class ChainOfSpot(Method):
         return Reply(answer, [region] if region.width > 0 and region.height > 0 else [], notes)
 
     def turn_sizes(self, picture: Size) -> list[Size]:
-        """The second one is that of a region of a quarter of the picture; any other costs the same."""
+        """The second size assumes a region of a quarter of the picture; any other costs the same."""
         return [picture, Size(max(picture.height // 2, 1), max(picture.width // 2, 1))]
 
     def region(self, text: str, picture: Size) -> ReadBox:
-        """The box that the model wrote, in original pixels; beyond the border where the crop may be."""
+        """The box that the model wrote, in original pixels; it may cross the border if the crop may."""
         if self.options.parser == "authors":
             return authors_region(text, picture)
         return self._strict_region(text, picture)
@@ -203,7 +203,7 @@ class ChainOfSpot(Method):
         return ReadBox(box)
 
     def crop(self, picture: Image.Image, box: Box) -> Image.Image:
-        """The region's pixels; `plan` zooms them like the first picture."""
+        """The region's pixels; `plan` resizes them like the first picture."""
         size = Size(picture.height, picture.width)
         if self.options.crop == "padded":
             return _cut_square(picture, box)
@@ -217,7 +217,7 @@ class ChainOfSpot(Method):
         return fitted(box, picture, extend=self.options.extend, minimum=LEAST_SIDE)
 
     def _fitted_in_square(self, box: Box, square: Size) -> Box:
-        """As `_fitted`, in pixels of the padded square; a box that is large enough keeps its fractions."""
+        """As `_fitted`, in pixels of the padded square; a box that is large enough is not rounded."""
         if not self.options.extend and min(box.width, box.height) >= min(LEAST_SIDE, square.width):
             return box
         return fitted(box, square, extend=self.options.extend, minimum=LEAST_SIDE)
@@ -230,7 +230,7 @@ class ChainOfSpot(Method):
         size: Callable[[], Size],
         regions: Mapping[int | None, Box],
     ) -> list[list[dict[str, Any]]]:
-        """Two turns for each question about the picture whose region is known."""
+        """Two turns for each question about the picture with a known region."""
         shown = [part for m in messages for part in m["content"] if part["type"] == "image"]
         if len(shown) != 1:
             return super().lessons(messages, size, regions)
@@ -245,7 +245,7 @@ class ChainOfSpot(Method):
         return made
 
     def regions_for(self, questions: int, picture: Size, regions: Mapping[int | None, Box]) -> dict[int, Box]:
-        """The region of each question that has one, from where `region_from` says."""
+        """The region of each question that has one, as `region_from` selects it."""
         every = range(questions)
         source = self.options.region_from
         if source == "centre":
@@ -268,7 +268,7 @@ class ChainOfSpot(Method):
         return mine
 
     def _annotated(self, box: Box, picture: Size) -> Box | None:
-        """An annotated box as it is trained with; None where it shows nothing of the picture."""
+        """An annotated box as used in training; None if it shows nothing of the picture."""
         checked = checked_box([float(n) for n in box], picture).box
         if checked is None or self.options.crop == "original":
             return checked
@@ -276,13 +276,13 @@ class ChainOfSpot(Method):
         return Box(box.left, box.top, right, bottom)  # left and top may lie in the padding
 
     def _written(self, box: Box, picture: Size) -> str:
-        """The text of a region that is taught: as it is, or wider where it could not be read back.
+        """The text that teaches a region, widened if it could not be read back.
 
-        Only the side that is too short is widened: inside the picture, or into the padding of a picture that
-        is thinner than that.
+        Only a side that is too short is widened: inside the picture, or into the padding of a picture that is
+        thinner than that.
         """
         square, offset = _square(picture)
-        finest = math.ceil(2 * square.width / FINEST)  # pixels that are two numbers in any format
+        finest = math.ceil(2 * square.width / FINEST)  # pixels that give two numbers in any format
         wide = fitted(box, picture, minimum=finest)
         beyond = fitted(_moved(box, -offset.left, -offset.top), square, minimum=finest)
         for tried in (
@@ -303,7 +303,7 @@ class ChainOfSpot(Method):
         wording, (question, answer) = WORDINGS[self.options.wording], pairs[k]
         where = self._written(box, picture)
         if self.options.crop == "padded":
-            if self.options.extend:  # else as the authors do: of any size, down to a line of padding
+            if self.options.extend:  # else any size, as the authors do, down to a line of padding
                 square, offset = _square(picture)
                 inside = _moved(box, -offset.left, -offset.top)
                 box = _moved(fitted(inside, square, extend=self.options.extend), offset.left, offset.top)
@@ -332,9 +332,9 @@ class ChainOfSpot(Method):
 
 
 def authors_region(text: str, picture: Size) -> ReadBox:
-    """The box as the authors' evaluation reads it, in original pixels: it may reach beyond the padded square.
+    """The box as the authors' evaluation reads it, in original pixels; may reach beyond the padded square.
 
-    What stops their program (no width and no height) is no box here.
+    A box that stops their program (without width and height) is not a box here.
     """
     side, offset = max(picture), padded_square(picture, max(picture)).source
     try:
@@ -350,10 +350,10 @@ def authors_region(text: str, picture: Size) -> ReadBox:
 
 
 def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
-    """A part of the picture padded to a square: `PADDING` beside the picture, black beyond the square.
+    """A part of the picture padded to a square: `PADDING` around the picture, black beyond the square.
 
     Corners are rounded in the square's pixels, as PIL's `crop` does. Parts of more than `MOST_PIXELS` pixels
-    or sides longer than `LONGEST` are made smaller.
+    or with sides longer than `LONGEST` are shrunk.
     """
     size = Size(picture.height, picture.width)
     square = padded_square(size, max(size)).source
@@ -361,7 +361,7 @@ def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
     across, down = max(right - left, 1), max(bottom - top, 1)
     scale = min(1.0, math.sqrt(MOST_PIXELS / (across * down)), LONGEST / max(across, down))
     across, down = max(round(across * scale), 1), max(round(down * scale), 1)
-    if right == left or bottom == top:  # no width or no height: padding is all that shows
+    if right == left or bottom == top:  # no width or no height: only padding is visible
         return Image.new("RGB", (across, down), PADDING)
     page = Image.new("RGB", (across, down))
 
@@ -388,7 +388,7 @@ def _cut_square(picture: Image.Image, box: Box) -> Image.Image:
 
 
 def _square(picture: Size) -> tuple[Size, Box]:
-    """The padded square: its size, and where it lies in the picture's pixels."""
+    """The padded square: its size, and its place in the picture's pixels."""
     side = max(picture)
     return Size(side, side), padded_square(picture, side).source
 

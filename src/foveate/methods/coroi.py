@@ -9,15 +9,15 @@ Authors' code: none is public; this is written from the paper.
     the last window joins the question             CoroiConnector.chain  section 3.1, "Movement"
     clips of the high-resolution pictures          foveate.picture.source        sections 3, 4.1
     f_theta': low-resolution tokens read a clip    CrossAttention        section 3.2
-    the residual is added behind layer k           RoiInjector           section 3.2
+    the residual is added after layer k           RoiInjector           section 3.2
     layers k_j = floor(j L / 8) - 1, j = 2 to 7    decoder_layers        appendix
     576 tokens, or 2880                            Coroi.plan            section 4.1, "Model Variants"
     two stages                                     train/recipes/coroi   section 3.3
 
-The paper leaves much open. docs/methods/coroi.md lists the choices with the reasons. Those that change most:
+The paper leaves much open. docs/methods/coroi.md gives our choices and reasons. The most important ones:
 
-    gradient straight_through    an arg-max has no gradient and the tower is frozen, so that the scorer, taken
-                                 literally, never learns; a gate on the residual, 1 in value, lets it
+    gradient straight_through    an arg-max has no gradient and the tower is frozen, so taken literally
+                                 the scorer never learns; a gate of value 1 on the residual lets it learn
     pixels original              the text enlarges the 336-pixel picture, which adds no detail; here a window
                                  is cut from the original, resized to the scale
     distinct true                a chain chooses no window twice; the text does not say
@@ -80,32 +80,32 @@ class CoroiOptions(MethodOptions):
         "queries": "window",
         "zero_init": True,
     }
-    variant: Literal["v1", "v2"] = "v1"  # v2: the picture at twice the size as well, four views more
+    variant: Literal["v1", "v2"] = "v1"  # v2: also the picture at twice the size, four more views
     # Chain
-    scales: tuple[int, ...] = (2, 3, 4)  # lambda: how much larger the pictures are that windows are cut from
-    chain: bool = True  # false: its parts are there, but not run (first stage)
-    rois: int = 4  # n: windows per scale, one after the other
-    pixels: Literal["original", "upsampled"] = "original"  # what a window is cut from
+    scales: tuple[int, ...] = (2, 3, 4)  # lambda: magnifications of the pictures that windows are cut from
+    chain: bool = True  # false: its parts exist but do not run (first stage)
+    rois: int = 4  # n: windows per scale, chosen one after the other
+    pixels: Literal["original", "upsampled"] = "original"  # the pixels that a window is cut from
     history: Literal["last", "all", "none"] = (
         "last"  # earlier windows that join the question; none: no movement
     )
     distinct: bool = True  # whether a chain may not choose a window twice
     # Scorer
-    scorer_heads: int | None = None  # of both attentions; null: one per 64 channels
-    guide_norm: bool = False  # whether words and windows are normed before the scorer reads them
+    scorer_heads: int | None = None  # of both attentions; null: one head per 64 channels
+    guide_norm: bool = False  # whether words and windows pass a norm before the scorer reads them
     gradient: Literal["straight_through", "centred", "weighted", "gumbel", "none"] = "straight_through"
     temperature: float = 0.5  # of the softmax over a scale's windows
     # Injection
     layers: Literal["six", "three", "one"] | tuple[int, ...] = "six"  # decoder layers, 0-based
     projections: Literal["linear_norm", "norm_linear"] = "linear_norm"  # of query, key and value
     heads: int = 1  # of the attention to a window
-    overlap: Literal["add", "sequence"] = "add"  # windows of one token: all read the same state, or in turn
+    overlap: Literal["add", "sequence"] = "add"  # windows that share a token: at once, or in turn
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.scales or min(self.scales) < 2 or len(set(self.scales)) < len(self.scales):
             raise FoveateError(
-                f"scales must be different whole numbers from 2 on, as [2, 3, 4], not {list(self.scales)}"
+                f"scales must be different whole numbers from 2 up, as in [2, 3, 4], not {list(self.scales)}"
             )
         if self.rois < 1:
             raise FoveateError(f"rois must be at least 1, not {self.rois}")
@@ -122,29 +122,29 @@ class CoroiOptions(MethodOptions):
 
 
 def decoder_layers(choice: str | Sequence[int], depth: int) -> list[int]:
-    """Layers of an LLM of `depth` layers whose output is changed, 0-based, in rising order.
+    """Layers of an LLM of `depth` layers whose output is changed, 0-based, in increasing order.
 
-    Quarters of the LLM end at layers jL/8 - 1 for even j, the doubled ones lie halfway between.
-    Raises `FoveateError` for layers that the LLM does not have, and for its last one: what is said there to
-    the picture's tokens, no other token reads.
+    The quarters of the LLM end at layers jL/8 - 1 for even j; those for odd j lie halfway between. Raises
+    `FoveateError` for layers that the LLM does not have, and for its last one: no other token reads what it
+    changes in the picture's tokens.
     """
     if depth < 2:
         raise FoveateError(f"CoRoI needs an LLM of at least 2 layers, not {depth}")
     if not isinstance(choice, str):
         if not all(0 <= layer < depth - 1 for layer in choice):
             raise FoveateError(
-                f"layers {list(choice)} of an LLM of {depth} layers: choose from 0 to {depth - 2}"
+                f"layers {list(choice)} do not fit an LLM of {depth} layers: choose from 0 to {depth - 2}"
             )
         return sorted(choice)
     eighths = {"six": (2, 3, 4, 5, 6, 7), "three": (2, 4, 6), "one": (4,)}[choice]
-    return sorted({max(j * depth // 8 - 1, 0) for j in eighths})  # fewer where the LLM is small
+    return sorted({max(j * depth // 8 - 1, 0) for j in eighths})  # fewer for a small LLM
 
 
-# Which window.
+# Choosing a window.
 
 
 class Attention(nn.Module):
-    """Multi-head attention; a row without anything to read gets zeros."""
+    """Multi-head attention; rows with nothing to read get zeros."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         return split(self.query(x), self.heads)
 
     def forward(self, queries: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, heads, N, C / heads), (B, M, C), (B, M) where there is something -> (B, N, C)"""
+        """(B, heads, N, C / heads), (B, M, C), mask (B, M) of valid guides -> (B, N, C)"""
         key, value = split(self.key(source), self.heads), split(self.value(source), self.heads)
         if mask is None:
             return self.out(joined(F.scaled_dot_product_attention(queries, key, value)))
@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
 
 class LowView(NamedTuple):
-    """The low-resolution view as the scorer reads it, before any question; the same all along."""
+    """The low-resolution view as the scorer reads it, before any question; the same at every step."""
 
     tokens: Tensor  # (P, N, C) after the self attention
     queries: Tensor  # (P, heads, N, C / heads) of the cross attention
@@ -183,7 +183,7 @@ class Scorer(nn.Module):
             raise FoveateError(f"scorer_heads {heads} must divide the vision tower's width {width}")
         self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
-        # The same number added to all scores changes no choice: a last bias would have nothing to learn from.
+        # A number added to all scores changes no choice: a last bias would get no gradient.
         last = nn.Linear(4 * width, 1, bias=options.gradient == "weighted")
         first = nn.Linear(width, 4 * width)
         self.feed_forward = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), last)
@@ -196,7 +196,7 @@ class Scorer(nn.Module):
         return LowView(x, self.cross_attention.queries(self.cross_norm(x)))
 
     def forward(self, low: LowView, guides: Tensor, mask: Tensor) -> Tensor:
-        """Guides (B, M, C) and where there is one (B, M), B a multiple of P -> scores (B, N)."""
+        """Guides (B, M, C) and their mask (B, M), B a multiple of P -> scores (B, N)."""
         copies = len(guides) // len(low.tokens)
         tokens, queries = (x.repeat_interleave(copies, 0) for x in low)
         x = tokens + self.cross_attention(queries, self.guide_norm(guides), mask)
@@ -204,10 +204,10 @@ class Scorer(nn.Module):
 
 
 def integral(scores: Tensor) -> Tensor:
-    """(..., h, w) -> (..., h + 1, w + 1) sums of all that is above and left, in double precision.
+    """(..., h, w) -> (..., h + 1, w + 1) sums of everything above and to the left, in double precision.
 
-    So precise that windows which are equal stay equal: of them the first one is chosen. (In single precision
-    on MPS, which has no other: there a later one may win.)
+    This precision keeps equal windows equal, so that the first of them is chosen. (MPS has single precision
+    only: there a later one may win.)
     """
     exact = torch.float32 if scores.device.type == "mps" else torch.float64
     return F.pad(scores.to(exact).cumsum(-2).cumsum(-1), (1, 0, 1, 0))
@@ -221,52 +221,52 @@ def pooled(sums: Tensor, side: int) -> Tensor:
 
 
 def best(values: Tensor) -> Tensor:
-    """Averages of windows (P, rows, columns) -> number of the best, (P,); of equal ones the first."""
+    """Averages of windows (P, rows, columns) -> index of the best, (P,), the first on a tie."""
     return values.flatten(1).argmax(1)
 
 
 def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
-    """What the update of the chosen windows is multiplied by: (B, R) values of windows, (B,) -> (B,).
+    """The factor of the chosen windows' update: (B, R) values of windows, (B,) choices -> (B,).
 
-    1, with the gradient of the window's probability; or, weighted, its score between 0 and 1.
+    1, with the gradient of the window's probability; with `weighted`, its score between 0 and 1.
     """
     if options.gradient == "weighted":
         return values.gather(1, chosen[:, None])[:, 0].sigmoid()
     probability = (values / options.temperature).softmax(1).gather(1, chosen[:, None])[:, 0]
-    learns = 0.0 if options.gradient == "none" else 1.0  # zero, not nothing: other ranks wait for gradients
+    learns = 0.0 if options.gradient == "none" else 1.0  # zero, not None: other ranks wait for gradients
     return 1 + learns * (probability - probability.detach())
 
 
-# What becomes of it in the LLM.
+# Injecting it into the LLM.
 
 
 @dataclass
 class Group:
-    """Windows of one size that are injected at once; one that was chosen several times stands once."""
+    """Windows of one size that are injected at once, without repetitions."""
 
     rows: Tensor  # (R,) of InjectedWindows.features
-    places: Tensor  # (R, Q) low-resolution tokens that read each, numbers in Round.tokens
+    places: Tensor  # (R, Q) low-resolution tokens that read each, as indices into Round.tokens
     gates: Tensor  # (R,) factor of each window's update
 
 
 @dataclass
 class Round:
-    """Windows that read the same hidden states, so that their order does not matter."""
+    """Windows that read the same hidden states; their order does not matter."""
 
-    tokens: Tensor  # (U,) numbers among all visual tokens of the batch
+    tokens: Tensor  # (U,) indices into all visual tokens of the batch
     groups: list[Group]
 
 
 @dataclass
 class InjectedWindows:
-    """What the injectors get: features (R, N, C) of the windows that differ, and when they are read."""
+    """What the injectors get: features (R, N, C) of the distinct windows, and the rounds that read them."""
 
     features: Tensor
     rounds: list[Round]
 
 
 class Projection(nn.Module):
-    """A linear layer and a LayerNorm. `zero`: the output starts as zero."""
+    """A linear layer and a LayerNorm. `zero`: the output starts at zero."""
 
     def __init__(self, wide_in: int, wide_out: int, norm_first: bool, zero: bool) -> None:
         super().__init__()
@@ -313,10 +313,10 @@ class CrossAttention(nn.Module):
 
 
 class RoiInjector(Injector):
-    """Adds what the windows say to low-resolution tokens behind one decoder layer.
+    """Adds the windows' updates to low-resolution tokens after one decoder layer.
 
-    The layer may be on another device than the connector: the states go to where the windows are, and the
-    update comes back.
+    The layer may be on another device than the connector: the states are moved to the windows' device, and
+    the update is moved back.
     """
 
     def __init__(self, attention: CrossAttention) -> None:
@@ -347,10 +347,10 @@ def joined(x: Tensor) -> Tensor:
 
 
 class Window(NamedTuple):
-    """A window that was chosen: `row` and `column` of its first token in the low-resolution grid."""
+    """A chosen window: `row` and `column` of its first token in the low-resolution grid."""
 
     picture: int
-    scale: int  # its number in the options' scales
+    scale: int  # its index in the options' scales
     step: int
     row: int
     column: int
@@ -358,7 +358,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Chosen:
-    """All windows of a batch, repeated ones too, with their features and gates in the same order."""
+    """All windows of a batch, including repeated ones, with features and gates in the same order."""
 
     windows: list[Window]  # picture after picture, scale after scale, step after step
     features: Tensor  # (W, N, C)
@@ -372,7 +372,7 @@ class CoroiConnector(Connector):
         self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
         self.projector = mlp_projector(widths.vision, widths.text)
         self.question = nn.Linear(widths.text, widths.vision)
-        nn.init.zeros_(self.question.bias)  # small embeddings would be lost beside it
+        nn.init.zeros_(self.question.bias)  # a random bias would drown small embeddings
         # A list of one: so saved models name its weights.
         self.scorers = nn.ModuleList([Scorer(widths.vision, options)])
         self.choose: Callable[[Tensor], Tensor] = best
@@ -380,8 +380,8 @@ class CoroiConnector(Connector):
         self.attentions = nn.ModuleList(CrossAttention(widths, options) for _ in self.layers)
 
     def injectors(self) -> Mapping[int, Injector]:
-        # Without a chain they have nothing to inject, but an LLM that cannot take it is refused before the
-        # stage that does.
+        # Without a chain there is nothing to inject, but an LLM that does not allow injection is refused now,
+        # not only in the next stage.
         found: dict[int, Injector] = {}
         for layer, attention in zip(self.layers, self.attentions, strict=True):
             assert isinstance(attention, CrossAttention)
@@ -420,7 +420,7 @@ class CoroiConnector(Connector):
         )
 
     def _tokens(self, projected: Tensor) -> Tensor:
-        """(P, V, N, D) -> (P n, D): the low-resolution view; in v2 then the four others as one grid."""
+        """(P, V, N, D) -> (P n, D): the low-resolution view; in v2 also the four others as one grid."""
         low, high = projected[:, 0], projected[:, 1:]
         if high.shape[1]:
             tiles = high.unflatten(2, tuple(self.tower.grid)).unflatten(1, (2, 2))  # (P, 2, 2, h, w, D)
@@ -430,14 +430,14 @@ class CoroiConnector(Connector):
     # Selection and movement.
 
     def chain(self, low: Tensor, plans: Sequence[ViewPlan], query: Query | None, source: Source) -> Chosen:
-        """Section 3.1, all pictures and scales in step: the tower runs once a step, for new windows only."""
+        """Section 3.1, all pictures and scales together: one run of the tower per step, for new windows."""
         options, (pictures, scales) = self.options, (len(plans), len(self.sides))
         words, mask = self._words(low, query)  # (P, 1, T, C), (P, 1, T)
         view = self.scorer.read(low)
-        numbers: list[list[list[int]]] = []  # (n, P, m) windows
+        numbers: list[list[list[int]]] = []  # (n, P, m) indices of windows
         gates: list[Tensor] = []  # (P, m) each
         features: list[Tensor] = []  # (P, m, N, C) each
-        past: list[Tensor] = []  # those that join the question
+        past: list[Tensor] = []  # features that join the question
         taken: list[Tensor | None] = [None] * scales
         spread = self._spread() if low.is_meta else []
         sums = None
@@ -469,14 +469,14 @@ class CoroiConnector(Connector):
         return Chosen(sorted(windows), torch.stack(features, 2).flatten(0, 2), factors.flatten())
 
     def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
-        """U in the tower's width (P, 1, T, C), and where there is a token (P, 1, T)."""
-        if query is None or not query.mask.shape[1]:  # nothing to read; other ranks wait for gradients
+        """U in the tower's width (P, 1, T, C), and its mask (P, 1, T)."""
+        if query is None or not query.mask.shape[1]:  # nothing to read, but other ranks wait for gradients
             nothing = self.question(low.new_zeros(len(low), 1, 1, self.question.in_features))
             return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
         return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
 
     def select(self, values: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Averages of one scale's windows (P, rows, columns) -> number of the best and its gate, (P,) each.
+        """Averages of one scale's windows (P, rows, columns) -> index of the best and its gate, (P,) each.
 
         `taken` (P, rows columns): windows that may not be chosen.
         """
@@ -489,15 +489,15 @@ class CoroiConnector(Connector):
         return chosen, gate(values.flatten(1), chosen, self.options)
 
     def _count(self, scale: int) -> int:
-        """How many windows a scale has."""
+        """The number of windows of a scale."""
         grid, side = self.tower.grid, self.sides[scale]
         return (grid.height - side + 1) * (grid.width - side + 1)
 
     def _spread(self) -> list[list[int]]:
-        """Windows for pricing, when scores have no values: their numbers, (n, m).
+        """Windows for pricing, when scores have no values: their indices, (n, m).
 
-        All that a scale has, as far as steps go, and each where it covers the most tokens that no other one
-        does, the largest first: the more tokens read a window, the more it costs.
+        Each step takes the window that covers the most tokens not yet covered, largest scale first, up to all
+        windows of a scale: the more tokens read a window, the more it costs.
         """
         bare = np.ones(self.tower.grid, dtype=int)
         columns: list[list[int]] = [[] for _ in self.sides]
@@ -512,12 +512,12 @@ class CoroiConnector(Connector):
         return [[chosen[step % len(chosen)] for chosen in columns] for step in range(self.options.rois)]
 
     def _taken(self, scale: int, chosen: Tensor, before: Tensor | None) -> Tensor:
-        """(P, windows) which ones of a scale were chosen."""
+        """(P, windows) which windows of a scale were chosen."""
         now = F.one_hot(chosen, self._count(scale)).bool()
         return now if before is None else now | before
 
     def _windows(self, step: int, numbers: list[list[int]]) -> list[Window]:
-        """Of one step, picture after picture and scale after scale."""
+        """The windows of one step, picture after picture, scale after scale."""
         columns = [self.tower.grid.width - side + 1 for side in self.sides]
         return [
             Window(p, s, step, *divmod(number, columns[s]))
@@ -526,7 +526,7 @@ class CoroiConnector(Connector):
         ]
 
     def _look(self, window: Window, plan: ViewPlan) -> Look:
-        """Where a window lies on the low-resolution canvas."""
+        """A window's box on the low-resolution canvas."""
         side, patch = self.sides[window.scale], self.tower.patch_size
         left, top = window.column * patch, window.row * patch
         box = Box(left, top, left + side * patch, top + side * patch)
@@ -535,8 +535,8 @@ class CoroiConnector(Connector):
     # For the LLM.
 
     def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> InjectedWindows:
-        """`counts`: visual tokens per picture; the low-resolution ones come first."""
-        first: dict[tuple[int, Look], int] = {}  # of the windows that are the same
+        """`counts`: visual tokens per picture; low-resolution ones come first."""
+        first: dict[tuple[int, Look], int] = {}  # first occurrence of each window
         for i, (window, look) in enumerate(zip(chosen.windows, looks, strict=True)):
             first.setdefault((window.picture, look), i)
         row_of = {key: row for row, key in enumerate(first)}
@@ -548,9 +548,9 @@ class CoroiConnector(Connector):
         return InjectedWindows(features, [self._round(chosen, rows, part, starts) for part in parts])
 
     def _round(self, chosen: Chosen, rows: list[int], numbers: list[int], starts: list[int]) -> Round:
-        """Of the windows with these numbers; `rows` of all windows' features, `starts` of pictures' tokens.
+        """The windows with these indices; `rows` into all windows' features, `starts` of pictures' tokens.
 
-        Windows of a picture that are the same stand once, with the sum of their gates.
+        Identical windows of a picture are merged, and their gates added.
         """
         gates, device = chosen.gates, chosen.features.device
         cells: dict[int, dict[int, np.ndarray]] = {}  # window size -> row -> tokens
@@ -579,12 +579,12 @@ class CoroiConnector(Connector):
         return Round(torch.from_numpy(used).to(device), groups)
 
     def _cells(self, row: int, column: int, side: int) -> np.ndarray:
-        """Numbers of the low-resolution tokens that read a window."""
+        """Indices of the low-resolution tokens that read a window."""
         grid = np.arange(self.tower.tokens).reshape(self.tower.grid)
         return grid[row : row + side, column : column + side].flatten()
 
     def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
-        """One per scale, for the drawing. They keep this picture and nothing else of the batch."""
+        """One chain per scale, for the drawing. They hold this picture and nothing else of the batch."""
         steps, per_picture = self.options.rois, len(regions)
         pixels, norms, side = source.pictures[picture], source.norms[picture], self.tower.side
         chains = []
@@ -623,7 +623,7 @@ class Coroi(Method):
 
     @classmethod
     def options_for(cls, ratio: int) -> dict[str, Any]:
-        """The paper's scales as far as the picture's pixels go, and that at which all of them are seen."""
+        """The paper's scales up to the picture's resolution, and the scale of that resolution."""
         largest = max(ratio, 2)
         return {"scales": [*(scale for scale in (2, 3, 4) if scale < largest), largest]}
 
@@ -649,7 +649,7 @@ class Coroi(Method):
         return ViewPlan(picture, tuple(canvases), tuple(views), tokens, Size(2, 2) if two else NO_TILES)
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
-        """The low-resolution view's grid, then in v2 that of the picture at twice the size."""
+        """The low-resolution view's grid, in v2 followed by that of the picture at twice the size."""
         grids = zip(plan.canvases, (self.tower.tokens, 4 * self.tower.tokens), strict=False)
         boxes: list[Box | None] = []
         for canvas, tokens in grids:

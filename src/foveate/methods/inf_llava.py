@@ -27,10 +27,10 @@ Paper and authors' code differ. Each difference is an option; defaults are what 
     tiles [3, 3], picture           a square of 3 x 3 views                  as many views as fit (eqs 9-10)
 
 Where we differ from the authors: a reduction by bilinear interpolation reads one row in n of the large map,
-or two where n is even. What no such row depends on, views, queries and all that follows, is never computed;
-all views go through the tower in one call, and all parts through one attention for each direction. The
-results are those of `inf_llava_plain`, which computes everything. At inference their loader shows a picture
-of 336 pixels blown up to 1008; we show what they train on. For even n their low-resolution view would be
+or two if n is even. Views, queries and everything else that no such row depends on are never computed; all
+views go through the tower in one call, and all parts through one attention for each direction. The results
+are those of `inf_llava_plain`, which computes everything. At inference the authors' loader enlarges a picture
+of 336 pixels to 1008; we show the model what it was trained on. For even n their low-resolution view would be
 sampled between pixels without antialiasing; ours is the picture resized.
 """
 
@@ -91,28 +91,28 @@ from foveate.picture.geometry import (
 )
 
 MOST_PIXELS = 2**26  # of all views of one kind together: 200 MB as bytes
-MOST_VIEWS = 5  # along a side, where the picture decides: table 3 goes so far
+MOST_VIEWS = 5  # along a side with `tiles: picture`, as far as table 3 goes
 
 
 @dataclass(frozen=True)
 class InfLlavaOptions(MethodOptions):
     retired: ClassVar[Mapping[str, Any]] = {"limit": 5}
     # Views
-    tiles: tuple[int, ...] | Literal["picture"] = (3, 3)  # rows and columns; picture: as many as it fills
-    fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture takes the shape of all tiles together
-    crops: Literal["both", "local", "global"] = "both"  # table 6: one kind of views stands for both
+    tiles: tuple[int, ...] | Literal["picture"] = (3, 3)  # rows and columns; picture: as many as fit into it
+    fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture is fitted to the area of all tiles
+    crops: Literal["both", "local", "global"] = "both"  # table 6: one kind of views is used for both
     low_view: Literal["centre", "resized", "none"] = "centre"  # centre: the middle interleaved view
     low_mix: Literal["mean", "sum"] = "mean"  # of enhanced and low-resolution features
     # Enhancement
-    enhance: Literal["both", "global", "local", "none"] = "both"  # table 4; none: the maps are added
-    parts: Literal["crossed", "own"] = "crossed"  # into which parts a map's queries look
+    enhance: Literal["both", "global", "local", "none"] = "both"  # table 4; none: the maps are only added
+    parts: Literal["crossed", "own"] = "crossed"  # the parts that a map's queries attend to
     attention: Literal["residual", "plain"] = "residual"
     heads: int = 8
     shared: bool = True  # one attention for both directions
     # Fusion and pooling
     fusion: Literal["concat", "conv", "multiply", "weighted", "max", "add"] = "concat"  # table 5
     embed: Literal["bottleneck", "linear"] = "bottleneck"  # before concat
-    fused: Literal["authors", "paper"] = "authors"  # what follows the fusion, and the order of concat
+    fused: Literal["authors", "paper"] = "authors"  # the layers after the fusion, and the order of concat
     pool: Literal["bilinear", "average"] = "bilinear"
     projector_depth: int = 2  # linear layers of the projector
 
@@ -127,7 +127,7 @@ class InfLlavaOptions(MethodOptions):
 
 
 def pooling(rows: int, pooled: int, mode: str) -> np.ndarray:
-    """Weights (pooled, rows) of a reduction as torch's bilinear (not aligned) or adaptive average one."""
+    """Weights (pooled, rows) of torch's bilinear (corners not aligned) or adaptive average reduction."""
     weights = np.zeros((pooled, rows))
     for i in range(pooled):
         if mode == "average":
@@ -152,7 +152,7 @@ def directions(options: InfLlavaOptions) -> tuple[Direction, ...]:
 
 
 def axis_plan(axis: Axis, pooled: int, options: InfLlavaOptions) -> AxisPlan:
-    """What must be computed along one axis for a pooled grid of so many rows, or columns."""
+    """What must be computed along one axis for a pooled grid with this number of rows, or columns."""
     added = [cut for cut in CUTS if options.crops in ("both", cut)] if options.enhance == "none" else []
     return AxisPlan(
         axis,
@@ -164,7 +164,7 @@ def axis_plan(axis: Axis, pooled: int, options: InfLlavaOptions) -> AxisPlan:
 
 
 class Scheme:
-    """What must be computed for a picture of `tiles` views, and in which order the views come."""
+    """What must be computed for a picture of `tiles` views, and the order of the views."""
 
     def __init__(self, tiles: Size, tower: TowerGeometry, pooled: int, options: InfLlavaOptions) -> None:
         self.tiles, self.tower, self.options = tiles, tower, options
@@ -177,7 +177,7 @@ class Scheme:
 
     @cached_property
     def views(self) -> list[View]:
-        """Every view once, in the tower's order; one that two need stands where the first needs it."""
+        """Every view once, in the tower's order; a shared view comes at its first use."""
         order = {_pixels(view): view for cut in CUTS for view in self._stack(cut)}
         if self.low is not None:
             order.setdefault(_pixels(self.low), self.low)
@@ -193,7 +193,7 @@ class Scheme:
         return View(1, whole(self.tower.side), "low resolution")
 
     def every(self, cut: Cut) -> tuple[View, ...]:
-        """All views of one kind, whether they are needed or not."""
+        """All views of one kind, needed or not."""
         make = tiled if cut == "local" else interleaved
         return make(0, self.tiles, self.tower.side)
 
@@ -204,13 +204,13 @@ class Scheme:
 
     @cached_property
     def numbers(self) -> dict[Cut, np.ndarray]:
-        """Per cut, the views of its stack as numbers in `views`."""
+        """Per cut, the views of its stack as indices into `views`."""
         numbers = {_pixels(view): i for i, view in enumerate(self.views)}
         return {cut: np.array([numbers[_pixels(view)] for view in self._stack(cut)], int) for cut in CUTS}
 
     @cached_property
     def low_number(self) -> int | None:
-        """Of the low-resolution view in `views`."""
+        """Index of the low-resolution view in `views`."""
         return None if self.low is None else [_pixels(v) for v in self.views].index(_pixels(self.low))
 
     @cached_property
@@ -220,7 +220,7 @@ class Scheme:
 
 
 def _pixels(view: View) -> tuple[int, Box, Size]:
-    """What makes two views the same."""
+    """The identity of a view."""
     return view.canvas, view.box, view.steps
 
 
@@ -237,7 +237,7 @@ def shrunk(canvas: Canvas, tiles: Size) -> Canvas:
 
 
 class CrossAttention(nn.Module):
-    """Tokens of one map look into those of the other: LN(o(softmax(q k) v) + x), or softmax(q k) v alone."""
+    """Tokens of one map attend to those of the other: LN(o(softmax(q k) v) + x), or softmax(q k) v alone."""
 
     def __init__(self, width: int, options: InfLlavaOptions) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class Fusion(nn.Module):
         if self.kind == "concat":
             self.embed = nn.ModuleDict({cut: embedding(width, options.embed) for cut in CUTS})
         elif self.kind == "conv":
-            self.conv = nn.Conv2d(2 * width, width, 3, stride=3)  # of 3 x 3 neighbours laid out apart
+            self.conv = nn.Conv2d(2 * width, width, 3, stride=3)  # over 3 x 3 neighbours, laid out apart
         elif self.kind == "weighted":
             self.weights = nn.Parameter(torch.full((2,), 0.5))
         if self.authors:
@@ -308,7 +308,7 @@ class Fusion(nn.Module):
 
 
 def embedding(width: int, kind: str) -> nn.Module:
-    """Half as many channels, before two maps are concatenated."""
+    """Halves the channels before two maps are concatenated."""
     if kind == "linear":
         return nn.Linear(width, width // 2, bias=False)
     narrow = max(1, width // 16)
@@ -336,7 +336,7 @@ class InfConnector(Connector):
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         first_view = [0, *accumulate(len(plan.views) for plan in plans)]
         tokens: dict[int, Tensor] = {}
-        for tiles in dict.fromkeys(plan.tiles for plan in plans):  # pictures of one shape together
+        for tiles in dict.fromkeys(plan.tiles for plan in plans):  # pictures with equal tiles together
             mine = [p for p, plan in enumerate(plans) if plan.tiles == tiles]
             scheme = self.scheme(tiles)
             rows = [first_view[p] + view for p in mine for view in range(len(scheme.views))]
@@ -348,7 +348,7 @@ class InfConnector(Connector):
         return VisualTokens(torch.cat([tokens[p] for p in range(len(plans))]))
 
     def dual(self, views: Tensor, scheme: Scheme) -> Tensor:
-        """(P, V, N, C) -> those rows and columns of V_dual that pooling reads, (P, h, w, C)."""
+        """(P, V, N, C) -> the rows and columns of V_dual that pooling reads, (P, h, w, C)."""
         stacks = self.stacks(views, scheme)
         if not scheme.groups:
             rows, columns = scheme.rows, scheme.columns
@@ -391,7 +391,7 @@ class InfConnector(Connector):
     def _looking(
         self, direction: Direction, stacks: Mapping[Cut, Tensor], scheme: Scheme
     ) -> tuple[Tensor, Tensor]:
-        """Queries (P A B, m n, C) and what they look into (P A B, N, C), for A x B parts."""
+        """Queries (P A B, m n, C) and what they attend to (P A B, N, C), for A x B parts."""
         rows, columns = scheme.groups[direction]
         return (
             parts_of(stacks[direction.queries], rows.queries, columns.queries),
@@ -408,7 +408,7 @@ class InfConnector(Connector):
         return reduced(dual, scheme.rows.weights, scheme.columns.weights)
 
     def mixed(self, dual: Tensor, views: Tensor, scheme: Scheme) -> Tensor:
-        """The pooled map (P, pooled, pooled, C) with the low-resolution view, pooled alike, in it."""
+        """The pooled map (P, pooled, pooled, C) mixed with the low-resolution view, which is pooled alike."""
         if scheme.low_number is None:
             return dual
         low = views[:, scheme.low_number].unflatten(1, tuple(self.grid))  # (P, h, w, C)
@@ -421,7 +421,7 @@ class InfConnector(Connector):
 
     @torch.no_grad()
     def account(self, features: Callable[[], Tensor], plan: ViewPlan) -> Account:
-        """Where the enhancement looked, and which views cannot reach the answer."""
+        """Where the enhancement looked, and how many views cannot reach the answer."""
         scheme = self.scheme(plan.tiles)
         cuts = CUTS if self.options.crops == "both" else (self.options.crops,)
         every = [_pixels(view) for cut in cuts for view in scheme.every(cut)]
@@ -430,7 +430,7 @@ class InfConnector(Connector):
         if not scheme.groups:
             return Account(notes=notes)
         attended = self.attended(features()[None], scheme)
-        weights = (attended / attended.max()).clip(min=0.01)  # 0 would mean that it was dropped
+        weights = (attended / attended.max()).clip(min=0.01)  # 0 would mean dropped
         page = ViewPlan(plan.picture, plan.canvases, (View(0, whole(scheme.canvas), "page"),), plan.tokens)
         left, top, right, bottom = map(float, page.to_picture(0, whole(scheme.canvas)))
         across, down = (right - left) / weights.shape[1], (bottom - top) / weights.shape[0]
@@ -445,7 +445,7 @@ class InfConnector(Connector):
     def attended(self, views: Tensor, scheme: Scheme) -> np.ndarray:
         """How much attention each cell of a picture's large map gets, (1, V, N, C) -> (rows, columns).
 
-        A token of an interleaved view shows n x n cells, which share what it gets.
+        A token of an interleaved view covers n x n cells, which share its attention.
         """
         stacks = self.stacks(views, scheme)
         tiles, grid = scheme.tiles, self.grid
@@ -502,7 +502,7 @@ class InfLlava(Method):
         return {"tiles": [ratio, ratio]}
 
     def scheme(self, tiles: Size) -> Scheme:
-        """What must be computed for a picture of so many rows and columns of views."""
+        """What must be computed for a picture with these rows and columns of views."""
         if tiles not in self._schemes:
             self._schemes[tiles] = Scheme(tiles, self.tower, self.pooled, self.options)
         return self._schemes[tiles]
@@ -518,7 +518,7 @@ class InfLlava(Method):
         return ViewPlan(picture, canvases[:used], tuple(scheme.views), self.pooled**2, scheme.tiles)
 
     def _tiles(self, picture: Size) -> Size:
-        """Eqs 9-10: as many views as lie side by side in the picture, `MOST_VIEWS` at most."""
+        """Eqs 9-10: as many views as fit side by side into the picture, at most `MOST_VIEWS`."""
         if self.options.tiles != "picture":
             return Size(*self.options.tiles)
         longest = max(picture)
@@ -527,7 +527,7 @@ class InfLlava(Method):
         return Size(*(max(1, n // self.tower.image_size) for n in picture))
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
-        canvas = plan.canvases[0].size  # the pooled grid lies over all of it
+        canvas = plan.canvases[0].size  # the pooled grid covers all of it
         over = ViewPlan(plan.picture, plan.canvases[:1], (View(0, whole(canvas), "canvas"),), plan.tokens)
         return [over.to_picture(0, box) for box in square_grid(canvas, plan.tokens)]
 

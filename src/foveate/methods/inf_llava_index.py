@@ -1,7 +1,7 @@
-"""Which rows of INF-LLaVA's two large maps reach the answer, and where they lie among the views' features.
+"""Which rows of INF-LLaVA's two large maps reach the answer, and their places in the views' features.
 
-A reduction by bilinear interpolation reads one row in n of the large map, or two. What no such row depends on
-is never computed. All plans here are along one axis, since both croppings treat rows and columns alike.
+A reduction by bilinear interpolation reads one row in n of the large map, or two. Anything that no such row
+depends on is never computed. All plans here are along one axis, as both croppings treat both axes alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Axis:
     tokens: int
 
     def split(self, cut: Cut, row: int) -> tuple[int, int]:
-        """A row of the large map -> the view, or the part, that it belongs to, and its row in there."""
+        """A row of the large map -> its view or part, and its row within that."""
         if cut == "local":
             return divmod(row, self.tokens)
         place, view = divmod(row, self.views)
@@ -40,7 +40,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Direction:
-    """One of the two enhancements: queries of one map look into keys of the other, part by part."""
+    """One of the two enhancements: queries of one map attend to keys of the other, part by part."""
 
     name: Cut  # of the map that is enhanced
     queries: Cut
@@ -50,9 +50,9 @@ class Direction:
 
 @dataclass(frozen=True)
 class Groups:
-    """The queries of one direction along one axis, grouped by the part that they look into.
+    """The queries of one direction along one axis, grouped by the part that they attend to.
 
-    Groups are as long as the longest; `real` tells what fills them up.
+    Groups are padded to the longest; `real` is False for padding.
     """
 
     queries: np.ndarray  # (parts, m) rows of the queries' stack
@@ -63,22 +63,22 @@ class Groups:
 
 
 class AxisPlan:
-    """What must be computed along one axis of the large map, and where it lies.
+    """What must be computed along one axis of the large map, and where it is stored.
 
-    Features of views are never rearranged into large maps. They stay in stacks, one below the other in the
-    order of `views`; `at` says where a row of the large map lies in its stack.
+    The views' features are never rearranged into large maps. They stay in stacks, one below the other in the
+    order of `views`; `at` gives a large map's rows as rows of a stack.
 
     Args:
         axis: of the large map.
         pooling: (pooled, rows) weights of the reduction.
-        directions: which map is enhanced, and by what.
+        directions: which map is enhanced by which.
         neighbours: whether the fusion reads the rows beside each.
-        added: cuts whose maps are read without enhancement.
+        added: cuts whose maps are also read without enhancement.
 
     Attributes:
         fused: rows of the large map that the pooled one depends on.
         weights: (pooled, fused) of the pooling.
-        live: rows that the fused ones depend on: themselves, or their neighbours as well.
+        live: rows that the fused ones depend on: themselves, with `neighbours` also those beside them.
         near: (fused, 3) with `neighbours`: above, at and below each row, as places in
             `live`; -1 beyond the border. Else None.
         views: per cut, the views along this axis that the live rows depend on.
@@ -114,7 +114,7 @@ class AxisPlan:
         return {self.axis.split(cut, row)[0] for row in rows}
 
     def _looked_at(self, direction: Direction) -> list[int]:
-        """All rows of the parts that live queries look into, part by part."""
+        """All rows of the parts that live queries attend to, part by part."""
         parts = sorted(self._views(direction.parts, self.live))
         return [
             self.axis.join(direction.parts, part, place)
@@ -123,7 +123,7 @@ class AxisPlan:
         ]
 
     def at(self, cut: Cut, rows: Iterable[int]) -> list[int]:
-        """Where rows of the large map lie in the stack of a cut's views."""
+        """Rows of the large map -> rows in the stack of a cut's views."""
         order = {view: i for i, view in enumerate(self.views[cut])}
         split = (self.axis.split(cut, row) for row in rows)
         return [order[view] * self.axis.tokens + place for view, place in split]
@@ -147,11 +147,11 @@ class AxisPlan:
         )
 
 
-# Features by such numbers.
+# Indexing features.
 
 
 def index(numbers: np.ndarray, like: Tensor) -> Tensor:
-    """Numbers where the features are."""
+    """Indices on the features' device."""
     return torch.from_numpy(numbers).to(like.device)
 
 
@@ -162,7 +162,7 @@ def gathered(stack: Tensor, rows: Sequence[int] | np.ndarray, columns: Sequence[
 
 def neighbours(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
     """(P, h, w, C) -> (P, 3 rows, 3 columns, C): each row and column between its neighbours, zero beyond."""
-    edged = F.pad(x, (0, 0, 0, 1, 0, 1))  # number -1 is a row, or column, of zeros
+    edged = F.pad(x, (0, 0, 0, 1, 0, 1))  # index -1 is a row, or column, of zeros
     return gathered(edged, rows.flatten() % edged.shape[1], columns.flatten() % edged.shape[2])
 
 
@@ -173,7 +173,7 @@ def parts_of(stack: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
 
 
 def covered(plan: AxisPlan, cut: Cut) -> np.ndarray:
-    """(rows of the large map, rows of a stack): which part of a token's attention each row gets."""
+    """(rows of the large map, rows of a stack): the fraction of a token's attention that each row gets."""
     axis = plan.axis
     shares = np.zeros((axis.views * axis.tokens, len(plan.views[cut]) * axis.tokens))
     for i, view in enumerate(plan.views[cut]):

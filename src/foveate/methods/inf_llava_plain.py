@@ -1,6 +1,6 @@
-"""INF-LLaVA in full: every view, every part by itself, maps as large as they are, softmax written out.
+"""INF-LLaVA in full: every view, every part by itself, maps at full size, softmax written out.
 
-The plain form of the paper's equations, beside which `foveate.methods.inf_llava` can be read: the method must
+The plain form of the paper's equations, to compare `foveate.methods.inf_llava` with: the method must
 agree with it, and `benchmarks/inf_llava.py` times it. No model runs it.
 
     cropping, recombination     cut, joined        eqs 5-6, 9-17
@@ -40,7 +40,7 @@ def joined(parts: Sequence[Tensor], tiles: Size, kind: str) -> Tensor:
 
 
 def attend(module: CrossAttention, x: Tensor, source: Tensor) -> Tensor:
-    """(B, h, w, C) and as much again -> (B, h, w, C), its map of attention in memory."""
+    """Twice (B, h, w, C) -> (B, h, w, C), with the attention map in memory."""
     b, h, w, c = x.shape
     heads = module.heads
 

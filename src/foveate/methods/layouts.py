@@ -1,4 +1,4 @@
-"""How other people's checkpoints name things.
+"""How other people's checkpoints name configurations and weights.
 
 A method's file says what its released checkpoints look like (`Layout`). Two families share most of their
 names: `hf`, as transformers saves its own LLaVA classes, and `original`, as the training code of
@@ -17,7 +17,7 @@ Json: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a released checkpoint of a method looks.
+    """The layout of a method's released checkpoints.
 
     Attributes:
         name: whose checkpoints these are, for messages.
@@ -25,14 +25,14 @@ class Layout:
         recognises: whether a config.json, read as plain JSON, is of this layout.
         options: (config.json, preprocessor_config.json) -> the method's options.
         keys: regular expression on a checkpoint's key -> Foveate's key; tried before the family's own.
-        drops: keys that have no counterpart because nothing reads them.
-        optional: regular expressions on Foveate's keys that only some options have a place for.
+        drops: keys that have no counterpart because they are never read.
+        optional: regular expressions on Foveate's keys that exist only with some options.
         separator: the key of config.json with the LLM token that separates groups of visual tokens.
-        connector_files: what a stage in which only the connector trains writes.
-        told_by: regular expression on the weights' keys, at least one of which must match, where config.json
-            alone does not tell the layout; such layouts are tried before the others.
-        only_named: nothing tells these checkpoints from those of another method: they are read as this
-            method's only where it is named.
+        connector_files: files written by a stage in which only the connector trains.
+        told_by: regular expression that must match a key of the weights, if config.json alone does not
+            identify the layout; such layouts are tried before the others.
+        only_named: these checkpoints look like another method's: they are read as this method's only if it is
+            named.
         template: chat template that these checkpoints were trained with; None: their folder's own, and for
             `original` ones that of their LLM.
     """
@@ -78,7 +78,7 @@ def known_projector(config: Mapping[str, Any]) -> bool:
 
 
 def connector_options(config: Mapping[str, Any]) -> Json:
-    """What such methods call alike: how a picture becomes a square, and the depth of the projector."""
+    """Options common to such methods: how a picture becomes a square, and the projector's depth."""
     return {
         "fit": "pad" if config.get("image_aspect_ratio") == "pad" else "crop",
         "projector_depth": PROJECTORS[config.get("mm_projector_type", "linear")],
@@ -86,7 +86,7 @@ def connector_options(config: Mapping[str, Any]) -> Json:
 
 
 def convert_key(layout: Layout, key: str) -> str | None:
-    """Foveate's name of a released checkpoint's key; None for what nothing reads."""
+    """Foveate's name of a released checkpoint's key; None for keys that are never read."""
     if any(re.search(pattern, key) for pattern in (*BUFFERS, *layout.drops)):
         return None
     for pattern, replacement in {**layout.keys, **FAMILY_KEYS[layout.family]}.items():

@@ -7,8 +7,8 @@ Authors' code: haotian-liu/LLaVA (Apache-2.0).
     patch tokens -> MLP -> LLM              LlavaConnector   section 3.2 (the MLP), 576 tokens
 
 Where versions differ: the authors train and run with the picture padded to a square in the mean colour
-(`fit: pad`, done at original resolution before resizing); their pretraining stage and the image processor
-that Hugging Face ships with its converted checkpoints cut out the centre (`fit: crop`).
+(`fit: pad`, at original resolution, before resizing); their pretraining stage, and the image processor that
+Hugging Face ships with its converted checkpoints, crop to the centre (`fit: crop`).
 """
 
 from __future__ import annotations

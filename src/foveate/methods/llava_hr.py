@@ -11,24 +11,24 @@ arXiv 2403.03003. Authors' code: luogen1996/LLaVA-HR (Apache-2.0).
     ... + F_vh                              FinalFusion.forward                 equation 2
     -> MLP -> LLM                           LlavaHRConnector                    section 3
 
-Where paper and code differ, we do as the code: the released checkpoints need it. In front the options that
-change it, if there are any, with the code's choice first:
+Where paper and code differ, we follow the code: the released checkpoints need it. The first column names the
+options that change it, if any, with the code's choice first:
 
     gate_per: picture | channel             g is one number per picture and has biases, not a vector without
     gate_reads: sum | mapped                the gate reads F + f_l(F), not f_l(F) alone
-    groups: 4, blocks                       adapters between four groups of blocks, not behind each block
+    groups: 4, blocks                       adapters between four groups of blocks, not after each block
     low_map, high_map: conv, mlp            7 x 7 depthwise or 1 x 1 convolution, GELU, 1 x 1 convolution
-    fit: pad | crop                         the first stage cuts out the centre
-    adapters: true | false                  the first stage does without
+    fit: pad | crop                         the first stage crops to the centre
+    adapters: true | false                  the first stage has none
                                             a linear layer on both sides of the last sum, not on F_vh alone
                                             I_l is made from the normalised I_h, without antialiasing
                                             the ViT's last layer is read, not the last but one
-                                            the class token takes no part in the ViT's attention
+                                            the class token is not in the ViT's attention
                                             a fresh adapter changes nothing; the paper does not say
 
-No norm follows the ViT's last layer. In the numbers we differ from the code in nothing: attention never holds
-its maps in memory, positions are resampled once, layers that nobody reads are not built, activations are
-checkpointed only in training and on request.
+No norm follows the ViT's last layer. Results are the code's; the computation differs: attention maps are
+never stored, positions are resampled once, unused layers are not built, and activations are checkpointed only
+in training and on request.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ class LlavaHROptions(MethodOptions):
     }
     # Sides of the ViT's and the ConvNeXt's view, pixels; the finest pair within max_visual_tokens is used.
     resolutions: tuple[tuple[int, int], ...] | None = None  # null: `default_sides`
-    magnify: int | None = None  # instead of resolutions: the tower's own side, and so many times as much
+    magnify: int | None = None  # instead of resolutions: the tower's own side, and that times this number
     fit: Literal["pad", "crop"] = "pad"  # how a picture becomes a square
     convnext: ConvNextShape = field(default_factory=ConvNextShape)
-    groups: int = 4  # of ViT blocks, equally many; an adapter behind each but the last
-    blocks: tuple[int, ...] | None = None  # instead of groups: ViT blocks, from 1, with an adapter behind
-    adapters: bool = True  # false: they are there, but not run (first stage)
+    groups: int = 4  # equal groups of ViT blocks; an adapter after each but the last
+    blocks: tuple[int, ...] | None = None  # instead of groups: ViT blocks, from 1, that an adapter follows
+    adapters: bool = True  # false: they exist but do not run (first stage)
     paths: Literal["both", "low", "high"] = "both"
     direction: Literal["high_to_low", "low_to_high"] = "high_to_low"
     low_map: Literal["conv", "mlp"] = "conv"  # f_l
@@ -108,16 +108,16 @@ class LlavaHROptions(MethodOptions):
         if self.magnify is not None and self.magnify < 1:
             raise FoveateError(f"magnify must be at least 1, not {self.magnify}")
         if self.blocks is not None and self.direction == "low_to_high":
-            raise FoveateError("blocks are the ViT's: leave them out where direction is low_to_high")
+            raise FoveateError("blocks are the ViT's: leave them out with direction low_to_high")
 
 
 def default_sides(patch: int) -> tuple[tuple[int, int], ...]:
-    """Low and high sides for a ViT with such patches: grids of 16, 24 and 32, as ConvNeXt-L's are there."""
+    """Low and high sides for a ViT with this patch size: grids of 16, 24 and 32, like ConvNeXt-L's."""
     return tuple((high // 32 * patch, high) for high in (512, 768, 1024))
 
 
 class Pair(NamedTuple):
-    """Sides of the two views in pixels, and of the ViT's grid in tokens."""
+    """Sides of the two views in pixels, and side of the ViT's grid in tokens."""
 
     low: int
     high: int
@@ -125,8 +125,8 @@ class Pair(NamedTuple):
 
 
 def make_pair(low: int, high: int, patch: int, stride: int) -> Pair:
-    """Checks that the two grids agree: one divides the other. Raises `FoveateError` with pairs that do."""
-    fits = f"; {fitting(low, high, patch, stride)} would do"
+    """Checks that one grid divides the other. Raises `FoveateError` that suggests pairs that fit."""
+    fits = f"; {fitting(low, high, patch, stride)} would fit"
     if low % patch:
         raise FoveateError(f"resolutions: {low} pixels cannot be divided by the ViT's patch of {patch}{fits}")
     if high % stride:
@@ -143,7 +143,7 @@ def make_pair(low: int, high: int, patch: int, stride: int) -> Pair:
 
 
 def fitting(low: int, high: int, patch: int, stride: int) -> str:
-    """Pairs near one that does not fit: with the grid of its high side, and with that of its low side."""
+    """Fitting pairs near one that does not fit: with the grid of its high side, and of its low side."""
     grids = dict.fromkeys(max(round(n), 1) for n in (high / stride, low / patch))
     return " or ".join(f"[{grid * patch}, {grid * stride}]" for grid in grids)
 
@@ -176,8 +176,8 @@ def mapping(kind: str, wide_in: int, wide_out: int) -> nn.Sequential:
 class Score(nn.Linear):
     """A linear layer with one output.
 
-    The last bit of a matrix-vector product depends on where in memory the weight lies, which changes with
-    saving and loading; that of a sum of products does not.
+    The last bit of a matrix-vector product depends on the weight's place in memory, which changes with saving
+    and loading; a sum of products has no such dependence.
     """
 
     def __init__(self, wide_in: int) -> None:
@@ -218,7 +218,7 @@ class MRAdapter(nn.Module):
         return kept + gate * incoming
 
     def parts(self, low: Tensor, high: Tensor) -> Mixed:
-        """The terms of `forward`, apart."""
+        """The terms of `forward`, separately."""
         mapped = self.f_l(low)
         kept = low + mapped
         incoming = aligned(self.f_h(high), low.shape[-1])  # mapped on its own grid first
@@ -231,7 +231,7 @@ class MRAdapter(nn.Module):
 
 
 class FinalFusion(nn.Module):
-    """The last sum of equation 2; the pathways differ in width, so F_vh needs a linear layer at least."""
+    """The last sum of equation 2; the pathways differ in width, so F_vh needs at least a linear layer."""
 
     def __init__(self, low: int, high: int, options: LlavaHROptions) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class FinalFusion(nn.Module):
         return incoming if kept is None else kept + incoming
 
     def parts(self, tokens: Tensor | None, high: Tensor, grid: int) -> tuple[Tensor | None, Tensor]:
-        """The terms of `forward`, apart."""
+        """The terms of `forward`, separately."""
         incoming = self.high(as_tokens(aligned(high, grid)))
         return None if tokens is None else self.low(tokens), incoming
 
@@ -255,7 +255,7 @@ class DualTower(nn.Module):
     Args:
         config: the ViT's configuration.
         options: the method's.
-        pairs: resolutions that may come.
+        pairs: resolutions that may occur.
     """
 
     def __init__(self, config: PreTrainedConfig, options: LlavaHROptions, pairs: Sequence[Pair]) -> None:
@@ -263,10 +263,10 @@ class DualTower(nn.Module):
         self.options = options
         self.pairs = {pair.high: pair for pair in pairs}
         self.adapters = nn.ModuleList()
-        self.places: tuple[int, ...] = ()  # blocks or stages, from 1, with an adapter behind
+        self.places: tuple[int, ...] = ()  # blocks or stages, from 1, that an adapter follows
         width, widths = config.hidden_size, options.convnext.widths
         if options.paths != "high":
-            self.model = build_vit(config)  # the name that all towers have
+            self.model = build_vit(config)  # the same name as in other towers
             self.norm = CLIP_LIKE[config.model_type]
         if options.paths != "low":
             self.convnext = ConvNext(options.convnext)
@@ -317,7 +317,7 @@ class DualTower(nn.Module):
         return low.to(pixels.dtype)
 
     def read_high(self, pixels: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(V, 3, R, R) -> (V, C', h, h), the last stage; adapters between stages where tokens are given."""
+        """(V, 3, R, R) -> (V, C', h, h), the last stage; adapters between stages if tokens are given."""
         features = self.convnext.embeddings(pixels.contiguous(memory_format=torch.channels_last))
         low = None if tokens is None else as_map(tokens)
         for number in range(1, len(self.convnext.stages) + 1):
@@ -327,7 +327,7 @@ class DualTower(nn.Module):
         return features
 
     def read_low(self, pixels: Tensor, high: Tensor | None = None) -> Tensor:
-        """(V, 3, r, r) -> (V, N, C); adapters between the blocks where high-resolution features are given."""
+        """(V, 3, r, r) -> (V, N, C); adapters between blocks if high-resolution features are given."""
         hidden = self.model.embeddings(pixels)
         if self.norm is not None:
             hidden = self.model.get_submodule(self.norm)(hidden)
@@ -338,18 +338,18 @@ class DualTower(nn.Module):
         return hidden
 
     def _adapter_behind(self, number: int) -> nn.Module | None:
-        """The adapter behind block or stage `number`, if there is one and it is to run."""
+        """The adapter after block or stage `number`, if there is one and it runs."""
         if not self.options.adapters or number not in self.places:
             return None
         return self.adapters[self.places.index(number)]
 
 
 def adapter_places(options: LlavaHROptions, depth: int) -> tuple[int, ...]:
-    """Blocks, from 1, with an adapter behind, of a ViT of `depth` blocks. Raises `FoveateError`."""
+    """Blocks, from 1, that an adapter follows, in a ViT of `depth` blocks. Raises `FoveateError`."""
     if options.blocks is not None:
         blocks, known = list(options.blocks), range(1, depth + 1)
         if blocks != sorted({*blocks}) or not {*blocks} <= {*known}:
-            raise FoveateError(f"blocks must be rising numbers from 1 to {depth}, not {blocks}")
+            raise FoveateError(f"blocks must be increasing numbers from 1 to {depth}, not {blocks}")
         return options.blocks
     if options.groups < 1 or depth % options.groups:
         raise FoveateError(
@@ -401,7 +401,7 @@ class LlavaHR(Method):
             self._check_stages()
 
     def _check_stages(self) -> None:
-        """Adapters between the ConvNeXt's stages enlarge the ViT's grid, or average it to a part of it."""
+        """Adapters between the ConvNeXt's stages enlarge the ViT's grid, or average it down."""
         shape = self.options.convnext
         for pair in self.pairs:
             for stage in range(len(shape.depths) - 1):
@@ -409,8 +409,8 @@ class LlavaHR(Method):
                 if grid < pair.grid and pair.grid % grid:
                     raise FoveateError(
                         f"resolutions with direction low_to_high: {pair.low} and {pair.high} pixels give a "
-                        f"ViT's grid of {pair.grid}, which stage {stage + 1}'s of {grid} does not divide; "
-                        f"{fitting(pair.low, pair.high, self.tower.patch_size, shape.stride)} would do"
+                        f"ViT's grid of {pair.grid}, not divisible by stage {stage + 1}'s of {grid}; "
+                        f"{fitting(pair.low, pair.high, self.tower.patch_size, shape.stride)} would fit"
                     )
 
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
@@ -459,14 +459,14 @@ class LlavaHR(Method):
         features: Callable[[], Tensor],
         plan: ViewPlan,
     ) -> Account:
-        """The low-resolution view, the gates, and how much high resolution was added to each token."""
+        """The low-resolution view, the gates, and how much of the high resolution was added to each token."""
         if self.options.paths != "both":
             return Account()
         assert isinstance(tower, DualTower)
         pixels = views()
         pair = tower.pair_of(pixels)
         gates: list[float] = []
-        added = torch.zeros(pair.grid**2, device=pixels.device)  # of tokens' own size, summed over all places
+        added = torch.zeros(pair.grid**2, device=pixels.device)  # relative to the tokens, over all adapters
 
         def mixed(adapter: MRAdapter, given: tuple[Tensor, Tensor]) -> None:
             kept, gate, incoming = adapter.parts(*given)
@@ -490,12 +490,12 @@ class LlavaHR(Method):
         if gates:
             what = "blocks" if self.options.direction == "high_to_low" else "stages"
             values = [f"{place}: {gate:.3f}" for place, gate in zip(tower.places, gates, strict=True)]
-            notes.append(f"gates behind {what} {', '.join(values)}")
+            notes.append(f"gates after {what} {', '.join(values)}")
         cells = [cell.clipped(plan.picture) for cell in _cells(plan, pair)]
         changes = zip(cells, added.tolist(), strict=True)
         seen = [(cell, change) for cell, change in changes if cell.width * cell.height]
         least, most = min(change for _, change in seen), max(change for _, change in seen)
-        notes.append(f"warm: changed most by high resolution; by {least:.2f} to {most:.2f} of a token's size")
+        notes.append(f"warm: changed most by high resolution, by {least:.2f} to {most:.2f} of a token's norm")
         heat = [(cell, max((change - least) / (most - least or 1), 0.01)) for cell, change in seen]
         return Account(
             views=[("low resolution", tower.shrunk(pixels, pair.low)[0])],
@@ -505,14 +505,14 @@ class LlavaHR(Method):
 
 
 def _cells(plan: ViewPlan, pair: Pair) -> list[Box]:
-    """The part of the picture behind each token, in original pixels; those of padding lie outside of it."""
+    """The part of the picture at each token, in original pixels; outside the picture for padding."""
     side = Fraction(pair.high, pair.grid)
     places = [(row * side, column * side) for row in range(pair.grid) for column in range(pair.grid)]
     return [plan.to_picture(0, (left, top, left + side, top + side)) for top, left in places]
 
 
 def _share(added: Tensor, kept: Tensor) -> Tensor:
-    """How large what is added to each token is, compared to the token: (1, N, C), (1, N, C) -> (N,)"""
+    """The norm of what is added to each token, relative to the token's: (1, N, C), (1, N, C) -> (N,)"""
     return (added.float().norm(dim=-1) / kept.float().norm(dim=-1).clamp(min=1e-12))[0]
 
 
@@ -529,7 +529,7 @@ def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
         )
     shape = next((shape for start, shape in CONVNEXTS.items() if name.startswith(start)), None)
     if shape is None:
-        raise FoveateError(f"config.json: vision_tower_slow {name!r} is none of {', '.join(CONVNEXTS)}")
+        raise FoveateError(f"config.json: vision_tower_slow {name!r} is not one of {', '.join(CONVNEXTS)}")
     return {
         "resolutions": [[max(high * 14 // 32, 336), high]],
         **connector_options(config),
@@ -568,7 +568,7 @@ _RELEASED = Layout(
     optional=(r"^vision_tower\.model\.embeddings\.class_embedding$",),
     connector_files=("mm_projector.bin",),
 )
-# Where the towers were frozen, the authors' code makes no adapters. A first stage leaves no LLM either, and
+# If the towers were frozen, the authors' code makes no adapters. A first stage contains no LLM either, and
 # gets fresh adapters for the second.
 _FROZEN = replace(
     _RELEASED,

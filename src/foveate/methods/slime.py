@@ -12,7 +12,7 @@ Authors' code: yfzhang114/SliME at 5c89ec9 (Apache-2.0).
     three stages, four runs                 train/recipes/slime  section 2.2, "Alternating Training Scheme"
 
 Paper and authors' code differ. Defaults are what the released checkpoints need; the first column names the
-option where there is one:
+option if there is one:
 
     option (default, other)                     here: authors' code                paper
     grids authors, paper                        2 to 7 tiles near the own area     1 x 1 to 6 x 6
@@ -27,10 +27,10 @@ option where there is one:
     gamma 0.95                                  of all fine-tuning scripts         0.5, 0.75, 0.9
     separator                                   the comma's embedding              none
 
-Where we differ from the authors: in training their router also reads the answer (`router_text: sequence`
-does, too); without any text nothing is dropped; similarities are one product with the summed text, not a
-tensor of tokens x words x channels; no training batch is padded to 10 views; the dead W_noise of released
-checkpoints is left out unless `gate: paper` asks for it.
+Where we differ from the authors: in training their router also reads the answer (as `router_text: sequence`
+does); without any text nothing is dropped; similarities are one product with the summed text, not a tensor of
+tokens x words x channels; training batches are not padded to 10 views; the unused W_noise of released
+checkpoints is left out unless `gate: paper` needs it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from foveate.picture.geometry import (
 )
 
 SEPARATOR = -1  # in `token_sources`
-ROUTER_NOISE = 0.1  # standard deviation of what training adds to the router's scores
+ROUTER_NOISE = 0.1  # standard deviation of the noise on the router's scores in training
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ class SlimeOptions(MethodOptions):
     }
     # Views
     grids: Literal["authors", "paper"] = "authors"  # which grids of tiles may be chosen
-    grid_limit: int = 6  # authors: tiles aimed at, one more may come; paper: rows and columns
+    grid_limit: int = 6  # authors: most tiles aimed at, one more may result; paper: rows and columns
     use_global_only: bool = False  # no tiles
-    use_local_only: bool = False  # tiles alone, without separator
+    use_local_only: bool = False  # tiles only, without separator
     # Connector
     experts: Literal["mixture", "mlp", "query_former"] = "mixture"  # adapters of the global view
     gate: Literal["authors", "paper"] = "authors"  # the gate's noise in training, and its normalisation
     queries: int | None = None  # N_q per tile, a square number; null: a quarter of the tower's tokens
     heads: int | None = None  # of attention; null: one per 128 channels
     # Router
-    gamma: float = 0.95  # local tokens are kept until their probabilities pass this sum; 1: all
+    gamma: float = 0.95  # local tokens are kept until their summed probability passes this; 1: all
     similarity: Literal["cosine_sum", "cosine_mean", "dot_mean"] = "cosine_sum"
     temperature: float = 1.0  # of the softmax over local tokens
     router_text: QueryText = "prompt"  # what the router reads
@@ -137,7 +137,7 @@ def candidate_grids(picture: Size, side: Size, options: SlimeOptions) -> Iterato
     if options.grids == "paper":
         yield from (Size(rows, columns) for columns in range(1, limit + 1) for rows in range(1, limit + 1))
         return
-    views = -(-picture.height * picture.width // (side.height * side.width))  # that its area would fill
+    views = -(-picture.height * picture.width // (side.height * side.width))  # that its area is worth
     near = min(max(views, 2), limit)
     for count in range(max(near - 1, 2), near + 2):
         yield from (
@@ -146,7 +146,7 @@ def candidate_grids(picture: Size, side: Size, options: SlimeOptions) -> Iterato
 
 
 def raster(tiles: Size, side: int) -> np.ndarray:
-    """Queries of all tiles, side x side each, in rows of the whole grid: (n,), tile * side^2 + query."""
+    """Queries of all tiles, side x side each, in raster order of the grid: (n,), tile * side^2 + query."""
     numbers = np.arange(tiles.height * tiles.width * side * side)
     in_tiles = numbers.reshape(tiles.height, tiles.width, side, side)
     return in_tiles.transpose(0, 2, 1, 3).reshape(-1)  # (tile rows, rows, tile columns, columns)
@@ -156,9 +156,9 @@ def raster(tiles: Size, side: int) -> np.ndarray:
 
 
 def sincos_positions(width: int, grid: Size) -> Tensor:
-    """Fixed 2-D positions (h w, C): half the channels tell the column, half the row, each sine then cosine.
+    """Fixed 2-D positions (h w, C): half the channels encode the column, half the row, each sine then cosine.
 
-    Rounded to half precision, as released checkpoints hold them.
+    Rounded to half precision, as in released checkpoints.
     """
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width // 4))
     rows, columns = np.meshgrid(np.arange(grid.height), np.arange(grid.width), indexing="ij")
@@ -195,11 +195,11 @@ class QueryFormer(nn.Module):
             return self.positions
         table = self.positions.float().T.reshape(1, -1, *self.grid)  # (1, C, h, w)
         table = F.interpolate(table, self.source, mode="bicubic")
-        return table.flatten(2)[0].T.half().to(self.positions)  # rounded as the table itself
+        return table.flatten(2)[0].T.half().to(self.positions)  # rounded like the table itself
 
     def forward(self, features: Tensor) -> Tensor:
         """(V, N, C) -> (V, Q, C)"""
-        query = self.query_norm(self.queries[None]) + self.positions  # (1, Q, C), the same for all views
+        query = self.query_norm(self.queries[None]) + self.positions  # (1, Q, C), shared by all views
         value = self.feature_norm(features)
         key = value + self.source_positions()
         w_q, w_k, w_v = self.project_in.weight.chunk(3)
@@ -237,7 +237,7 @@ class Mixture(nn.Module):
         return first * self.mlp(features) + second * read
 
     def gates(self, features: Tensor, noise: Tensor | None = None) -> Tensor:
-        """G(x), (P, N, C) -> (P, N, 2). `noise`: draws of Normal(0, 1); drawn here while training."""
+        """G(x), (P, N, C) -> (P, N, 2). `noise`: samples of Normal(0, 1); drawn here in training."""
         logits = features @ self.gate.to(features)
         if self.training and noise is None:
             noise = torch.randn_like(logits)
@@ -250,7 +250,7 @@ class Mixture(nn.Module):
 
 
 class Router(nn.Module):
-    """Which local tokens matter to the text. Has no parameters, and no gradient passes through it."""
+    """Selects the local tokens that matter to the text. It has no parameters and passes no gradient."""
 
     def __init__(self, options: SlimeOptions) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Router(nn.Module):
             return scores
 
     def probabilities(self, scores: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(P, L) scores, -inf where there is no token -> (P, L). `noise` as for `Mixture.gates`."""
+        """(P, L) scores, -inf for padding -> (P, L). `noise` as for `Mixture.gates`."""
         if self.training and noise is None:
             noise = torch.randn_like(scores)
         if noise is not None:
@@ -283,13 +283,13 @@ class Router(nn.Module):
         return (scores / self.options.temperature).softmax(1)
 
     def forward(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, L) -> which tokens are kept, and the rank of each, 0 the most probable.
+        """(P, L) -> mask of kept tokens, and each token's rank, 0 for the most probable.
 
-        The most probable ones are kept until their sum passes gamma; the one that passes it is kept too.
+        The most probable are kept until their sum passes gamma, including the one that passes it.
         """
         ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
         rank = order.argsort(1)
-        if self.options.gamma == 1:  # the sum of all may be rounded to less
+        if self.options.gamma == 1:  # the sum of all may round to less
             return torch.ones_like(probabilities, dtype=torch.bool), rank
         within = (ranked.cumsum(1) <= self.options.gamma).sum(1, keepdim=True)
         return rank <= within, rank
@@ -309,9 +309,9 @@ class SlimeConnector(Connector):
         self._sources = lru_cache(maxsize=4096)(self.token_sources)
 
     def token_sources(self, plan: ViewPlan) -> np.ndarray:
-        """Which token each place of a picture takes when none is cut, (full,) int64.
+        """The token at each place of a picture before any is cut, (full,) int64.
 
-        A global token's number, or SEPARATOR, or N + the number of a local token in order of tiles.
+        A global token's index, SEPARATOR, or N + the index of a local token in order of tiles.
         """
         parts = [raster(plan.tiles, self.side) + self.per_view]
         if plan.views[0].role == "global":
@@ -327,7 +327,7 @@ class SlimeConnector(Connector):
         if len(cut):
             parts.append(self.adapter.mlp(self.compressor(features[cut])))  # (tiles, N, C) -> (tiles, Q, D)
         tokens = [flat(part) for part in parts]
-        table = torch.cat([*tokens, torch.zeros_like(tokens[0][:1])])  # the separator's place last
+        table = torch.cat([*tokens, torch.zeros_like(tokens[0][:1])])  # the last row is the separator's place
         places = Places.of(plans, [self._sources(plan) for plan in plans], self.per_view, self.per_tile)
         kept: Tensor | None = None
         accounts: list[Account] | None = None
@@ -341,7 +341,7 @@ class SlimeConnector(Connector):
         return VisualTokens(table[rows], kept, separators=rows == len(table) - 1, accounts=accounts)
 
     def heat(self, plan: ViewPlan, weights: Tensor) -> list[tuple[Box, float]]:
-        """The local tokens' parts of the picture, in their order, with their weights (L,)."""
+        """The local tokens' parts of the picture, in order, with their weights (L,)."""
         first = int(plan.views[0].role == "global")
         x, y = (Fraction(n, self.side) for n in (plan.views[-1].size.width, plan.views[-1].size.height))
         boxes = []
@@ -354,7 +354,7 @@ class SlimeConnector(Connector):
 
     @torch.no_grad()
     def _route(self, local: Tensor, places: Places, query: Query) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Per place that is left its row and whether it is kept; per picture its local tokens' weights."""
+        """Per remaining place its row and whether it is kept; per picture its local tokens' weights."""
         owner, padded, spots, slots, picture, rows = (
             torch.from_numpy(getattr(places, name)).to(local.device)
             for name in ("owner", "padded", "spots", "slots", "picture", "rows")
@@ -378,14 +378,14 @@ class SlimeConnector(Connector):
 
 @dataclass(frozen=True)
 class Places:
-    """The places of a batch's visual tokens before any is cut, `full` in all, and where they come from.
+    """The places of a batch's visual tokens before any is cut, `full` in all, and their origins.
 
     Attributes:
         rows: (full,) row in [all global tokens, all local tokens, separator].
-        picture: (full,) number of the picture.
+        picture: (full,) index of the picture.
         spots: (full,) picture * L + place among its local tokens, L the most of any picture; -1: not local.
         owner: (n,) picture of each local token, in order of tiles.
-        padded: (P, L) number of each local token in order of places; n where there is none.
+        padded: (P, L) index of each local token in order of places; n for padding.
         slots: (P,) places for local tokens that the plan has.
     """
 
@@ -400,7 +400,7 @@ class Places:
     def of(
         cls, plans: Sequence[ViewPlan], sources: Sequence[np.ndarray], per_view: int, per_tile: int
     ) -> Places:
-        """`sources`: of `SlimeConnector.token_sources`, per picture."""
+        """`sources`: `SlimeConnector.token_sources` of each picture."""
         globals_before = [0, *accumulate(plan.views[0].role == "global" for plan in plans)]
         locals_in = [plan.tiles.height * plan.tiles.width * per_tile for plan in plans]
         locals_before = [0, *accumulate(locals_in)]
@@ -432,7 +432,7 @@ class Places:
         return bool((self.slots < np.bincount(self.owner, minlength=len(self.slots))).any())
 
     def evenly(self) -> np.ndarray:
-        """(full,) bool: which places stand where no text says what matters, evenly spread."""
+        """(full,) bool: places that are kept if there is no text, evenly spread."""
         stands = np.ones(len(self.rows), dtype=bool)
         for p, slots in enumerate(self.slots):
             mine = np.flatnonzero((self.picture == p) & (self.spots >= 0))
@@ -464,7 +464,7 @@ class Slime(Method):
 
     @property
     def uses_query(self) -> bool:  # type: ignore[override]
-        """Whether a router is at work: what it never drops, no question needs to be read for."""
+        """Whether a router drops tokens: otherwise no question is needed."""
         return self.options.gamma < 1 or self.options.max_visual_tokens is not None
 
     @property
@@ -519,7 +519,7 @@ def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
     }
 
 
-QUERY_FORMER = {  # authors' names below a query former -> ours
+QUERY_FORMER = {  # authors' names within a query former -> ours
     r"query": "queries",
     r"pos_embed": "positions",
     r"ln_q\.": "query_norm.",
@@ -548,7 +548,7 @@ Slime.layouts = (
                 for old, new in QUERY_FORMER.items()
             },
         },
-        drops=(r"^model\.mm_projector\.(mean|std)$",),  # of a load-balancing loss that is never taken
+        drops=(r"^model\.mm_projector\.(mean|std)$",),  # for a load-balancing loss that is never used
         optional=(r"^connector\.adapter\.noise$",),
         separator="seperator",
         connector_files=("mm_projector.bin", "sampler.bin"),

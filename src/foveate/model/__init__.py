@@ -1,1 +1,1 @@
-"""The model: configuration, network, processor, checkpoints, price."""
+"""The model: configuration, network, processor, checkpoints, cost."""

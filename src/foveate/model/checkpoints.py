@@ -1,4 +1,4 @@
-"""Reading model folders, Foveate's own and other people's, without ever unpickling code."""
+"""Reading model folders, Foveate's own and other people's, without unpickling any code."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from foveate.model.text import load_tokenizer
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 ORIGINAL_TEMPLATES = {"llama": "vicuna_v1", "mistral": "mistral"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of shards
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # indices of shards
 LLAMA3_VOCABULARY = 128256  # its model_type is that of Llama 2
 
 
 @dataclass
 class Released:
-    """A checkpoint folder of a known layout, not yet read."""
+    """A checkpoint folder of a known layout, not read yet."""
 
     folder: Path
     config: Json
     layout: Layout
     method: str
-    vision_tower: Path | None = None  # where the tower is, if not in the folder
+    vision_tower: Path | None = None  # the tower's folder, if another
     preprocessor: Json = field(default_factory=dict)
 
     @property
     def template(self) -> str | None:
-        """Name of the chat template that such checkpoints were trained with; None where nothing tells it."""
+        """Name of the chat template that such checkpoints were trained with; None if unknown."""
         if self.layout.template is not None or self.layout.family == "hf":
             return self.layout.template
         if self.config.get("vocab_size") == LLAMA3_VOCABULARY:
@@ -47,7 +47,7 @@ class Released:
 def local_folder(name: str | Path) -> Path:
     """The folder of a model given as a path or as an id on the Hugging Face hub.
 
-    Raises `FoveateError` where there is neither, or where the folder has no config.json.
+    Raises `FoveateError` if there is neither, or if the folder has no config.json.
     """
     folder = Path(name)
     if not folder.exists():
@@ -78,7 +78,7 @@ def _download(name: str) -> Path:
 
 
 def read_json(path: Path) -> Json:
-    """A JSON file as a dictionary; {} where the file does not exist. Raises `FoveateError` when broken."""
+    """A JSON file as a dictionary; {} if the file does not exist. Raises `FoveateError` if broken."""
     if not path.is_file():
         return {}
     try:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> Json:
 
 
 def read_preprocessor(folder: Path) -> Json:
-    """How a folder's pictures are prepared, from either place where transformers saves it; or {}."""
+    """A folder's picture preprocessing, from either file where transformers saves it; or {}."""
     own = read_json(folder / "processor_config.json").get("image_processor", {})
     return own or read_json(folder / "preprocessor_config.json")
 
@@ -142,19 +142,19 @@ def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released
     known = [layout.name for _, layout in layouts] or [f"{named} has none"]
     raise FoveateError(
         f"{folder}: a config.json with model_type {config.get('model_type')!r} and architectures "
-        f"{config.get('architectures')} is of no layout known here ({', '.join(known)})"
+        f"{config.get('architectures')} is not of a layout known here ({', '.join(known)})"
         + "".join(f"; {problem}" for problem in problems)
     )
 
 
 def _told(folder: Path, layout: Layout) -> bool:
-    """Whether the weights' keys are of this layout, as far as it is told by them."""
+    """Whether the weights' keys fit this layout's `told_by`."""
     pattern = layout.told_by
     return pattern is None or any(re.search(pattern, key) for key in _weight_keys(folder, layout))
 
 
 def _weight_keys(folder: Path, layout: Layout) -> Iterable[str]:
-    """Keys of a folder's weights, or of its connector's; none where it has no weights."""
+    """Keys of a folder's weights, or of its connector's; none if it has no weights."""
     from safetensors import safe_open
 
     for name in INDICES:
@@ -246,7 +246,7 @@ def read_config(name: str | Path, vision_tower: str | Path | None = None, method
 def own_config(folder: Path, method: str | None = None) -> Any:
     """The `FoveateConfig` of one of Foveate's own folders. Raises `FoveateError` that names the file.
 
-    With another `method` than its own, the options that both have stay.
+    With a `method` other than its own, the options that both have are kept.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -257,14 +257,14 @@ def own_config(folder: Path, method: str | None = None) -> Any:
     kinds = {"vision_config": dict, "text_config": dict, "method": str, "options": dict}
     for key, kind in {**kinds, "vision_feature_layer": int, "image_token_id": int}.items():
         if not isinstance(given.get(key), kind):
-            raise FoveateError(f"{path}: {key!r} is missing or of a wrong type")
+            raise FoveateError(f"{path}: {key!r} is missing or has a wrong type")
     try:
         method_class(given["method"] if method is None else method)
         config = FoveateConfig.from_pretrained(folder)
     except (FoveateError, StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise FoveateError(f"{path}: {str(error).splitlines()[0]}") from error
     if not 0 <= config.image_token_id < config.text_config.vocab_size:
-        raise FoveateError(f"{path}: 'image_token_id' lies outside of the LLM's vocabulary")
+        raise FoveateError(f"{path}: 'image_token_id' lies outside the LLM's vocabulary")
     if method not in (None, config.method):
         known = {f.name for f in fields(method_class(method).Options)}
         config.method, config.options = method, {k: v for k, v in config.options.items() if k in known}
@@ -306,7 +306,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _check_header(path: Path) -> None:
-    """Raises `FoveateError` unless a safetensors file is whole. Reads no tensor."""
+    """Raises `FoveateError` unless a safetensors file is complete. Reads no tensor."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -332,19 +332,19 @@ def _read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
             if path.suffix == ".safetensors":
                 tensors |= load_file(path)
             else:
-                mmap = is_zipfile(path)  # files of old versions of torch are none
+                mmap = is_zipfile(path)  # files from old versions of torch are not zip files
                 tensors |= torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except UnpicklingError as error:
-            raise FoveateError(f"{path} is broken or holds more than tensors, and is not read") from error
+            raise FoveateError(f"{path} is broken or holds more than tensors, and was not read") from error
         except (RuntimeError, EOFError, OSError) as error:
             raise FoveateError(f"{path} is broken: {str(error).splitlines()[0]}") from error
     return tensors
 
 
 def released_tensors(released: Released, config: Any, expected: Iterable[str]) -> dict[str, Any]:
-    """All weights of a released checkpoint under Foveate's keys, its tower included where that lies apart.
+    """All weights of a released checkpoint under Foveate's keys, including a tower that is kept apart.
 
-    Raises `FoveateError` that names unexpected keys; missing ones are seen when the model takes the weights.
+    Raises `FoveateError` that names unexpected keys; missing ones are found when the model loads the weights.
     """
     tensors = read_tensors(released.folder)
     if released.vision_tower and not any(key.startswith("model.vision_tower.") for key in tensors):
@@ -361,7 +361,7 @@ def _renamed(
 ) -> dict[str, Any]:
     """Tensors under Foveate's keys. Raises `FoveateError` that names those that have no place."""
     expected = set(expected)
-    unused = {*_tower_keys(config.vision_config)} - expected  # of layers after the one that is read
+    unused = {*_tower_keys(config.vision_config)} - expected  # of layers after the selected one
     renamed = {}
     unexpected = []
     for key, tensor in tensors.items():
@@ -376,12 +376,12 @@ def _renamed(
 
 @dataclass
 class StageFiles:
-    """What a stage in which only the connector trains left behind: no LLM, no tower."""
+    """The files of a stage in which only the connector trained: no LLM, no tower."""
 
     released: Released
     options: Json
     tensors: dict[str, Any]  # under the authors' keys
-    complete: bool  # whether all files are there that such stages write
+    complete: bool  # whether all files of such stages are present
 
     @property
     def separator(self) -> int | None:
@@ -391,7 +391,7 @@ class StageFiles:
 def stage_files(name: str | Path) -> StageFiles:
     """Reads a folder with config.json and a layout's connector files, such as mm_projector.bin.
 
-    Raises `FoveateError` where it has none of them, or files that are broken.
+    Raises `FoveateError` if none of them is present or one is broken.
     """
     folder = local_folder(name)
     config = read_json(folder / "config.json")
@@ -405,12 +405,12 @@ def stage_files(name: str | Path) -> StageFiles:
 
 
 def fill_connector(model: Any, stage: StageFiles) -> None:
-    """Puts a stage's weights into a model's connector, and into parts of its tower that the stage has.
+    """Loads a stage's weights into a model's connector, and into the parts of its tower that the stage has.
 
-    Parts of the tower that the stage does not have stay as they are, and, where one of several files is not
-    there, parts of the connector.
+    Other parts of the tower are unchanged; so are parts of the connector if one of the stage's files is
+    missing.
 
-    Raises `FoveateError` that names keys without a place, and keys that a part lacks.
+    Raises `FoveateError` that names unexpected keys, and missing keys of a part.
     """
     folder = stage.released.folder
     whole = model.state_dict()
@@ -424,12 +424,12 @@ def fill_connector(model: Any, stage: StageFiles) -> None:
 
 
 def _part(key: str) -> str:
-    """The child of connector or tower that a key belongs to."""
+    """The child of the connector or tower that a key belongs to."""
     return ".".join(key.split(".")[:2])
 
 
 def _tower_keys(vision_config: Any) -> set[str]:
-    """Keys of a whole vision tower, all its layers built."""
+    """Keys of a whole vision tower, with all its layers."""
     import torch
     from transformers import AutoModel
 
@@ -438,13 +438,13 @@ def _tower_keys(vision_config: Any) -> set[str]:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template that a released folder brings itself."""
+    """A released folder's own chat template."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = read_json(folder / name).get("chat_template")
-        if isinstance(template, list):  # several with names, as older tokenizers save them
+        if isinstance(template, list):  # several named ones, as older tokenizers save them
             named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
             template = named[0].get("template") if named else None
         if isinstance(template, str):

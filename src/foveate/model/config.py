@@ -18,15 +18,15 @@ class FoveateConfig(PreTrainedConfig):
         text_config: configuration of any Hugging Face causal LM, or its dictionary.
         method: the name of a method.
         options: the method's own options; unknown ones are an error.
-        vision_feature_layer: which hidden state of the tower is used, counted as transformers does
+        vision_feature_layer: hidden state of the tower that is used, counted as in transformers
             (-1: the last layer's output, -2: the one before; never the final norm).
-        image_token_id: id of the placeholder that stands once per visual token in `input_ids`.
-        separator_token_id: id of the LLM token, a comma, with whose embedding some methods separate groups of
+        image_token_id: id of the placeholder that appears once per visual token in `input_ids`.
+        separator_token_id: id of an LLM token, a comma, whose embedding some methods put between groups of
             visual tokens.
     """
 
     model_type = "foveate"
-    # AutoConfig would be the class here, but importing it imports all of transformers.models.
+    # AutoConfig would be the right class, but importing it imports all of transformers.models.
     sub_configs = {"vision_config": PreTrainedConfig, "text_config": PreTrainedConfig}  # noqa: RUF012
 
     vision_config: Any = None

@@ -1,7 +1,7 @@
 """What a picture costs before any weights load: views, tokens, FLOPs and KV memory.
 
-FLOPs are counted by torch's own counter on a model without weights (device `meta`), so that every method and
-every LLM is priced by the code that will run.
+torch's own counter counts the FLOPs on a model without weights (device `meta`), so that every method and LLM
+is priced by the code that will run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Cost:
     """The price of one question about one picture, or of one turn on the way to its answer.
 
     Attributes:
-        views: pictures that the vision tower encodes; where a connector looks again, the most that it may.
-        visual_tokens: of them in the LLM's sequence.
+        views: pictures that the vision tower encodes; the upper bound if a connector looks again.
+        visual_tokens: visual tokens in the LLM's sequence.
         effective_height, effective_width: the finest resolution at which the whole picture is seen, pixels.
         encode_flops: vision tower and connector.
-        prefill_flops: LLM over the visual tokens and `text_tokens` of text, with what is injected into it.
+        prefill_flops: LLM over the visual tokens and `text_tokens` of text, including injections.
         decode_flops: LLM per generated token.
         kv_bytes: key and value cache after the prefill.
     """
@@ -75,10 +75,10 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside, with torch's own formulas.
+    """Counts the FLOPs of operations in its context, with torch's own formulas.
 
-    torch's `FlopCounterMode` also notes the module of each, by hooks that modules in other threads run into;
-    this counts the operations of the calling thread alone.
+    torch's `FlopCounterMode` also attributes them to modules, by hooks that modules in other threads trigger
+    too; this counter sees the operations of the calling thread only.
     """
 
     def __init__(self) -> None:
@@ -91,18 +91,18 @@ class FlopCounter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self.total += flop_registry[operation](*args, **kwargs, out_val=out)
             return out
-        with self:  # what it is made of may have formulas
+        with self:  # its parts may have formulas
             parts = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if parts is NotImplemented else parts
 
 
 class Vision(NamedTuple):
-    """What a picture costs outside of the LLM's own layers."""
+    """The cost of a picture outside the LLM's own layers."""
 
     encode: int  # FLOPs of the tower, for the plan's views
     connect: int  # FLOPs of the connector
-    looks: int  # views that the connector has made of the original picture, if none comes twice
-    look: int  # FLOPs of the tower for one of them
+    looks: int  # views that the connector makes of the original picture, if all differ
+    look: int  # FLOPs of the tower for each of them
     inject: int  # FLOPs of the injectors in the prefill
 
 
@@ -125,11 +125,11 @@ class Pricer:
         return self.model.method.plan(height, width)
 
     def price(self, picture: Size, text_tokens: int = 64, keep_context: bool = True) -> Cost:
-        """The cost of a question about a picture of this size, all turns of its conversation together.
+        """The cost of a question about a picture of this size, summed over all turns of its conversation.
 
         Args:
             picture: its size.
-            text_tokens: of each turn, template included.
+            text_tokens: of each turn, including the template.
             keep_context: as in `turns`.
         """
         turns = self.turns(picture, text_tokens, keep_context)
@@ -143,9 +143,9 @@ class Pricer:
         )
 
     def turns(self, picture: Size, text_tokens: int = 64, keep_context: bool = True) -> list[Cost]:
-        """What each turn of a conversation costs; visual tokens and cache are those of all turns so far.
+        """The cost of each turn of a conversation; visual tokens and cache are those of all turns so far.
 
-        Without `keep_context`, every turn encodes and reads again what earlier ones did. Replies on the way
+        Without `keep_context`, every turn encodes and reads everything before it again. Intermediate replies
         are not counted.
         """
         costs: list[Cost] = []
@@ -176,12 +176,12 @@ class Pricer:
     def language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         """FLOPs of a prefill of `tokens`, FLOPs of the next token, and bytes of the cache between them.
 
-        `kept` tokens before them are in the cache already.
+        `kept` tokens before them are already in the cache.
         """
         return self._language(tokens, kept)
 
     def vision(self, picture: Size) -> Vision:
-        """What tower, connector and injectors cost for one picture."""
+        """The cost of tower, connector and injectors for one picture."""
         return self._vision(picture)
 
     def _count_vision(self, picture: Size) -> Vision:
@@ -222,7 +222,7 @@ class Pricer:
     def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
         if len(self._languages) == 1:
             return self._run_language(self._languages[0], tokens, kept)
-        # Of equal layers two are run: what the second one adds, each further one adds, too.
+        # Of equal layers only two are run: each further one costs what the second one adds.
         one, two = (self._run_language(language, tokens, kept) for language in self._languages)
         more = self.model.config.text_config.num_hidden_layers - 1
         prefill, decode, kv = (first + more * (both - first) for first, both in zip(one, two, strict=True))
@@ -230,11 +230,11 @@ class Pricer:
 
     @cached_property
     def _languages(self) -> list[PreTrainedModel]:
-        """What is run to price the LLM: itself, or where all layers are equal its first one and first two."""
+        """What is run to price the LLM: all of it, or its first one and first two layers if all are equal."""
         whole = self.model.language_model
         layers = upstream.decoder_layers(whole.get_decoder())
         config = whole.config.to_dict()
-        kinds = {*(config.get("layer_types") or ())}  # which attention each layer has, where they differ
+        kinds = {*(config.get("layer_types") or ())}  # the attention of each layer, if they differ
         if layers is None or len(layers) < 3 or len({*map(repr, layers)}) > 1 or len(kinds) > 1:
             return [whole]
         short = []

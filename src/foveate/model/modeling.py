@@ -28,14 +28,14 @@ from foveate.versions import names_versions
 
 @dataclass
 class EncodedPictures(ModelOutput):
-    """Pictures as the LLM takes them; what `get_image_features` returns and `mm_encoder_outputs` carries.
+    """Pictures as the LLM reads them: returned by `get_image_features`, passed in `mm_encoder_outputs`.
 
     Attributes:
         pooler_output: per picture (n, D) visual tokens, one for each of its placeholders.
-        kept: per picture (n,) bool, False for tokens that the LLM must not see; None: all are seen.
+        kept: per picture (n,) bool, False for tokens that the LLM must not see; None: it sees all.
         injection: what the method's injectors read in the LLM's layers.
-        accounts: per picture where the method looked; None where it sees what its views show.
-        pictures: how many there are; `generate` repeats `pooler_output` for beams and several answers.
+        accounts: per picture where the method looked; None if it sees all of its views.
+        pictures: their number; `generate` repeats `pooler_output` for beams and several answers.
     """
 
     pooler_output: list[Tensor]  # the name that `generate` looks for
@@ -52,11 +52,11 @@ class FoveateOutput(CausalLMOutputWithPast):
 
 @dataclass
 class _Injection:
-    """Travels as a keyword argument through the decoder's layers to the hooks on some of them."""
+    """Passed as a keyword argument through the decoder's layers to the hooks on some of them."""
 
     content: Any
     visual: Tensor  # (B, T) bool
-    copies: int  # each row stands so many times in the batch, for beams and several answers
+    copies: int  # each row is repeated this many times in the batch, for beams and several answers
     done: set[int]
 
 
@@ -96,7 +96,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             layers = upstream.decoder_layers(self.language_model.get_decoder())
             if layers is None:
                 name = type(self.language_model).__name__
-                raise FoveateError(f"{name}: its decoder's layers are not found, to change them")
+                raise FoveateError(f"{name}: its decoder's layers cannot be found to change them")
             if _hands_on_keywords(self.language_model, layers) is False:
                 raise self._no_keywords()
             for index in injectors:
@@ -113,13 +113,13 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Loads Foveate's own folders, and released ones of every layout that a method knows.
+        """Loads Foveate's own folders, and released ones of every known layout.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            vision_tower: folder of the tower for original checkpoints that keep it apart; by default the
-                one that their config.json names.
-            method: another method with the same parameters than the folder's own.
+            vision_tower: folder of the tower, for original checkpoints that keep it apart; by default the one
+                that their config.json names.
+            method: another method with the same parameters as the folder's own.
             options: changes to the method's options.
             **kwargs: as for any `PreTrainedModel`.
 
@@ -147,7 +147,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
             model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
-            if (folder / "generation_config.json").is_file():  # above all the tokens that end an answer
+            if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         mismatched = [key for key, *_ in info["mismatched_keys"]]
         report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
@@ -169,7 +169,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def stop_at(self, token: int | None) -> None:
-        """Makes `generate` stop at one more token, the one that ends an answer; None changes nothing."""
+        """Makes `generate` also stop at the token that ends an answer; None changes nothing."""
         known = self.generation_config.eos_token_id
         ends = [known] if isinstance(known, int) else list(known or [])
         if token is not None and token not in ends:
@@ -181,7 +181,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {key for key, p in self.named_parameters() if any(p is table for table in tables)}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leaves every part as it initialised itself."""
+        """Does nothing: every part initialises itself."""
 
     def plans(self, image_sizes: Tensor | Sequence[Sequence[int]]) -> list[ViewPlan]:
         """The plans of pictures of these sizes, (P, 2) heights and widths."""
@@ -210,7 +210,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             source: the original pictures, for methods that look at them.
 
         Raises:
-            FoveateError: numbers that do not agree, or no `source` where the method needs one.
+            FoveateError: sizes that do not agree, or no `source` for a method that needs one.
         """
         plans = self.plans(image_sizes)
         views = sum(len(plan.views) for plan in plans)
@@ -247,11 +247,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The LLM's embedding of the separator token, (1, D)."""
         token = self.config.separator_token_id
         if token is None or not 0 <= token < self.config.text_config.vocab_size:
-            raise FoveateError(f"config.json: separator_token_id {token} is no token of the LLM")
+            raise FoveateError(f"config.json: separator_token_id {token} is not a token of the LLM")
         return self.get_input_embeddings()(torch.tensor([token], device=self.device))
 
-    # `generate` calls this with every argument of the same name and takes those away from `forward`: none may
-    # share its name with an argument of the LLM.
+    # `generate` passes arguments with the names of these parameters here and not to `forward`: none may share
+    # its name with an argument of the LLM.
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -262,7 +262,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         source_norms: Tensor | None = None,
         **kwargs: Any,
     ) -> EncodedPictures:
-        """Pictures -> visual tokens: `encode_views`, then `connect`. Arguments as for `forward`."""
+        """Pictures -> visual tokens: `encode_views`, then `connect`. Arguments as in `forward`."""
         source = None
         if source_pixels is not None and source_norms is not None:
             source = Source.unpacked(source_pixels, image_sizes, source_norms, self.encode_views)
@@ -290,16 +290,16 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T).
-            pixel_values: (V, 3, h, w), views of all pictures; or give `mm_encoder_outputs`.
+            pixel_values: (V, 3, h, w), views of all pictures; alternatively give `mm_encoder_outputs`.
             image_sizes: (P, 2) original heights and widths.
             query_ids: (P, Tq) question of each picture, for methods that read it.
             query_mask: (P, Tq).
-            source_pixels: (n,) bytes, the original pictures (H, W, 3) after each other, for methods that look
+            source_pixels: (n,) bytes, the original pictures (H, W, 3) in order, for methods that look
                 at them.
             source_norms: (P, 2, 3) mean and standard deviation with which their pixels are normalised.
-            labels: (B, T), -100 where there is no loss.
-            mm_encoder_outputs: {"image": EncodedPictures} where the pictures are encoded already.
-            **kwargs: for the LLM, its cache among them.
+            labels: (B, T), -100 for tokens without loss.
+            mm_encoder_outputs: {"image": EncodedPictures} if the pictures are already encoded.
+            **kwargs: for the LLM, including its cache.
 
         Raises:
             FoveateError: placeholders and visual tokens differ in number.
@@ -321,7 +321,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = inputs_embeds.masked_scatter(visual[..., None], tokens)
             if pictures.kept is not None:
                 attention_mask = _without_dropped(attention_mask, visual, pictures.kept)
-                if position_ids is None:  # the rest moves up, as if the dropped tokens had never been there
+                if position_ids is None:  # positions skip dropped tokens, as if they had never been there
                     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
             if pictures.injection is not None:
                 copies = len(pictures.pooler_output) // (pictures.pictures or len(pictures.pooler_output))
@@ -374,7 +374,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return super().generate(**kwargs)
         if pictures.injection is not None:
             self._refuse_chunks(kwargs)
-        image = EncodedPictures(**pictures)  # a copy: for beams, transformers repeats tokens in place
+        image = EncodedPictures(**pictures)  # a copy: transformers repeats tokens in place for beams
         kwargs["mm_encoder_outputs"] = {"image": image}
         if pictures.kept is None:
             return super().generate(**kwargs)
@@ -383,7 +383,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prompt = kwargs["input_ids"]
         visual = prompt == self.config.image_token_id
         mask = _without_dropped(kwargs.get("attention_mask"), visual, pictures.kept)
-        padding = int(self.config.image_token_id == 0)  # any token that is no placeholder
+        padding = int(self.config.image_token_id == 0)  # any token that is not a placeholder
         short, mask = _compacted(prompt, mask, padding)
         image.pooler_output = [
             tokens[keep] for tokens, keep in zip(pictures.pooler_output, pictures.kept, strict=True)
@@ -403,16 +403,16 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
 
     def _refuse_chunks(self, kwargs: Mapping[str, Any]) -> None:
-        """Raises `FoveateError` where the prefill would be cut: transformers keeps the tokens alone then."""
+        """Raises `FoveateError` if the prefill would be split: transformers then keeps only the tokens."""
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size", settings.prefill_chunk_size):
             raise FoveateError(
                 f"prefill_chunk_size: {self.method.title} changes hidden states during the prefill, which "
-                "has to be in one piece"
+                "must run in one piece"
             )
 
     def _inject(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """Forward hook of decoder layer `index`. Finds its injector anew: PEFT may have replaced it."""
+        """Forward hook of decoder layer `index`. Looks up its injector anew: PEFT may have replaced it."""
         injection = kwargs.get("injection")
         if injection is None:  # decoding, or a text-only batch
             return None
@@ -420,17 +420,17 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         injector: Injector = self.connector.injectors()[index]
         n = injection.copies
         injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
-        return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), a row's copies together
+        return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), a row's copies adjacent
 
     def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(B, T) bool. Without ids, a placeholder is known by its embedding."""
+        """(B, T) bool. Without ids, placeholders are recognised by their embedding."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _in_step_with_other_ranks(self) -> Tensor | float:
-        """Zero, with a gradient path to what trains: ranks without pictures must not hang the others."""
+        """Zero, with a gradient path to what trains: ranks without pictures must not stall the others."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_world_size() == 1:
             return 0.0
@@ -444,7 +444,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixels = torch.zeros(3 * int(size.prod()), dtype=torch.uint8, device=self.device)
             source = {"source_pixels": pixels, "source_norms": torch.ones(1, 2, 3, device=self.device)}
         visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
-        trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # injectors too
+        trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # including injectors
         return 0.0 * (visual.sum() + sum(trained))
 
 
@@ -454,9 +454,9 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def _hands_on_keywords(language_model: PreTrainedModel, layers: nn.ModuleList) -> bool | None:
-    """Whether keyword arguments of an LLM reach its layers, as injection needs; None where it cannot be told.
+    """Whether keyword arguments of an LLM reach its layers, as injection needs; None if unknown.
 
-    It is run as far as its first layer, which takes next to no time.
+    Runs it up to its first layer, which takes almost no time.
     """
     given: list[bool] = []
 
@@ -468,11 +468,11 @@ def _hands_on_keywords(language_model: PreTrainedModel, layers: nn.ModuleList) -
     blank = torch.zeros(1, 4, language_model.config.hidden_size, device=weight.device, dtype=weight.dtype)
     hook = layers[0].register_forward_pre_hook(end, with_kwargs=True)
     try:
-        language_model.eval()(inputs_embeds=blank, injection=None)  # no dropout: no random number is used
+        language_model.eval()(inputs_embeds=blank, injection=None)  # no dropout: no random numbers are drawn
     except _Reached:
         pass
     except (RuntimeError, ValueError, TypeError, IndexError):
-        return None  # it does not run without values, or in parts; the first forward pass will tell
+        return None  # it does not run without values, or partially; the first forward pass will show
     finally:
         hook.remove()
         language_model.train(training)
@@ -480,7 +480,7 @@ def _hands_on_keywords(language_model: PreTrainedModel, layers: nn.ModuleList) -
 
 
 def _without_dropped(attention_mask: Tensor | None, visual: Tensor, kept: Sequence[Tensor]) -> Tensor:
-    """The attention mask (B, T) with dropped visual tokens masked out: the same as removing them."""
+    """The attention mask (B, T) with dropped visual tokens masked out, equivalent to removing them."""
     mask = torch.ones_like(visual, dtype=torch.long) if attention_mask is None else attention_mask
     return mask.masked_scatter(visual, torch.cat(list(kept)).to(mask))
 

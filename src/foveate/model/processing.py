@@ -1,4 +1,4 @@
-"""Pictures and messages -> tensors. The number of placeholders comes from the plan and from nothing else."""
+"""Pictures and messages -> tensors. The plan alone decides the number of placeholders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
 from foveate.picture.reading import read_picture
 from foveate.versions import names_versions
 
-MOST_PIXELS = 2**27  # of a picture while it is padded or resized: 400 MB
+MOST_PIXELS = 2**27  # of a picture during padding and resizing: 400 MB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -86,7 +86,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         return self.planner().plan(height, width)
 
     def fetch_images(self, images: Any) -> Any:
-        """Reads pictures wherever they are, keeping the nesting of lists."""
+        """Reads pictures from paths, URLs or memory, keeping the nesting of lists."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return read_picture(images)
@@ -94,8 +94,8 @@ class FoveateImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2).
 
-        Methods that look at the original pictures get those, too: `source_pixels` (n,), the bytes of all
-        pictures (H, W, 3) after each other, and `source_norms` (P, 2, 3), mean and standard deviation.
+        For methods that look at the original pictures, also `source_pixels` (n,), the bytes of all pictures
+        (H, W, 3) in order, and `source_norms` (P, 2, 3), mean and standard deviation.
         """
         pictures = list(_flat(self.fetch_images(images)))
         plans = [self.plan(picture.height, picture.width) for picture in pictures]
@@ -115,7 +115,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         return np.stack([cut(canvases[view.canvas], view) for view in plan.views])
 
     def paint(self, picture: Image.Image, canvas: Canvas) -> Image.Image:
-        """The picture as it lies on a canvas, 8 bits, before normalisation."""
+        """The picture on a canvas, 8 bits, before normalisation."""
         fill = tuple(int(255 * m) for m in self.image_mean) if canvas.fill == "mean" else (0, 0, 0)
         left, top, right, bottom = (int(n) for n in canvas.source)
         content = canvas.content
@@ -133,10 +133,10 @@ class FoveateImageProcessor(BaseImageProcessor):
         return page
 
     def _paint_sliver(self, picture: Image.Image, canvas: Canvas, fill: tuple[int, ...]) -> Image.Image:
-        """As `paint` for extreme shapes (1 x 60,000 pixels padded to a square, say), in little memory.
+        """Like `paint` for extreme shapes (1 x 60,000 pixels padded to a square, say), in little memory.
 
-        Only what shows on the canvas is resized, and padding is added afterwards, which may differ from
-        `paint` in the pixels along its edge.
+        Only the visible part is resized, and padding is added afterwards, so pixels along its edge may differ
+        from `paint`'s.
         """
         place, page = canvas.place(whole(Size(picture.height, picture.width))), whole(canvas.size)
         left, right = max(place.left, page.left), min(place.right, page.right)
@@ -179,7 +179,7 @@ class FoveateImageProcessor(BaseImageProcessor):
 
 
 def cut(canvas: np.ndarray, view: View) -> np.ndarray:
-    """A view's pixels out of its canvas's, (C, H, W) -> (C, h, w)."""
+    """A view's pixels from its canvas's, (C, H, W) -> (C, h, w)."""
     left, top, right, bottom = (int(n) for n in view.box)
     return canvas[:, top : bottom : view.steps.height, left : right : view.steps.width]
 
@@ -191,8 +191,8 @@ class Prompt:
     Attributes:
         ids: the LLM's tokens, one placeholder for each visual token.
         places: per picture its first placeholder and the one after its last.
-        queries: per picture the tokens that the connector reads as the question; empty where it reads none.
-        answers: per token whether the assistant said it and a training learns it.
+        queries: per picture the tokens that the connector reads as the question; empty if it reads none.
+        answers: per token whether it is part of an answer that training learns.
     """
 
     ids: list[int]
@@ -205,9 +205,9 @@ class FoveateProcessor(ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
     Every `<image>` in a text is replaced by as many placeholders as the picture's plan says. For methods
-    that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: what is
-    passed as `queries`, or as the method's `query_text` says the text of the user's message that shows it or
-    all text around it.
+    that read the question, `query_ids` and `query_mask` (P, T) hold the question to each picture: the one
+    passed in `queries`, or, as the method's `query_text` says, the text of the user's message with the
+    picture or all text around it.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class FoveateProcessor(ProcessorMixin):
     ) -> None:
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        tokenizer.padding_side = "left"  # what generate needs; training pads on the right by itself
+        tokenizer.padding_side = "left"  # as generate needs; training pads on the right itself
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -238,8 +238,8 @@ class FoveateProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
-            vision_tower: as for the model.
-            method: as for the model.
+            vision_tower: as in the model's `from_pretrained`.
+            method: as in the model's `from_pretrained`.
             template: name of a chat template to use instead of the folder's own.
             options: changes to the method's options.
             **kwargs: as for any processor.
@@ -250,7 +250,7 @@ class FoveateProcessor(ProcessorMixin):
             own = checkpoints.read_json(folder / "processor_config.json").get("image_processor")
             if not isinstance(own, dict):
                 raise FoveateError(f"{folder / 'processor_config.json'} is missing or has no image_processor")
-            config = checkpoints.own_config(folder, method)  # this and the next also for their errors
+            config = checkpoints.own_config(folder, method)  # this and the next line also for their errors
             load_tokenizer(folder)
             try:
                 processor = super().from_pretrained(folder, **kwargs)
@@ -271,13 +271,13 @@ class FoveateProcessor(ProcessorMixin):
     def _of_released(cls, released: checkpoints.Released) -> FoveateProcessor:
         config = checkpoints.convert_config(released)
         tokenizer, _ = load_tokenizer(released.folder)
-        # what originals bring is their LLM's, without pictures
+        # originals come with their LLM's template, which has no pictures
         template = checkpoints.read_template(released.folder) if released.layout.family == "hf" else None
         if template is None and released.template is not None:
             template = chat_template(released.template)
         return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
 
-    # transformers calls this for each picture of a text, and puts what it returns in place of `<image>`.
+    # transformers calls this for each picture of a text, and replaces `<image>` by the result.
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         height, width = (int(n) for n in image_inputs["image_sizes"][image_idx])
         return self.image_token * self.image_processor.plan(height, width).tokens
@@ -288,8 +288,8 @@ class FoveateProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order.
 
-        Raises `FoveateError` where the method reads the question to each picture and gets none: the model
-        would not miss it, and be blind to it.
+        Raises `FoveateError` if the method reads the question to each picture and none is given: the model
+        would run, but without the question.
         """
         if kwargs.get("truncation"):
             raise FoveateError(
@@ -329,16 +329,16 @@ class FoveateProcessor(ProcessorMixin):
         *,
         learn: bool = False,
     ) -> Prompt:
-        """A conversation as the LLM and the connector read it, as for asking or as for training.
+        """A conversation as the LLM and the connector read it, for asking or for training.
 
         Args:
             messages: contents are texts or lists of parts.
             plans: of the pictures, in their order; by default those of the pictures in the messages.
-            learn: whether the answers in it are to be learnt. Without, the prompt ends where the model goes
-                on, and what was answered before is text like any other.
+            learn: whether its answers are to be learnt. If not, the prompt ends where the model continues,
+                and earlier answers are text like any other.
 
         Raises:
-            FoveateError: what is not a message, a picture that cannot be read, a template that does not write
+            FoveateError: an invalid message, a picture that cannot be read, a template that does not write
                 one `<image>` for each picture.
         """
         messages = normalise_messages(messages)
@@ -381,7 +381,7 @@ class FoveateProcessor(ProcessorMixin):
         return [self._read(ids, learnt)] * pictures
 
     def _read(self, ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
-        """What a connector that reads the text around a picture gets of it."""
+        """The tokens for a connector that reads the text around a picture."""
         if self.image_processor.planner().query_text == "sequence":
             learnt = [False] * len(ids)
         return [
@@ -391,7 +391,7 @@ class FoveateProcessor(ProcessorMixin):
         ]
 
     def _around(self, text: str, special: bool) -> list[list[int]]:
-        """Per picture of a rendered text the tokens around it; answers are found by the chat template."""
+        """Per picture of a rendered text the tokens around it; the chat template locates answers."""
         pictures = text.count(self.image_token)
         spans = answers_in(text, self.apply_chat_template) if self.chat_template is not None else []
         return [self._read(*self._tokens(text, spans, special))] * pictures
@@ -411,7 +411,7 @@ class FoveateProcessor(ProcessorMixin):
 
     @names_versions
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """As in transformers; contents may be plain strings, and batches may have text-only conversations."""
+        """As in transformers; contents may be plain strings, and batches may have text-only ones."""
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = [normalise_messages(c) for c in (conversation if batched else [conversation])]
         method = self.image_processor.planner()
@@ -429,7 +429,7 @@ class FoveateProcessor(ProcessorMixin):
             raise FoveateError(f"the chat template is broken: {error}; name another template") from error
 
     def answer_end(self) -> int | None:
-        """The special token with which the chat template ends an answer; None where it uses none."""
+        """The special token with which the chat template ends an answer; None if it uses none."""
         messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
         prompt = self.prompt(messages, learn=True)
         last = [token for token, answer in zip(prompt.ids, prompt.answers, strict=True) if answer][-1]

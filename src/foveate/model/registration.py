@@ -1,7 +1,7 @@
-"""Tells transformers' Auto classes, and with them its pipelines, about Foveate's classes.
+"""Registers Foveate's classes with transformers' Auto classes, and so with its pipelines.
 
-Each pair is made known as soon as both of its modules are imported, whichever comes first: `import foveate`
-stays cheap, and no module of transformers is needed before it is complete.
+Each pair is registered as soon as both of its modules are imported, in either order: `import foveate` stays
+cheap, and no module of transformers is used before it is complete.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import wrapt
 if TYPE_CHECKING:
     from foveate.model.config import FoveateConfig
 
-AUTO = "transformers.models.auto"  # the classes are public, the modules that define them are not
+AUTO = "transformers.models.auto"  # the classes are public, their modules are not
 
 
 class Introduction:
-    """One Auto class, and what of Foveate's it should know.
+    """One Auto class, and the Foveate class to register with it.
 
     Args:
         auto: module of `AUTO`; importing it imports ours.
         ours: module of `foveate.model`.
-        introduce: called once with both.
+        introduce: registers; called once with both.
     """
 
     def __init__(self, auto: str, ours: str, introduce: Callable[[ModuleType, ModuleType], None]) -> None:
@@ -39,7 +39,7 @@ class Introduction:
     def _arrived(self, module: ModuleType) -> None:
         self.complete[module.__name__] = module
         if self.ours not in sys.modules:
-            import_module(self.ours)  # arrives in turn
+            import_module(self.ours)  # registers in turn
         elif len(self.complete) == 2:
             self.introduce(self.complete[self.auto], self.complete[self.ours])
 

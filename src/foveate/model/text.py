@@ -27,7 +27,7 @@ def chat_template(name: str) -> str:
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies messages with every content as a list of parts. Raises `FoveateError` for what is no message."""
+    """Copies messages with every content as a list of parts. Raises `FoveateError` for invalid ones."""
     if not messages:
         raise FoveateError("the conversation is empty: give at least one message")
     normal = []
@@ -50,7 +50,7 @@ def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages that say where pictures stand, without the pictures."""
+    """Messages with pictures marked, but without the pictures themselves."""
     return [
         {
             **m,
@@ -61,18 +61,18 @@ def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
-    """Where the answers stand in a text that a chat template wrote, end marks included.
+    """The answers in a text that a chat template wrote, end marks included.
 
-    What the template writes around an answer is read off a conversation of known words. A text that ends in
-    a question, or in the middle of an answer, is one to go on with: none of its answers is to be learnt. The
-    same holds where the template writes nothing between question and answer.
+    The template's text around an answer is found with a conversation of known words. A text that ends in a
+    question, or in the middle of an answer, is to be continued: none of its answers is learnt. The same holds
+    if the template writes nothing between question and answer.
 
     Args:
         text: as the template wrote it.
         render: messages, and `add_generation_prompt`, to the template's text.
 
     Returns:
-        Start and end of each answer, in characters; none where the text has none.
+        Start and end of each answer, in characters; empty if there is none.
     """
     words = ("the first question", "the first answer", "the second question", "the second answer")
     roles = ("user", "assistant", "user", "assistant")
@@ -82,7 +82,7 @@ def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
         return []
     before, opens, closes, _, end = re.split("|".join(words), known)
     prompt = render(messages[:1], add_generation_prompt=True)
-    if known.startswith(prompt):  # what stands behind it belongs to the answer
+    if known.startswith(prompt):  # what follows it belongs to the answer
         opens = prompt[len(before) + len(words[0]) :]
     if not opens.strip():
         return []
@@ -103,7 +103,7 @@ def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
 
 
 def picture_queries(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Per picture of a conversation, the user's text of the message that shows it. Never an answer."""
+    """Per picture of a conversation, the user's text in the message that shows it. Never an answer."""
     queries = []
     for message in messages:
         text = " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
@@ -130,13 +130,13 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
 
 
 def separator_token(tokenizer: Any) -> int | None:
-    """Id of the comma, which some methods write between groups of visual tokens; None where there is none."""
+    """Id of the comma, which some methods put between groups of visual tokens; None if there is none."""
     ids = tokenizer(",", add_special_tokens=False)["input_ids"]
     return ids[-1] if ids else None
 
 
 def prepare_tokenizer(tokenizer: Any) -> int:
-    """Adds the image token where it is missing and a padding token; returns the image token's id."""
+    """Adds an image token and a padding token if missing; returns the image token's id."""
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""Where a method looked in a picture: told once, by the method, and read by drawings, JSON and pages."""
+"""Where a method looked in a picture: reported once by the method, read by drawings, JSON and pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Chain:
     """Parts of a picture that were looked at one after the other.
 
     Attributes:
-        name: what tells it from the picture's other chains.
+        name: distinguishes it from the picture's other chains.
         boxes: in original pixels.
         pixels: makes their views (n, 3, h, w), normalised, as the tower got them.
     """
@@ -31,8 +31,8 @@ class Account:
     """Where a method looked in one picture; boxes are in original pixels.
 
     Attributes:
-        regions: parts that it chose to look at; None where it chose none, and saw what its views show.
-        heat: makes parts of the picture with a weight, how much each mattered, from 0 (dropped) to 1.
+        regions: parts that it chose to look at; None if it chose none and saw all of its views.
+        heat: computes parts of the picture with weights from 0 (dropped) to 1: how much each mattered.
         chains: parts that were looked at one after the other.
         views: views that the tower made itself: role and pixels (3, h, w), normalised.
         notes: sentences about what it did.
@@ -45,7 +45,7 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
     def joined(self, more: Account) -> Account:
-        """With what `more` adds: its regions and its heat count where this one has none."""
+        """This account and `more` in one; regions and heat of `more` are used only if this one has none."""
         return Account(
             regions=more.regions if self.regions is None else self.regions,
             heat=lambda: self.heat() or more.heat(),

@@ -1,14 +1,14 @@
-"""Boxes in a model's text: one grammar to read them, the conventions to write them.
+"""Boxes in a model's text: one grammar for reading, and the formats for writing.
 
-A text holds a box where it holds exactly one list of numbers and that has exactly four, all finite. Prose,
-brackets, tags and a lone number elsewhere do no harm; nor do two or three numbers outside, where the list
-stands in brackets. Anything else is no box, and `ReadBox.problem` says why. Corners are put in order and cut
-off at the picture's border. No torch.
+A text holds a box if it holds exactly one list of numbers, with exactly four of them, all finite. Prose,
+brackets, tags and a lone number elsewhere do no harm; nor do two or three numbers outside a list in brackets.
+Anything else is not a box, and `ReadBox.problem` says why. Corners are put in order, and boxes are clipped to
+the picture. No torch.
 
-What the four numbers mean is a `BoxFormat`, and what they are measured in a `Frame`:
+A `BoxFormat` says what the four numbers mean, a `Frame` what they are measured in:
 
-    unit_xyxy   [0.055, 0.249, 0.863, 0.779]     left, top, right, bottom as parts of the frame
-    unit_xxyy   [0.055, 0.863, 0.249, 0.779]     left, right, top, bottom as parts of the frame
+    unit_xyxy   [0.055, 0.249, 0.863, 0.779]     left, top, right, bottom as fractions of the frame
+    unit_xxyy   [0.055, 0.863, 0.249, 0.779]     left, right, top, bottom as fractions of the frame
     qwen_vl     <box>(55,249),(863,779)</box>    thousandths of the picture (Qwen-VL)
     qwen2_vl    <|box_start|>(55,249),(863,779)<|box_end|>   the same (Qwen2-VL)
     qwen2_5_vl  {"bbox_2d": [18, 84, 290, 262]}  pixels of the picture as the model is shown it (Qwen2.5-VL)
@@ -57,8 +57,8 @@ class Frame:
 
     Attributes:
         picture: size of the original picture.
-        area: the part of it, in its own pixels, that coordinates span; beyond its border where it is padded.
-        pixels: how many pixels the model is shown there, for formats that count pixels.
+        area: the part of it that coordinates span, in its own pixels; reaches beyond its border if padded.
+        pixels: size at which the model is shown the area, for formats in pixels.
     """
 
     picture: Size
@@ -67,7 +67,7 @@ class Frame:
 
     @classmethod
     def whole(cls, picture: Size, shown: Size | None = None) -> Frame:
-        """The picture itself; `shown` is its size after the model's own resizing, where that is known."""
+        """The picture itself; `shown` is its size after the model's own resizing, if known."""
         return cls(picture, whole(picture), shown or picture)
 
     @classmethod
@@ -77,12 +77,12 @@ class Frame:
         return cls(picture, padded_square(picture, side).source, Size(side, side))
 
     def extent(self, scale: Scale) -> Size:
-        """Height and width of the frame in the numbers of a scale."""
+        """Height and width of the frame in the units of a scale."""
         return {"unit": Size(1, 1), "thousand": Size(1000, 1000), "pixels": self.pixels}[scale]
 
 
 class ReadBox(NamedTuple):
-    """A box in original pixels, inside the picture and not empty; or the reason why there is none."""
+    """A box in original pixels, inside the picture and not empty; or why there is none."""
 
     box: Box | None
     problem: str | None = None
@@ -123,14 +123,14 @@ def read_box(text: str, form: BoxFormat, frame: Frame) -> ReadBox:
 
 
 def _lists(text: str) -> list[list[float]]:
-    """Numbers that belong together: those in brackets, and runs of as many as could be meant beside them."""
+    """Lists of numbers: those in brackets, and other runs that are long enough to be a list."""
     bracketed = _runs(text, _BRACKETED)
     bare = _runs(_BRACKETED.sub("|", text), _NUMBER)
     return bracketed + [numbers for numbers in bare if len(numbers) >= (4 if bracketed else 2)]
 
 
 def _runs(text: str, piece: re.Pattern[str]) -> list[list[float]]:
-    """The numbers of pieces of a text; pieces with nothing but separators between them go together."""
+    """The numbers of pieces of a text; pieces with only separators between them form one run."""
     runs: list[list[float]] = []
     end = None
     for match in piece.finditer(text):
@@ -142,7 +142,7 @@ def _runs(text: str, piece: re.Pattern[str]) -> list[list[float]]:
 
 
 def checked_box(values: Sequence[float], picture: Size) -> ReadBox:
-    """A box that comes from anywhere: left, top, right, bottom in original pixels."""
+    """Checks and clips a box: left, top, right, bottom in original pixels."""
     if len(values) != 4:
         return ReadBox(None, f"the list has {len(values)} numbers, not 4")
     if not all(map(math.isfinite, values)):
@@ -158,7 +158,7 @@ def checked_box(values: Sequence[float], picture: Size) -> ReadBox:
 
 
 def write_box(box: Box, form: BoxFormat, frame: Frame) -> str:
-    """A box in original pixels as text; parts of the frame have three decimals, all else whole numbers."""
+    """A box in original pixels as text; fractions have three decimals, other scales whole numbers."""
     area, extent = frame.area, frame.extent(form.scale)
     left, right = (float((n - area.left) * extent.width / area.width) for n in (box.left, box.right))
     top, bottom = (float((n - area.top) * extent.height / area.height) for n in (box.top, box.bottom))
@@ -173,8 +173,8 @@ def fitted(box: Box, picture: Size, *, extend: float = 0.0, minimum: int = 1) ->
     Args:
         box: original pixels, not empty, inside the picture.
         picture: its size.
-        extend: by which part of themselves width and height grow first, about the centre.
-        minimum: neither side is shorter, in pixels, unless the picture is.
+        extend: fraction by which width and height grow first, about the centre.
+        minimum: least length of a side in pixels, unless the picture is smaller.
 
     Raises:
         FoveateError: a negative extension, or a minimum below 1.

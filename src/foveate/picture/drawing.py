@@ -17,21 +17,21 @@ COLOURS = ((214, 69, 65), (31, 119, 180), (44, 140, 74), (232, 140, 28), (128, 8
 HEAT = (255, 120, 0)
 PADDING, HATCH, HATCH_STEP = (246, 246, 248), (176, 178, 186), 9
 
-# In pixels. Web pages show a drawing about 800 pixels wide: its smallest letters are 12 pixels high there.
+# In pixels. Web pages show a drawing about 800 pixels wide: the smallest letters are then 12 pixels high.
 WIDTH, MARGIN, GAP = 1200, 24, 12
 INNER = WIDTH - 2 * MARGIN
 ANSWER, TEXT, SMALL = 28, 21, 18
 CAPTION_LINES = 6  # of each paragraph
-PICTURE_WIDTH, PICTURE_HEIGHT = 610, 700  # at most, with the space for numbers around it
+PICTURE_WIDTH, PICTURE_HEIGHT = 610, 700  # at most, including the space for numbers around it
 VIEW_SIDE, LEAST_VIEW_SIDE, SHEET_HEIGHT = 420, 84, 560
-CHAIN_SIDE, CHAIN_VIEWS, CHAIN_COLUMNS = 330, 600, 8  # of a chain's picture, of its views, views in a row
-SMALL_REGION = 48  # sides below this are framed from outside, so that the frame hides nothing of them
-# For letters that Pillow's own font lacks; the first that has most of them is taken.
+CHAIN_SIDE, CHAIN_VIEWS, CHAIN_COLUMNS = 330, 600, 8  # side of its picture, width of its views, views a row
+SMALL_REGION = 48  # regions with a shorter side are framed from outside, so that the frame hides nothing
+# For letters that Pillow's own font lacks; the first font with most of them is used.
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial.ttf", "Arial Unicode.ttf"),
     *("PingFang.ttc", "msyh.ttc", "segoeui.ttf"),
 )
-RINGS = 4  # how many numbers away from its region a number may stand, where there is no room beside it
+RINGS = 4  # how far from its region a number may be placed, in heights of a number
 
 Colour: TypeAlias = tuple[int, int, int]
 Edges: TypeAlias = tuple[float, float, float, float]
@@ -43,7 +43,7 @@ class Shown(NamedTuple):
     Attributes:
         role: what it is.
         picture: 8-bit RGB.
-        inside: where it shows the picture, in its pixels; the rest is padding. None: everywhere.
+        inside: the part that shows the picture, in its own pixels; the rest is padding. None: all of it.
     """
 
     role: str
@@ -68,12 +68,12 @@ def draw(
         regions: boxes in its pixels.
         plan: the views.
         canvases: the picture as it lies on each of the plan's canvases, 8-bit RGB.
-        caption: paragraphs, each with whether it stands out.
-        heat: boxes in the original's pixels with a weight from 0 to 1: the warmer, the more it mattered;
+        caption: paragraphs, each with whether it is emphasised.
+        heat: boxes in the original's pixels with weights from 0 to 1: warmer parts mattered more;
             those of weight 0 were dropped.
-        own_views: views that the tower made itself, with their roles; they stand behind the plan's. Where
-            the plan has one view, they are that one at other sizes.
-        chains: name, boxes in the original's pixels, and their views; instead of the regions.
+        own_views: views that the tower made itself, with their roles; they follow the plan's. If the plan has
+            one view, they are that view at other sizes.
+        chains: name, boxes in the original's pixels, and their views; drawn instead of the regions.
     """
     views = shown_views(plan, canvases)
     only = views[0] if len(views) == 1 else None
@@ -86,7 +86,7 @@ def draw(
 
 
 def shown_views(plan: ViewPlan, canvases: Sequence[Image.Image], role: str | None = None) -> list[Shown]:
-    """All views of a plan, with where each of them shows the picture; `role` instead of their own."""
+    """All views of a plan, each with the part that shows the picture; `role` replaces their own."""
     return [
         Shown(role or view.role, cut_view(canvases[view.canvas], view), plan.to_view(i, whole(plan.picture)))
         for i, view in enumerate(plan.views)
@@ -94,7 +94,7 @@ def shown_views(plan: ViewPlan, canvases: Sequence[Image.Image], role: str | Non
 
 
 def _scaled(view: Shown, picture: Image.Image) -> Box | None:
-    """Where a picture shows the original that is a view at another size."""
+    """The part that shows the original, for a picture that is a view at another size."""
     if view.inside is None:
         return None
     across, down = picture.width / view.picture.width, picture.height / view.picture.height
@@ -110,9 +110,9 @@ def lay_out(
     heat: Sequence[tuple[Box, float]] = (),
     chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]] = (),
 ) -> Image.Image:
-    """A caption above the picture with numbered regions, and the views beside it, or below it if it is wide.
+    """A caption above the picture with numbered regions, and the views beside it, or below a wide one.
 
-    Where parts were looked at one after the other, the picture stands once for each such chain.
+    If parts were looked at one after the other, the picture is drawn once for each such chain.
     """
     beside = bool(chains) or picture.width <= 2 * picture.height
     if chains:
@@ -121,7 +121,7 @@ def lay_out(
         left = mark_regions(picture, regions, PICTURE_WIDTH if beside else INNER, PICTURE_HEIGHT, heat)
     head = _written(caption)
     top = MARGIN + head.height + GAP
-    # Views begin where the picture does, which lies in a frame of paper for the numbers.
+    # Views are aligned with the picture, which has a margin for the numbers around it.
     above = _badge(str(len(regions)), TEXT).height
     if beside:
         place = (2 * MARGIN + left.width, top + above)
@@ -152,7 +152,7 @@ def mark_regions(
     Args:
         picture: the original.
         regions: boxes in its pixels; empty ones are left out.
-        width: at most, with the space for numbers around the picture.
+        width: at most, including the space for numbers around the picture.
         height: likewise.
         heat: boxes with a weight, which tint the picture.
         letters: size of the numbers.
@@ -203,8 +203,8 @@ def _frame(
 ) -> None:
     """A box's frame, inside of it and of the larger ones that share its edges.
 
-    What would hide what is small lies outside: all of a small box's frame, and what runs along the picture's
-    border.
+    Where a frame would hide something small, it is drawn outside: all of a small box's frame, and the edges
+    along the picture's border.
     """
     left, top, right, bottom = box
     if min(right - left, bottom - top) < SMALL_REGION:
@@ -233,7 +233,7 @@ def _frame(
 
 
 def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.Image) -> list[Edges]:
-    """Where the number of each box stands: beside it, on no other number, on as little as can be."""
+    """A place for the number of each box: beside it, off other numbers, hiding as little as possible."""
     placed: list[Edges] = []
     for own, number in zip(boxes, numbers, strict=True):
         best, least = None, math.inf
@@ -251,7 +251,7 @@ def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.
 
 
 def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, float, float]]:
-    """Upper left corners of a number, each behind how unwelcome it is.
+    """Costs and upper left corners of possible places for a number.
 
     They lie around the box, in its corners, then further and further away.
     """
@@ -269,7 +269,7 @@ def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, fl
 
 
 def _disturbs(spot: Edges, own: Edges, boxes: Sequence[Edges], placed: Sequence[Edges]) -> float:
-    """How bad a number's place is: 0 on nothing, more the larger the part that it hides of anything."""
+    """The cost of a number's place: 0 if it hides nothing, more the larger the part that it hides."""
     area = _area(spot)
     cost = 4 * sum(_common(spot, other) for other in placed) / area + 3 * _common(spot, own) / _area(own)
     astray = 0.0
@@ -279,7 +279,7 @@ def _disturbs(spot: Edges, own: Edges, boxes: Sequence[Edges], placed: Sequence[
             cost += common / _area(box)
             around = box[0] <= own[0] + 1 and box[1] <= own[1] + 1
             around = around and box[2] >= own[2] - 1 and box[3] >= own[3] - 1
-            astray = max(astray, 0 if around else common / area)  # it would seem to be that box's number
+            astray = max(astray, 0 if around else common / area)  # it would look like that box's number
     return cost + 0.4 * astray
 
 
@@ -288,7 +288,7 @@ def _area(box: Edges) -> float:
 
 
 def _common(one: Edges, other: Edges) -> float:
-    """What two boxes both cover, in pixels."""
+    """The area that two boxes share, in pixels."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return width * height if width > 0 and height > 0 else 0.0
@@ -299,7 +299,7 @@ def _centre(box: Edges) -> tuple[float, float]:
 
 
 def _clamped(point: tuple[float, float], box: Edges) -> tuple[float, float]:
-    """The point of a box that is nearest to another one."""
+    """The point of a box that is nearest to a given point."""
     return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
 
 
@@ -308,7 +308,7 @@ def chain_sheet(
 ) -> Image.Image:
     """A row per chain: the picture with numbered boxes and arrows from each to the next, then the views.
 
-    A long chain's views stand in lines below each other.
+    A long chain's views are wrapped into several lines.
     """
     longest = max(len(boxes) for _, boxes, _ in chains)
     columns = min(longest, CHAIN_COLUMNS)
@@ -333,7 +333,7 @@ def chain_sheet(
 
 
 def _inside(box: Box, picture: Image.Image, view: Image.Image) -> Box | None:
-    """Where the view of a box shows the picture, in the view's pixels; None: everywhere."""
+    """The part of a box's view that shows the picture, in the view's pixels; None: all of it."""
     if not box.width or not box.height or whole(Size(picture.height, picture.width)).contains(box):
         return None
     across, down = view.width / float(box.width), view.height / float(box.height)
@@ -357,7 +357,7 @@ def _arrow(
 
 
 def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Image:
-    """Weights as a warm tint; what was dropped, and what no box covers, turns grey and dark."""
+    """Weights as a warm tint; dropped parts, and those that no box covers, turn grey and dark."""
     seen, tint = Image.new("L", picture.size), Image.new("L", picture.size)
     for box, weight in heat:
         left, top, right, bottom = box.rounded()
@@ -373,7 +373,7 @@ def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Im
 def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: bool = True) -> Image.Image:
     """All views side by side in rows, none of them stretched, numbered like the regions, padding hatched.
 
-    They are as large as fits into width and height; where there are too many of them, the sheet is higher.
+    They are as large as fits into width and height; if there are too many, the sheet grows in height.
     """
     line = SMALL + 14
     sizes = {view.picture.size for view in views}
@@ -404,7 +404,7 @@ def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: boo
 def _paste_view(
     sheet: Image.Image, at: tuple[int, int], view: Shown, side: int, index: int | None, sized: bool = False
 ) -> None:
-    """A view in its frame, and below it its number and as much of what it is as there is room for."""
+    """A view in its frame; below it its number and as much of its description as fits."""
     (x, y), size = at, _fitted(view.picture, side)
     colour = FAINT if index is None else COLOURS[index % len(COLOURS)]
     nearest = min(size[0] / view.picture.width, size[1] / view.picture.height) > 4
@@ -437,7 +437,7 @@ def _padded(view: Shown) -> bool:
 
 
 def _hatched(picture: Image.Image, inside: Box, size: tuple[int, int]) -> Image.Image:
-    """The picture with lines in place of what lies outside a box, which is in pixels at its former size."""
+    """The picture with everything outside a box hatched; the box is in pixels of its former size."""
     across, down = picture.width / size[0], picture.height / size[1]
     left, top = round(float(inside.left) * across), round(float(inside.top) * down)
     right, bottom = round(float(inside.right) * across), round(float(inside.bottom) * down)
@@ -452,7 +452,7 @@ def _hatched(picture: Image.Image, inside: Box, size: tuple[int, int]) -> Image.
 
 
 def cut_view(canvas: Image.Image, view: View) -> Image.Image:
-    """One view out of its canvas, interleaved ones included."""
+    """One view cut out of its canvas, interleaved ones included."""
     part = canvas.crop(view.box.rounded())
     if view.steps == (1, 1):
         return part
@@ -463,7 +463,7 @@ def cut_view(canvas: Image.Image, view: View) -> Image.Image:
 
 
 def _written(caption: Sequence[tuple[str, bool]]) -> Image.Image:
-    """Paragraphs as wide as the page; those that stand out are larger and darker."""
+    """Paragraphs as wide as the page; emphasised ones are larger and darker."""
     lines = []
     for text, bold in caption:
         text = " ".join(_printable(text).split())
@@ -479,7 +479,7 @@ def _written(caption: Sequence[tuple[str, bool]]) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines that are no wider than the page, at most `CAPTION_LINES`; long words are broken."""
+    """Lines that are no wider than the page, at most `CAPTION_LINES`; long words are split."""
     lines: list[str] = []
     while text and len(lines) < CAPTION_LINES:
         fits = min(len(text), INNER)  # letters are wider than a pixel
@@ -496,12 +496,12 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """The text without what no font can draw."""
+    """The text without characters that no font can draw."""
     return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _badge(text: str, size: int, colour: Colour = INK) -> Image.Image:
-    """A number on its colour."""
+    """A number on a coloured ground."""
     badge = Image.new("RGB", (math.ceil(_font(size).getlength(text)) + 10, size + 6), colour)
     ImageDraw.Draw(badge).text((5, badge.height / 2), text, PAPER, font=_font(size), anchor="lm")
     return badge
@@ -512,7 +512,7 @@ def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str) -> None
 
 
 def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that has the text's letters, as far as one is installed; else Pillow's own."""
+    """An installed font that has the text's letters; else Pillow's own."""
     letters = {letter for letter in text if not letter.isspace()}
     best = _font(size)
     least = _lacking(best, letters)
@@ -530,12 +530,12 @@ def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _lacking(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> int:
-    """How many of the letters a font draws as it draws what is no letter at all."""
+    """How many of the letters a font draws as it draws a missing character."""
     none = bytes(font.getmask("\U0010ffff"))
     return sum(bytes(font.getmask(letter)) == none for letter in letters)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # with a size it is one
+    assert isinstance(font, ImageFont.FreeTypeFont)  # always, if a size is given
     return font

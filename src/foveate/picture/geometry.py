@@ -1,8 +1,8 @@
-"""Where pictures, canvases, views and boxes lie in each other. Whole numbers only, no torch.
+"""How pictures, canvases, views and boxes are placed in each other. Whole numbers only, no torch.
 
-The way of a picture: a part of it (`Canvas.source`) is resized onto a canvas (`Canvas.content`), and every
-view is cut from one canvas. All three steps are affine, so any box can be carried between a view and the
-original picture exactly; `ViewPlan.to_picture` and `ViewPlan.to_view` do it in fractions.
+A part of the picture (`Canvas.source`) is resized onto a canvas (`Canvas.content`), and every view is cut
+from one canvas. All three steps are affine, so any box can be carried between a view and the original
+picture exactly; `ViewPlan.to_picture` and `ViewPlan.to_view` do it in fractions.
 
 Sizes are (height, width) and boxes (left, top, right, bottom), in pixels.
 """
@@ -29,7 +29,7 @@ class Size(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Left, top, right, bottom; right and bottom outside. Reaches beyond the picture where it is padded."""
+    """Left, top, right, bottom; right and bottom are exclusive. May reach beyond a padded picture."""
 
     left: Number
     top: Number
@@ -67,7 +67,7 @@ class Box(NamedTuple):
         )
 
     def overlap(self, other: Box) -> float:
-        """What both cover, divided by what either covers: 0 to 1, also called IoU."""
+        """Intersection over union (IoU), 0 to 1."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         if width <= 0 or height <= 0:
@@ -94,7 +94,7 @@ class Canvas:
     """The picture as a method resizes and pads it, before views are cut.
 
     `source` is read from the original picture (outside it is `fill`) and resized onto `content`, a box on
-    the canvas; the rest of the canvas is `fill`, and what of `content` sticks out is cut off.
+    the canvas; the rest of the canvas is `fill`, and parts of `content` outside it are cut off.
     """
 
     size: Size
@@ -103,7 +103,7 @@ class Canvas:
     fill: Fill = "black"
 
     def place(self, box: Box) -> Box:
-        """Where a box of the original picture lies on the canvas."""
+        """A box of the original picture in pixels of the canvas."""
         x, y = _axes(self)
         return Box(
             (box.left - x.source) / x.scale + x.content,
@@ -117,7 +117,7 @@ class Canvas:
 class View:
     """One picture for the vision tower: `box` of canvas number `canvas`, every `stride`-th pixel of it.
 
-    A `Size` as stride has its own step for rows and columns.
+    A stride of type `Size` has separate steps for rows and columns.
     """
 
     canvas: int
@@ -140,14 +140,14 @@ class View:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """All that a method decides from a picture's size: canvases, views, and how many LLM tokens come out.
+    """All that a method decides from a picture's size: canvases, views, and the number of LLM tokens.
 
     Attributes:
         picture: size of the original picture.
         canvases: what the views are cut from.
         views: in the order in which the vision tower gets them.
         tokens: number of placeholders of this picture in the LLM's sequence.
-        tiles: rows and columns of the tile grid; (0, 0) without one.
+        tiles: rows and columns of the tile grid; (0, 0) if there is none.
     """
 
     picture: Size
@@ -231,7 +231,7 @@ def padded_square(picture: Size, side: int, fill: Fill = "mean") -> Canvas:
 
 
 def padded(picture: Size, canvas: Size, fill: Fill = "mean") -> Canvas:
-    """The picture padded at its own resolution to the canvas's shape, up to a pixel, then resized."""
+    """The picture padded at its own resolution to the canvas's aspect ratio, up to a pixel, then resized."""
     height = max(picture.height, -(-picture.width * canvas.height // canvas.width))
     width = max(picture.width, -(-picture.height * canvas.width // canvas.height))
     left, top = (width - picture.width) // 2, (height - picture.height) // 2
@@ -239,12 +239,12 @@ def padded(picture: Size, canvas: Size, fill: Fill = "mean") -> Canvas:
 
 
 def centre_cropped(picture: Size, side: int) -> Canvas:
-    """The short edge resized to `side`, the middle kept (CLIP's own preprocessing)."""
+    """The short edge resized to `side`, and cropped to the middle (CLIP's own preprocessing)."""
     return cropped(picture, Size(side, side))
 
 
 def cropped(picture: Size, canvas: Size) -> Canvas:
-    """The picture resized so that it just covers the canvas, the middle kept."""
+    """The picture resized so that it just covers the canvas, and cropped to the middle."""
     if picture.height * canvas.width <= picture.width * canvas.height:
         height, width = canvas.height, int(canvas.height * picture.width / picture.height)
     else:
@@ -279,7 +279,7 @@ def tiled(canvas: int, tiles: Size, side: Size, role: str = "tile") -> tuple[Vie
 def interleaved(canvas: int, tiles: Size, side: Size, role: str = "interleaved") -> tuple[View, ...]:
     """Views of all of canvas number `canvas`, each of every tiles.height-th row and tiles.width-th column.
 
-    They come row by row; view (r, c) starts at pixel (r, c). What is left over behind `side` is dropped.
+    They come row by row; view (r, c) starts at pixel (r, c). What is left over after `side` is dropped.
     """
     right, bottom = tiles.width * side.width, tiles.height * side.height
     return tuple(
@@ -290,7 +290,7 @@ def interleaved(canvas: int, tiles: Size, side: Size, role: str = "interleaved")
 
 
 def best_fit(picture: Size, canvases: Iterable[Size]) -> Size:
-    """The canvas that keeps most of the picture's pixels and, among equals, wastes least (LLaVA-NeXT).
+    """The canvas that keeps most of the picture's pixels and, on a tie, wastes least (LLaVA-NeXT).
 
     On a full tie the first one is taken.
     """
@@ -305,7 +305,7 @@ def best_fit(picture: Size, canvases: Iterable[Size]) -> Size:
 
 
 def unpadded(grid: Size, picture: Size) -> tuple[slice, slice]:
-    """Rows and columns of a feature grid that are left when the letterbox padding is cut off (LLaVA-NeXT)."""
+    """Rows and columns of a feature grid that remain after the letterbox padding is cut off (LLaVA-NeXT)."""
     if picture.width / picture.height > grid.width / grid.height:
         height = int(round(picture.height * (grid.width / picture.width), 7))
         pad = (grid.height - height) // 2

@@ -20,7 +20,7 @@ def read_picture(picture: Picture | Any) -> Image.Image:
     """An upright RGB `PIL.Image` from a path, URL, bytes, array (H, W), (H, W, 3 or 4) or PIL image.
 
     EXIF orientation is applied; 16-bit and floating-point greys are scaled to 8 bits.
-    Raises `FoveateError` for missing, empty or broken files and for arrays that are no pictures.
+    Raises `FoveateError` for missing, empty or broken files and for arrays that are not pictures.
     """
     if isinstance(picture, Image.Image):
         image, name = picture, "picture"
@@ -37,7 +37,7 @@ def read_picture(picture: Picture | Any) -> Image.Image:
         try:
             image, name = load_image(picture), picture[:60]
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise FoveateError(f"no picture could be had from {picture[:60]}: {error}") from error
+            raise FoveateError(f"no picture could be read from {picture[:60]}: {error}") from error
     elif isinstance(picture, (str, os.PathLike)):
         path = Path(picture)
         if path.is_dir():
@@ -58,7 +58,7 @@ def read_picture(picture: Picture | Any) -> Image.Image:
 
 
 def read_size(path: str | os.PathLike[str]) -> Size:
-    """Height and width of a picture's file as it is shown; of most formats without reading the pixels."""
+    """Height and width of a picture's file as shown upright; for most formats without reading the pixels."""
     path = Path(path)
     if not path.is_file():
         raise FoveateError(
@@ -66,7 +66,7 @@ def read_size(path: str | os.PathLike[str]) -> Size:
         )
     try:
         with Image.open(path) as image:
-            if image.format == "TIFF":  # Pillow turns these itself, in part before they are loaded
+            if image.format == "TIFF":  # Pillow rotates these itself, some before they are loaded
                 image.load()
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             width, height = image.size
@@ -76,7 +76,7 @@ def read_size(path: str | os.PathLike[str]) -> Size:
 
 
 def drawing_path(out: str | os.PathLike[str]) -> Path:
-    """`out` as the path of a picture that can be written there. Raises `FoveateError` if it cannot be."""
+    """`out` as a path at which a picture can be written. Raises `FoveateError` if it cannot be."""
     path = Path(out)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise FoveateError(f"{path}: pictures are written as .png, .jpg or .webp")
@@ -88,7 +88,7 @@ def drawing_path(out: str | os.PathLike[str]) -> Path:
 
 
 def write_drawing(drawing: Image.Image, out: str | os.PathLike[str]) -> None:
-    """Raises `FoveateError` where `out` cannot be written."""
+    """Writes a drawing. Raises `FoveateError` if `out` cannot be written."""
     path = drawing_path(out)
     try:
         drawing.save(path)
@@ -120,7 +120,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise FoveateError(
-            f"an array of shape {array.shape} is no picture: expected (H, W), (H, W, 3) or (H, W, 4)"
+            f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 3) or (H, W, 4)"
         )
     if array.dtype != np.uint8:
         array = _to_bytes(array)

@@ -1,8 +1,8 @@
 """The original pictures of a batch, for connectors that look again: any box of them, as the tower sees it.
 
-A view of a box is what would be cut out if the whole picture were resized for it, with a triangle filter
-("bilinear": it averages where pixels are many, and interpolates where they are few) and without rounding.
-Only the box is computed: row weights x pixels x column weights.
+A view of a box shows what would be cut out if the whole picture were resized for it, with a triangle filter
+("bilinear": averaging when it shrinks, interpolating when it enlarges) and without rounding. Only the box is
+computed: row weights x pixels x column weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BAND = 32  # rows of a view that are computed together
 
 
 class Look(NamedTuple):
-    """A part of a picture to be seen: `box`, whole pixels of a canvas that the picture covers."""
+    """A part of a picture to look at: `box`, in whole pixels of a canvas that the picture covers."""
 
     canvas: Canvas
     box: Box
@@ -31,19 +31,19 @@ class Look(NamedTuple):
 
 
 class Source:
-    """The original pictures of a batch, and what encodes parts of them.
+    """The original pictures of a batch, and an encoder for parts of them.
 
     Args:
         pictures: (H, W, 3) bytes each.
         norms: (P, 2, 3) mean and standard deviation per channel, of pixels in 0..1.
         encode: views (V, 3, h, w), normalised -> (V, N, C).
-        memory: per picture the features (N, C) of what was looked at before, what was asked for last at the
-            end; filled, and never emptied. Pictures that are the same may share one. Each entry has storage
-            of its own, so that one that is forgotten frees it.
+        memory: per picture the features (N, C) of parts looked at before, the latest last; filled, never
+            emptied. Identical pictures may share one. Each entry has storage of its own, so that dropping it
+            frees memory.
 
     Attributes:
-        looked: per picture, all parts that were asked for.
-        encoded: per picture, how many of them were in no memory.
+        looked: per picture, all parts that were requested.
+        encoded: per picture, how many of them were not in memory.
 
     Raises:
         FoveateError: numbers that do not agree.
@@ -57,7 +57,7 @@ class Source:
         memory: Sequence[dict[Look, Tensor]] | None = None,
     ) -> None:
         self.pictures, self.norms, self.encode = list(pictures), norms, encode
-        self._lasts = memory is not None  # beyond this batch, whose tensor it must not keep
+        self._lasts = memory is not None  # the memory outlives this batch and must not keep its tensor
         self.memory = [{} for _ in self.pictures] if memory is None else list(memory)
         self.looked: list[set[Look]] = [set() for _ in self.pictures]
         self.encoded = [0] * len(self.pictures)
@@ -71,7 +71,7 @@ class Source:
     def unpacked(
         cls, pixels: Tensor, sizes: Tensor, norms: Tensor, encode: Callable[[Tensor], Tensor]
     ) -> Source:
-        """From `source_pixels` (n,) bytes, the pictures after each other, and `image_sizes` (P, 2)."""
+        """From `source_pixels` (n,) bytes, picture after picture, and `image_sizes` (P, 2)."""
         shapes = [(height, width, 3) for height, width in sizes.tolist()]
         counts = [math.prod(shape) for shape in shapes]
         if sum(counts) != len(pixels):
@@ -82,10 +82,10 @@ class Source:
     def look(self, wanted: Sequence[tuple[int, Look]], side: Size) -> Tensor:
         """Features (L, N, C) of parts of the pictures, each shown to the tower at `side`.
 
-        `wanted` has the number of each part's picture. The tower is called once, for the parts that are in no
-        memory yet, or not at all.
+        `wanted` has the number of each part's picture. The tower is called at most once, for the parts that
+        are not in memory yet.
         """
-        new: dict[tuple[int, Look], int] = {}  # pictures that share a memory are one
+        new: dict[tuple[int, Look], int] = {}  # pictures that share a memory count as one
         for picture, look in wanted:
             self.looked[picture].add(look)
             if look not in self.memory[picture]:
@@ -95,7 +95,7 @@ class Source:
             for ((_, look), picture), features in zip(new.items(), self.encode(views), strict=True):
                 self.memory[picture][look] = features.clone() if self._lasts else features
                 self.encoded[picture] += 1
-        for picture, look in wanted:  # to the end
+        for picture, look in wanted:  # moves them to the end
             self.memory[picture][look] = self.memory[picture].pop(look)
         return torch.stack([self.memory[picture][look] for picture, look in wanted])
 
@@ -136,7 +136,7 @@ def _resampled(pixels: Tensor, mean: Tensor, look: Look, side: Size) -> Tensor:
 
 
 def _banded(weights: np.ndarray, pixels: Tensor) -> Tensor:
-    """Weights (m, n) x pixels (n, ...) -> (m, ...), float; what a few rows do not read is not touched."""
+    """Weights (m, n) x pixels (n, ...) -> (m, ...), float, in bands of rows that read only what they need."""
     parts = []
     for start in range(0, len(weights), BAND):
         band = weights[start : start + BAND]
@@ -148,7 +148,7 @@ def _banded(weights: np.ndarray, pixels: Tensor) -> Tensor:
 
 
 def _axis(pixels: int, look: Look, side: Size, axis: int) -> tuple[slice, np.ndarray]:
-    """Which rows (axis 0) or columns (1) of a picture a view is made of, and weights (view, picture)."""
+    """The rows (axis 0) or columns (1) of a picture that a view reads, and weights (view, picture)."""
     source, box, canvas = look.canvas.source, look.box, look.canvas.size[axis]
     left, right = (int(n) for n in ((source.top, source.bottom), (source.left, source.right))[axis])
     first, last = (float(n) for n in ((box.top, box.bottom), (box.left, box.right))[axis])
@@ -163,9 +163,9 @@ def _axis(pixels: int, look: Look, side: Size, axis: int) -> tuple[slice, np.nda
 def _filter(
     pixels: int, extent: tuple[int, int], start: float, length: float, out: int
 ) -> tuple[slice, np.ndarray]:
-    """Triangle filter: `length` pixels of an axis from `start` on become `out`.
+    """Triangle filter: resizes `length` pixels of an axis, from `start` on, to `out`.
 
-    The axis reaches over `extent`, of which only 0..pixels are there: weights of padding are left out.
+    The axis has length `extent`, but only 0..pixels exist: weights of padding are left out.
     Returns the pixels that are read and their weights (out, n), float32.
     """
     scale = length / out

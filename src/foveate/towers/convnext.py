@@ -15,7 +15,7 @@ from foveate.errors import FoveateError, report_keys
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-WIDE = 2**22  # most numbers at a time in the wide layer of a ConvNeXt block at inference, or one row
+WIDE = 2**22  # bound on the activations at a time in the wide layer of a block at inference; at least one row
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class ConvNextShape:
 class ConvNextBlock(nn.Module):
     """transformers' ConvNeXt block, with its names, in little memory at inference.
 
-    The four times wider layer between its two linear ones is what needs most memory of all in this tower, on
-    large maps far more than the ViT's attention. Without gradients, some rows of the map at a time go through
-    the whole block, so that little but its input and its output is held.
+    The layer between its two linear ones is four times as wide and needs the most memory in this tower, on
+    large maps far more than the ViT's attention. Without gradients, the block processes a few rows of the map
+    at a time, so that it holds little more than its input and its output.
     """
 
     dwconv: nn.Conv2d
@@ -67,7 +67,7 @@ class ConvNextBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(V, C, h, w) -> (V, C, h, w)"""
-        normalises = "grn" in self._modules  # over the whole map
+        normalises = "grn" in self._modules  # its norm is over the whole map
         if normalises or torch.is_grad_enabled():
             return features + self._update(self.dwconv(features), normalises).permute(0, 3, 1, 2)
         views, _, height, width = features.shape
@@ -76,7 +76,7 @@ class ConvNextBlock(nn.Module):
         for top in range(0, height, rows):
             below = min(top + rows, height)
             update = self._update(self._convolved(features, top, below), normalises)
-            if changed is None:  # wider than the features where autocast says so
+            if changed is None:  # under autocast the format may be wider than the features'
                 kind = torch.promote_types(features.dtype, update.dtype)
                 changed = torch.empty_like(features, dtype=kind, memory_format=torch.channels_last)
             here = slice(top, below)
@@ -85,23 +85,23 @@ class ConvNextBlock(nn.Module):
         return changed
 
     def _update(self, convolved: Tensor, normalises: bool) -> Tensor:
-        """Behind the convolution: (V, C, h, w) -> (V, h, w, C)"""
+        """After the convolution: (V, C, h, w) -> (V, h, w, C)"""
         hidden = self.act(self.pwconv1(self.layernorm(convolved.permute(0, 2, 3, 1))))
         hidden = self.pwconv2(self.grn(hidden) if normalises else hidden)
         scale = self.layer_scale_parameter
         return hidden if scale is None else scale * hidden
 
     def _convolved(self, features: Tensor, top: int, below: int) -> Tensor:
-        """Rows `top` to `below` of what the convolution makes of the map."""
+        """Rows `top` to `below` of the convolution's output for the map."""
         first = max(top - int(self.dwconv.padding[0]), 0)
         read = features[:, :, first : below + int(self.dwconv.padding[0])]  # rows near a cut come out wrong
         return self.dwconv(read)[:, :, top - first : below - first]
 
 
 class ConvNext(nn.Module):
-    """transformers' ConvNeXt, stage by stage, without norm and head behind the last one."""
+    """transformers' ConvNeXt, stage by stage, without the norm and head after the last one."""
 
-    # Of the blocks; transformers sets both where it switches the ViT's layers.
+    # For the blocks; transformers sets both when it switches checkpointing of the ViT's layers.
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
 
@@ -128,7 +128,7 @@ class ConvNext(nn.Module):
                 module.eps = shape.norm_eps
 
     def run_stage(self, number: int, features: Tensor) -> Tensor:
-        """Stage `number`, from 1: (V, C, h, h) -> (V, 2 C, h / 2, h / 2), the first one without shrinking."""
+        """Stage `number`, from 1: (V, C, h, h) -> (V, 2 C, h / 2, h / 2), the first one does not shrink."""
         stage = self.stages[number - 1]
         for layer in stage.downsampling_layer:
             features = layer(features)
@@ -151,7 +151,7 @@ TIMM_KEYS = {
     r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc(\d)\.": r"stages.\1.layers.\2.pwconv\3.",
     r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.": r"stages.\1.layers.\2.grn.",
 }
-UNREAD = r"^(?:head|classifier|layernorm)\."  # norms and heads behind the last stage
+UNREAD = r"^(?:head|classifier|layernorm)\."  # norms and heads after the last stage
 
 
 def convnext_weights(

@@ -13,8 +13,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from foveate.errors import FoveateError
 from foveate.upstream import changes
 
-# Towers of which only the layers up to the selected one are built: model type -> name of the norm after
-# the last layer, which hidden states come before. Other towers run whole and have a hidden state picked.
+# Towers that are built only up to the selected layer: model type -> name of the norm after the last layer,
+# which hidden states do not include. Other towers run whole, and one of their hidden states is used.
 FINAL_NORM = {
     "clip_vision_model": "post_layernorm",
     "siglip_vision_model": "post_layernorm",
@@ -36,14 +36,14 @@ class VisionTower(nn.Module):
     """A vision transformer that stops at the hidden state a LLaVA-style model reads.
 
     Layers after the selected one, the final norm and a pooling head are not built for the towers listed in
-    `FINAL_NORM`: they would cost time and memory and never be used.
+    `FINAL_NORM`: they would cost time and memory without being used.
 
     Args:
         config: the tower's own configuration, with all its layers.
         layer: hidden state to return, counted as transformers does (-1 last layer, -2 the one before).
 
     Raises:
-        FoveateError: no such layer; when it is called, a tower that has not one token per patch.
+        FoveateError: no such layer; in `forward`, a tower without exactly one token per patch.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: int) -> None:
@@ -51,7 +51,7 @@ class VisionTower(nn.Module):
         depth = config.num_hidden_layers
         self.index = layer if layer >= 0 else depth + 1 + layer
         if not 0 < self.index <= depth:
-            raise FoveateError(f"vision_feature_layer {layer} of a tower with {depth} layers")
+            raise FoveateError(f"vision_feature_layer {layer}: the tower has {depth} layers")
         self.truncated = config.model_type in FINAL_NORM
         if self.truncated:
             config = copy.deepcopy(config)
@@ -79,14 +79,14 @@ class VisionTower(nn.Module):
             hidden = self.model(pixel_values, output_hidden_states=True).hidden_states[self.index]
         if hidden.dim() != 3 or hidden.shape[1] < self.patches:
             raise FoveateError(
-                f"vision tower {self.model.config.model_type!r} makes {tuple(hidden.shape[1:])} of a view, "
-                f"not one token of each of its {self.patches} patches: choose a ViT"
+                f"vision tower {self.model.config.model_type!r} gives {tuple(hidden.shape[1:])} per view, "
+                f"not one token for each of its {self.patches} patches: choose a ViT"
             )
         return hidden[:, hidden.shape[1] - self.patches :]  # (V, N, C)
 
 
 def as_map(tokens: Tensor) -> Tensor:
-    """(V, N, C) -> (V, C, h, h), the same memory."""
+    """(V, N, C) -> (V, C, h, h), sharing memory."""
     side = round(tokens.shape[1] ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (side, side))
 
@@ -100,7 +100,7 @@ class PatchEmbeddings(nn.Module):
     """CLIP's patch embedding and positions for any grid, without its class token.
 
     The position table is resampled as the authors do, bicubic with antialiasing (transformers' own way has
-    none), once for each grid as long as the table does not change.
+    none), and cached per grid until the table changes.
     """
 
     def __init__(self, patch_embedding: nn.Module, position_embedding: nn.Embedding, patches: int) -> None:
@@ -118,11 +118,11 @@ class PatchEmbeddings(nn.Module):
     def positions(self, side: int) -> Tensor:
         """(N, C) for a grid of `side` rows."""
         table = self.position_embedding.weight
-        if torch.is_grad_enabled() and table.requires_grad:  # it learns, and changes with every step
-            self.cached = None  # fused optimizers change it without counting up its version
+        if torch.is_grad_enabled() and table.requires_grad:  # in training it changes with every step
+            self.cached = None  # fused optimizers change it without increasing its version
             return self._resampled(side)
         state = (side, changes(table), table.data_ptr(), table.dtype, table.device)
-        cached = self.cached  # once: another thread may replace it
+        cached = self.cached  # read once: another thread may replace it
         if cached is None or cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 cached = self.cached = (state, self._resampled(side))
@@ -142,7 +142,8 @@ def build_vit(config: PreTrainedConfig) -> PreTrainedModel:
     """A CLIP-like ViT without its last norm and its class token."""
     if config.model_type not in CLIP_LIKE:
         raise FoveateError(
-            f"vision tower {config.model_type!r} is no ViT like CLIP's: choose one of {', '.join(CLIP_LIKE)}"
+            f"vision tower {config.model_type!r} is not a ViT like CLIP's: "
+            f"choose one of {', '.join(CLIP_LIKE)}"
         )
     config = copy.deepcopy(config)
     if config.model_type == "siglip_vision_model":

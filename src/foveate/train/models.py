@@ -1,4 +1,4 @@
-"""The model of a recipe: its shape before any weights are read, and as each stage starts from it."""
+"""The model of a recipe: without weights, and as each stage starts from it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stage_options(spec: ModelSpec, changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def typed(recipe: Recipe) -> Recipe:
-    """The recipe with the values of its method's options as their types want them."""
+    """The recipe with the values of its method's options converted to their types."""
     stages = recipe.stages.values()
     if not recipe.model.options and not any(stage.options for stage in stages):
         return recipe
@@ -53,7 +53,7 @@ def typed(recipe: Recipe) -> Recipe:
 
 
 def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
-    """The method's name, and the options that the model brings which a recipe loads."""
+    """The method's name, and the options of the model that a recipe loads."""
     if spec.load is None:
         assert spec.method is not None
         return spec.method, {}
@@ -97,7 +97,7 @@ def skeleton(
 
 
 def find_weights(spec: ModelSpec) -> None:
-    """Raises `FoveateError` where the files of a recipe's weights are missing or cut; reads no tensor."""
+    """Raises `FoveateError` if the files of a recipe's weights are missing or incomplete; reads no tensor."""
     for name in (spec.load, spec.vision_tower, spec.vision, spec.text):
         if name is not None:
             checkpoints.weight_files(checkpoints.local_folder(name))
@@ -112,7 +112,7 @@ def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditi
         model = _tiny(spec, options, recipe.seed, None).model.to(DTYPES[spec.dtype])
     else:
         assert spec.vision is not None and spec.text is not None and spec.method is not None
-        set_seed(recipe.seed)  # of the fresh connector
+        set_seed(recipe.seed)  # for the fresh connector
         model = compose(
             spec.vision,
             spec.text,
@@ -127,7 +127,7 @@ def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditi
 def load_model(
     folder: str | Path, spec: ModelSpec, options: Mapping[str, Any], vision_tower: str | None = None
 ) -> FoveateForConditionalGeneration:
-    """A model folder with a stage's options. Raises `FoveateError` where they need other parameters."""
+    """A model folder with a stage's options. Raises `FoveateError` if they need other parameters."""
     model = FoveateForConditionalGeneration.from_pretrained(
         folder,
         vision_tower=vision_tower,

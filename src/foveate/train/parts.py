@@ -1,4 +1,4 @@
-"""Which parts of a model train in a stage, and at which learning rate."""
+"""Which parts of a model train in a stage, and their learning rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from foveate.errors import FoveateError
 from foveate.train.recipe import Lora, Stage
 
-ADAPTER = ".base_layer"  # peft puts the adapted layer here; names in recipes do not know of it
+ADAPTER = ".base_layer"  # peft puts the adapted layer here; recipes name modules without it
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Part:
     name: str
     parameters: int
     trainable: int
-    lrs: tuple[float, ...]  # learning rates in it
+    lrs: tuple[float, ...]  # its learning rates
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter or module is meant by a pattern: itself, or something above it."""
+    """Whether a pattern matches a parameter or module, or a module above it."""
     return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def select(model: nn.Module, stage: Stage, where: str) -> None:
-    """Sets `requires_grad` of every parameter as the stage says; adapters train where there are any.
+    """Sets `requires_grad` of every parameter as the stage says; adapters train if there are any.
 
-    Raises `FoveateError` where a pattern matches nothing or nothing trains.
+    Raises `FoveateError` if a pattern matches nothing or nothing trains.
     """
     names = {_plain(name): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
     for key, patterns in (("trains", stage.trains), ("freezes", stage.freezes), ("lrs", stage.lrs)):
@@ -59,7 +59,7 @@ def learning_rate(name: str, stage: Stage) -> float:
 
 
 def parts(model: nn.Module, stage: Stage) -> list[Part]:
-    """The model's children with what trains in them."""
+    """The model's children, and what trains in each."""
     rows = []
     for child, module in model.named_children():
         trainable = [(f"{child}.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
@@ -70,7 +70,7 @@ def parts(model: nn.Module, stage: Stage) -> list[Part]:
 
 
 def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
-    """Names of the linear layers that get adapters. Raises `FoveateError` where a pattern matches none."""
+    """Names of the linear layers that get adapters. Raises `FoveateError` if a pattern matches none."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in lora.on:
         if not any(matches(name, pattern) for name in layers):
@@ -79,7 +79,7 @@ def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
 
 
 def add_adapters(model: nn.Module, stage: Stage, where: str) -> None:
-    """Puts LoRA adapters on a model, in place. Raises `FoveateError` where a layer also trains by itself."""
+    """Puts LoRA adapters on a model, in place. Raises `FoveateError` if such a layer also trains itself."""
     from peft import LoraConfig, inject_adapter_in_model
 
     assert stage.lora is not None
@@ -98,7 +98,7 @@ def add_adapters(model: nn.Module, stage: Stage, where: str) -> None:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Adds every adapter to its layer's weight and takes it off, in place."""
+    """Merges every adapter into its layer's weight and removes it, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):

@@ -24,8 +24,8 @@ from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage
 
-FEW = 2000  # samples that one process measures by itself: starting workers would take longer
-MARKED = re.compile(r"{%-?\s*generation\b")  # what a chat template has around the assistant's text
+FEW = 2000  # samples that one process measures itself: starting workers would take longer
+MARKED = re.compile(r"{%-?\s*generation\b")  # marks the assistant's text in a chat template
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Prepared:
         options: all options of the method in this stage.
         processor: with these options and the stage's chat template.
         skeleton: the model on the meta device, with what trains in this stage marked.
-        samples: what it trains on, those that are too long left out.
+        samples: the samples, without those that are too long.
         lengths: (S,) tokens of each sample.
         left_out: number of samples that are too long.
-        useless: number of samples of which the method can make no lesson.
+        useless: number of samples that the method cannot make a lesson of.
         accumulation: micro-batches per optimizer step on each device.
     """
 
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, name: str) -> Prepared:
-    """Checks one stage. Weights are not read, pictures only for their sizes.
+    """Checks one stage. Reads no weights, and pictures only for their sizes.
 
     Raises `FoveateError` for patterns that match nothing, a batch that cannot be divided, a template that
     does not mark the assistant's text, data that is wrong or missing, and pictures that are missing.
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         raise FoveateError(
             f"{where}: all {left_out} samples are longer than max_length {stage.max_length}; raise it"
             if left_out
-            else f"{where}: of no sample a region is known; look at the files of regions"
+            else f"{where}: no sample has a known region; check the files of regions"
         )
     return Prepared(
         name=name,
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
 
 
 def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGeneration) -> None:
-    """Raises `FoveateError` unless regions are given where the method learns them, and only there."""
+    """Raises `FoveateError` unless regions are given exactly if the method learns them."""
     title = model.method.title
     for i, source in enumerate(stage.data):
         if model.method.learns_regions and source.regions is None:
@@ -113,12 +113,12 @@ def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGenerat
             raise FoveateError(f"{where}.data.{i}: {title} as set here learns no regions: leave them out")
         if source.regions is not None and not source.prompts:
             raise FoveateError(
-                f"{where}.data.{i}: regions are those of questions, and prompts: false leaves them out"
+                f"{where}.data.{i}: regions belong to questions, which prompts: false leaves out"
             )
 
 
 def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int, int]:
-    """The stage's samples, their lengths, and how many were left out as too long and as useless."""
+    """The stage's samples, their lengths, and the numbers left out as too long and as useless."""
     files: list[Conversations] = []
     counts: list[int] = []
     for source in stage.data:
@@ -147,7 +147,7 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
 
 
 class _Measures(Dataset[tuple[int, int, list[str]]]):
-    """Index, length and problems of every `step`-th sample from `first` on: the share of one process."""
+    """Index, length and problems of every `step`-th sample from `first` on: one process's share."""
 
     def __init__(self, samples: Samples, first: int, step: int) -> None:
         self.samples, self.mine = samples, range(first, len(samples), step)
@@ -160,7 +160,7 @@ class _Measures(Dataset[tuple[int, int, list[str]]]):
 
 
 def _measure(samples: Samples, workers: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Tokens of every sample, (S,); per source what is wrong with regions. The processes share the work."""
+    """Tokens of every sample, (S,); per source the problems of its regions. The processes share the work."""
     processes = PartialState()
     mine = _Measures(samples, processes.process_index, processes.num_processes)
     loader = DataLoader(mine, batch_size=64, collate_fn=list, num_workers=workers if len(mine) > FEW else 0)

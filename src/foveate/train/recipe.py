@@ -1,4 +1,4 @@
-"""Recipes: which model, and stages that each say what trains, how, and on which data.
+"""Recipes: a model, and stages that each say what trains, how, and on which data.
 
 A recipe is a YAML file; everything in it is one of the dataclasses below, and unknown keys are errors.
 Reading one imports neither torch nor transformers.
@@ -18,7 +18,7 @@ from foveate.options import NULLS, Plain, build_options
 from foveate.shipped import find
 from foveate.written import read_pair, read_yaml
 
-# Settings that leave the result as it is: a run that goes on may change them.
+# Settings that do not affect the result: a resumed run may change them.
 WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
 
 
@@ -31,7 +31,7 @@ class ModelSpec:
     vision: str | None = None  # vision tower, folder or hub id
     text: str | None = None  # causal LM, folder or hub id; its tokenizer is used
     tiny: bool = False  # tiny parts with random weights
-    method: str | None = None  # needed unless `load` says it
+    method: str | None = None  # needed unless `load` gives it
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     template: str | None = None  # chat template; with `load`, by default the folder's own
     vision_feature_layer: int = -2  # hidden state of the tower that is used, -1 the last; not with `load`
@@ -56,10 +56,10 @@ class DataFile:
 
     path: str
     images: str | None = None  # folder that picture paths start from; by default the file's own
-    limit: int | None = None  # use only the first so many samples
-    prompts: bool = True  # false: where the user shows a picture, leave out the text, as LLaVA's pretraining
+    limit: int | None = None  # use only this number of samples, from the first
+    prompts: bool = True  # false: leave out the user's text beside a picture, as in LLaVA's pretraining
     repeat: float = 1.0  # how often an epoch sees each sample; 0.5: a random half
-    regions: str | None = None  # where its questions want one to look, for methods that learn it
+    regions: str | None = None  # file with the regions of its questions, for methods that learn them
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -97,16 +97,16 @@ class Stage:
     trains: list[str]  # modules that train; all others are frozen
     data: list[DataFile]
     lr: float  # peak learning rate
-    freezes: list[str] = field(default_factory=list)  # modules inside of `trains` that stay frozen
-    lrs: dict[str, float] = field(default_factory=dict)  # modules with a learning rate of their own
+    freezes: list[str] = field(default_factory=list)  # modules within `trains` that stay frozen
+    lrs: dict[str, float] = field(default_factory=dict)  # modules with their own learning rate
     lora: Lora | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    warmup_ratio: float = 0.03  # part of all steps in which the learning rate rises to its peak
+    warmup_ratio: float = 0.03  # fraction of the steps in which the learning rate rises to its peak
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: no clipping
     epochs: float = 1.0  # passes over the data
     steps: int | None = None  # optimizer steps, instead of epochs
-    batch: int = 128  # samples per optimizer step, on all devices together
+    batch: int = 128  # samples per optimizer step, over all devices
     micro_batch: int = 8  # samples at a time on one device
     max_length: int = 2048  # text and visual tokens of a sample; longer samples are left out
     group_by: Literal["modality", "none"] = "modality"  # batches alike in pictures or none, and in length
@@ -114,7 +114,7 @@ class Stage:
     checkpoint_activations: bool = False  # less memory, a third more compute
     template: str | None = None  # chat template of this stage, instead of the model's
     options: dict[str, Any] = field(default_factory=dict)  # the method's options, changed in this stage
-    save_steps: int = 500  # a checkpoint to go on from, every so many steps
+    save_steps: int = 500  # steps between checkpoints
     log_steps: int = 10
     workers: int = 4  # processes that read pictures, per device
 
@@ -176,7 +176,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first setting with an effect in which two recipes of `to_dict` differ; None if there is none."""
+    """The first setting that affects the result and differs between two recipes of `to_dict`; else None."""
     old_values, new_values = dict(_leaves(old)), dict(_leaves(new))
     for key in [*old_values, *new_values]:
         if key.rpartition(".")[2] in WITHOUT_EFFECT or key == "output":
@@ -197,7 +197,7 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Sets one value in place. New keys are left to the dataclasses, which know all of them."""
+    """Sets one value in place. The dataclasses check new keys."""
     dotted, value = read_pair(override, override)
     *path, last = dotted.split(".")
     place: Any = values

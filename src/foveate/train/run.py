@@ -1,13 +1,13 @@
-"""Follows a recipe: checks all of it, then trains stage after stage, from where an earlier run got.
+"""Follows a recipe: checks all of it, then trains stage after stage, resuming an earlier run.
 
     <output>/recipe.yaml                        the recipe with its changes and all defaults
-    <output>/stages/<stage>/checkpoint-N/       to go on from; deleted when the stage is done
+    <output>/stages/<stage>/checkpoint-N/       to resume from; deleted when the stage is done
     <output>/stages/<stage>/tensorboard/        loss, learning rate, gradient norm
     <output>/stages/<stage>/trainer_state.json  the same numbers, as transformers' Trainer keeps them
     <output>/stages/<stage>/model/              result of a stage before the last
     <output>/model/                             the trained model
 
-A model folder gets its name only when all of it is written: it marks the stage as done.
+A model folder gets its name only once it is completely written: it marks the stage as done.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def train(
     Args:
         recipe_path: the YAML file, or the name of one that comes with Foveate.
         overrides: changes such as `stages.pretrain.lr=1e-4`.
-        resume: True goes on with the run in the output folder, False refuses if there is one, None goes on
-            if there is one.
+        resume: True resumes the run in the output folder, False refuses if there is one, None resumes if
+            there is one.
         console: for the table of what trains and the progress; nothing is shown without one.
         dry_run: only checks, and shows what would train; weights are found, but not read.
 
     Raises:
-        FoveateError: a recipe, model or data that is wrong, an output folder of something else, packages or
-            devices that are missing.
+        FoveateError: a wrong recipe, model or data, an output folder that holds something else, missing
+            packages or devices.
     """
     recipe = load_recipe(recipe_path, overrides)
     _check_packages(recipe)
@@ -83,14 +83,14 @@ def train(
     if model is None:
         for stage in stages:
             _show(stage, stage.skeleton, console)
-        done = f"all is well with {find('recipe', recipe_path)}; nothing was written"
+        done = f"everything is well with {find('recipe', recipe_path)}; nothing was written"
         console.print(done, highlight=False, markup=False, soft_wrap=True)
         return output
-    processes.wait_for_everyone()  # all have looked at the output folder before it is written to
+    processes.wait_for_everyone()  # all have checked the output folder before anyone writes to it
     if processes.is_main_process:
         _write_recipe(recipe)
     _train_stage(recipe, stages[0], model, console)
-    del model  # two of them may not fit
+    del model  # two models may not fit
     for stage in stages[1:]:
         _train_stage(recipe, stage, _start(recipe, stage), console)
     console.print(f"model written to {output / 'model'}")
@@ -104,12 +104,12 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def _check_output(recipe: Recipe, resume: bool | None) -> None:
-    """Whether the output folder is new, or holds a run of this very recipe."""
+    """Raises `FoveateError` unless the output folder is new or holds a run of this recipe."""
     output = Path(recipe.output)
     found = output / "recipe.yaml"
     if not found.is_file():
         if resume:
-            raise FoveateError(f"there is no run in {output} to go on with: check output, or start a new run")
+            raise FoveateError(f"there is no run in {output} to resume: check output, or start a new run")
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise FoveateError(f"{output} exists already and holds no run: choose another output")
         parent = next(folder for folder in output.absolute().parents if folder.exists())
@@ -117,7 +117,7 @@ def _check_output(recipe: Recipe, resume: bool | None) -> None:
             raise FoveateError(f"output {output}: {parent} is not a folder that can be written to")
         return
     if resume is False:
-        raise FoveateError(f"{output} holds a run already: choose another output, or go on with that run")
+        raise FoveateError(f"{output} holds a run already: choose another output, or resume that run")
     try:
         before = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -181,7 +181,7 @@ def _train_stage(
     _show(prepared, model, console)
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
-        console.print(f"going on from {checkpoint}")
+        console.print(f"resuming from {checkpoint}")
     trainer = _trainer(recipe, prepared, model, console)
     with errors_of_workers():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -208,7 +208,7 @@ def _show(prepared: Prepared, model: FoveateForConditionalGeneration, console: C
 
 
 def _table(prepared: Prepared, model: FoveateForConditionalGeneration) -> Table:
-    """What trains, and at which learning rates."""
+    """What trains, and the learning rates."""
     from foveate.train.parts import parts
 
     stage = prepared.stage
@@ -228,7 +228,7 @@ def _amounts(prepared: Prepared) -> str:
     devices = stage.batch // (stage.micro_batch * prepared.accumulation)
     left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
     if prepared.useless:
-        left_out += f", {prepared.useless} left out because no region of theirs is known"
+        left_out += f", {prepared.useless} left out because their regions are unknown"
     regions = "".join(f"{r.report()}\n" for r in prepared.samples.regions if r is not None)
     return (
         f"{regions}"
@@ -322,7 +322,7 @@ def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
     processes.wait_for_everyone()
     trainer.save_model(str(unfinished))
     if processes.is_main_process:
-        (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own, a pickle
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own file, a pickle
         prepared.processor.save_pretrained(unfinished)
         unfinished.rename(result)
         for checkpoint in folder.glob("checkpoint-*"):

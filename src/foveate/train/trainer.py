@@ -18,25 +18,25 @@ from foveate.data.sampling import EpochSampler
 from foveate.train.parts import learning_rate
 from foveate.train.recipe import Stage
 
-COMPLETE = "complete"  # file in a checkpoint that was written to its end
+COMPLETE = "complete"  # file that marks a complete checkpoint
 
 
 class StageTrainer(Trainer):
-    """A Trainer that takes its order of samples and its learning rates from the stage."""
+    """A Trainer with the stage's order of samples and learning rates."""
 
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *, stage: Stage, sampler: EpochSampler, **kwargs: Any) -> None:
         self.stage, self.sampler = stage, sampler
         super().__init__(**kwargs)
-        vars(self.model.config).pop("use_cache", None)  # the Trainer's note, which would be saved
+        vars(self.model.config).pop("use_cache", None)  # set by the Trainer, and would be saved
 
-    # The Trainer asks this for the order of samples, for which it has no public interface.
+    # The Trainer calls this for the order of samples; it has no public interface for it.
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.sampler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss. Where only the connector trains, a batch without pictures has gradient zero."""
+        """The model's loss. If only the connector trains, a batch without pictures has gradient zero."""
         loss = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
         if not loss.requires_grad:
             loss = loss + 0.0 * sum(p.sum() for p in self.model.parameters() if p.requires_grad)
@@ -64,9 +64,9 @@ class StageTrainer(Trainer):
 
 
 class Epochs(TrainerCallback):
-    """Tells sampler and samples the epoch.
+    """Gives sampler and samples the epoch.
 
-    accelerate does not where several devices go on inside of an epoch.
+    accelerate does not do so if several devices resume within an epoch.
     """
 
     def __init__(self, sampler: EpochSampler, samples: Samples) -> None:
@@ -78,7 +78,7 @@ class Epochs(TrainerCallback):
 
 
 class SafeCheckpoints(TrainerCallback):
-    """Marks a checkpoint once all of it is written, and only then deletes the one before."""
+    """Marks a checkpoint once it is complete, and only then deletes the one before."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         processes = PartialState()
@@ -94,7 +94,7 @@ class SafeCheckpoints(TrainerCallback):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None where there is none that was written to its end."""
+    """The checkpoint to resume from; None if there is no complete one."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 

@@ -1,1 +1,1 @@
-"""A closer look with any VLM: regions that answers rest on."""
+"""A closer look with any VLM: the regions that answers rest on."""

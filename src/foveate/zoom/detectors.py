@@ -11,11 +11,11 @@ from foveate.picture.geometry import Box
 
 Detector = Callable[[Image.Image], Sequence[Box]]
 DETECTORS = ("faster_rcnn",)
-REGIONS, LEAST_SCORE = 36, 0.2  # as many as LXMERT's detector gives; weaker ones are noise
+REGIONS, LEAST_SCORE = 36, 0.2  # as many as LXMERT's detector gives; lower scores are noise
 
 
 def load_detector(name: str, device: str = "cpu") -> Detector:
-    """A detector by name; its weights come from torchvision's server when it is first used.
+    """A detector by name; its weights are downloaded from torchvision's server at first use.
 
     Raises:
         FoveateError: an unknown name, torchvision missing.

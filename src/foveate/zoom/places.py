@@ -1,8 +1,8 @@
-"""Where in the picture each image token of a VLM looks, for any processor, without knowing what it does.
+"""The place in the picture of each image token of a VLM, for any processor.
 
-The processor is given three pictures of the same size as the real one: black, white, and one whose red and
-green say where a pixel is. Where black and white come out alike there is padding; elsewhere the colours of
-each view say which part of the picture it shows, whatever was cropped, padded, tiled or normalised.
+The processor gets three pictures of the real one's size: black, white, and one whose red and green encode a
+pixel's place. Pixels that are the same for black and white are padding; elsewhere the colours of each view
+give the part of the picture that it shows, whatever was cropped, padded, tiled or normalised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Places = list[Box | None]  # original pixels; None for tokens that show no part 
 
 
 def token_places(vlm: VLM, picture: Size) -> Places:
-    """Per image token of one picture of this size, in the order of the LLM's sequence, what it shows.
+    """The place of each image token of one picture of this size, in the order of the LLM's sequence.
 
     Raises:
         FoveateError: a model whose image tokens cannot be placed.
@@ -48,14 +48,14 @@ def token_places(vlm: VLM, picture: Size) -> Places:
         places = _of_views(vlm, picture, _views(inputs), tokens) if tokens else []
     if not places or len(places) != tokens:
         raise FoveateError(
-            f"{type(vlm.model).__name__} has {tokens} image tokens where {len(places)} can be placed in the "
+            f"{type(vlm.model).__name__} has {tokens} image tokens, but {len(places)} can be placed in the "
             "picture: choose another region proposer"
         )
     return [box and _inside(box, picture) for box in places]
 
 
 def _of_views(vlm: VLM, picture: Size, black: Tensor, tokens: int) -> Places:
-    """Places by views (V, 3, h, w): as the model packs its features, else a grid of each view's own shape."""
+    """Places from views (V, 3, h, w): in the order of the model's features, else as a grid per view."""
     packs = [part for part in vlm.model.modules() if hasattr(part, "pack_image_features")]
     if packs:
         return _packed(vlm, picture, black, packs[-1].pack_image_features)
@@ -63,19 +63,19 @@ def _of_views(vlm: VLM, picture: Size, black: Tensor, tokens: int) -> Places:
     rows = math.isqrt(tokens // len(black) * height // width)
     columns = rows * width // height
     if rows * columns * len(black) != tokens or rows * width != columns * height:
-        return []  # queries, marks between rows, or another order: no grid can be told from their number
+        return []  # queries, separators or another order: their number does not give the grid
     return [box for grid in _view_grids(vlm, picture, black, Size(rows, columns)) for box in grid]
 
 
 def _packed(vlm: VLM, picture: Size, black: Tensor, pack: Callable[..., Any]) -> Places:
-    """Places packed by the model as if they were its features; none where it packs in a way unknown here."""
+    """Places packed by the model in place of its features; none if its packing is unknown here."""
     config, asked = vlm.model.config, inspect.signature(pack).parameters
     if not {"image_features", "image_sizes", "image_newline"} <= asked.keys():
         return []
     options = ("vision_feature_select_strategy", "vision_aspect_ratio")
     more = {name: value for name, value in config.to_dict().items() if name in options and name in asked}
     side = config.vision_config.image_size // config.vision_config.patch_size
-    features = torch.tensor(  # (V, N, 5): left, top, right, bottom, and 1 where there is a place
+    features = torch.tensor(  # (V, N, 5): left, top, right, bottom, and 1 if there is a place
         [
             [[float(n) for n in box] + [1.0] if box else [0.0] * 5 for box in grid]
             for grid in _view_grids(vlm, picture, black, Size(side, side))
@@ -83,7 +83,7 @@ def _packed(vlm: VLM, picture: Size, black: Tensor, pack: Callable[..., Any]) ->
     )
     try:
         packed = pack([features], torch.tensor([picture]), image_newline=torch.zeros(5), **more)
-    except (RuntimeError, ValueError):  # its features are no such grids
+    except (RuntimeError, ValueError):  # its features are not such grids
         return []
     return [Box(*row[:4]) if row[4] > 0.5 else None for row in packed[0][0].tolist()]
 
@@ -108,13 +108,13 @@ def _view_grids(vlm: VLM, picture: Size, black: Tensor, grid: Size) -> list[Plac
 
 
 def _axis(place: Tensor, seen: Tensor, length: int) -> Callable[[float], float]:
-    """Part of a view's side -> original pixel, fitted to what its pixels (lines, N) say, where `seen`."""
+    """Fraction of a view's side -> original pixel, fitted to its pixels (lines, N) where `seen`."""
     n = place.shape[1]
     columns = seen.any(0).nonzero()[:, 0]
-    if not len(columns):  # nothing but padding
+    if not len(columns):  # only padding
         return lambda part: 0.0
     means = (place * seen).sum(0)[columns] / seen.sum(0)[columns]
-    fit = (means > 1) & (means < length - 1)  # at its border a resized picture does not change steadily
+    fit = (means > 1) & (means < length - 1)  # at its border a resized picture does not change linearly
     if fit.sum() < 2:
         first, last = int(columns[0]), int(columns[-1]) + 1
         return lambda part: (part * n - first) / (last - first) * length
@@ -146,6 +146,6 @@ def _views(inputs: dict[str, Tensor]) -> Tensor:
     pixels = inputs["pixel_values"].float().cpu()
     if pixels.ndim < 4 or pixels.shape[-3] != 3:
         raise FoveateError(
-            f"pixel_values of shape {tuple(pixels.shape)} show no views: choose another region proposer"
+            f"pixel_values of shape {tuple(pixels.shape)} are not views: choose another region proposer"
         )
     return pixels.flatten(0, -4)

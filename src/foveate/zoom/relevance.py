@@ -1,4 +1,4 @@
-"""Which image tokens an answer rests on, by relevance propagation; and the region that they make up.
+"""Which image tokens an answer rests on, by relevance propagation; and the region that they form.
 
 Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021 (their rules 5-11), as Chain-of-Spot
 (arXiv 2403.12966, section 3.2) uses it:
@@ -10,8 +10,8 @@ Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021 (their rule
 
 Eq. 5 reads grad A * 1[A>0](A). The reading "chefer" is the cited paper's rule, max(grad A * A, 0); "literal"
 keeps the product's sign; "indicator" leaves out A itself. The paper states neither threshold, nor extension,
-nor which row is read: here it is the row of the last prompt token, from which the answer's first token is
-predicted, and its most likely token is what is explained.
+nor the row that is read: here it is the row of the last prompt token, which predicts the answer's first
+token, and the most likely token is explained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from foveate.zoom.places import token_places
 from foveate.zoom.vlm import VLM, message
 
 Reading = Literal["chefer", "literal", "indicator"]
-SIZES = 64  # of so many picture sizes it is remembered where image tokens look
+SIZES = 64  # number of picture sizes whose image token places are cached
 READINGS: tuple[Reading, ...] = ("chefer", "literal", "indicator")
 
 
@@ -61,8 +61,8 @@ class BimodalRelevance:
     """Sigma of two kinds of tokens that attend to themselves and to each other (rules 6-11 of Chefer et al.).
 
     For models with cross-attention between text and picture. Start with `of`; call one method per attention,
-    in the order of the forward pass; where both kinds read each other at once, as in LXMERT, call
-    `attend_to_each_other`; read `text_image` (T, I), what the picture means to each text token.
+    in the order of the forward pass; if both kinds attend to each other at once, as in LXMERT, call
+    `attend_to_each_other`; read `text_image` (T, I), the relevance of the picture to each text token.
     """
 
     text: Tensor  # (T, T)
@@ -72,7 +72,7 @@ class BimodalRelevance:
 
     @classmethod
     def of(cls, text: int, image: int, device: str | torch.device = "cpu") -> BimodalRelevance:
-        """Before the first layer: every token is relevant to itself alone. On the device of the maps."""
+        """State before the first layer: every token is relevant only to itself. On the device of the maps."""
         with torch.device(device):
             return cls(torch.eye(text), torch.eye(image), torch.zeros(text, image), torch.zeros(image, text))
 
@@ -99,7 +99,7 @@ class BimodalRelevance:
         )
 
     def attend_to_each_other(self, text_psi: Tensor, image_psi: Tensor) -> None:
-        """Both cross-attentions of one layer, Psi (T, I) and (I, T): neither sees what the other adds."""
+        """Both cross-attentions of one layer, Psi (T, I) and (I, T): neither reads the other's update."""
         before = replace(self)
         self.text_attends_to_image(text_psi)
         before.image_attends_to_text(image_psi)
@@ -107,10 +107,10 @@ class BimodalRelevance:
 
 
 def _normalised(sigma: Tensor) -> Tensor:
-    """Rules 8 and 9: what was added to the identity, each row scaled to the sum 1; rows of zeros stay.
+    """Rules 8 and 9: Sigma minus the identity, each row scaled to sum 1; rows of zeros stay zero.
 
-    The sum is that of magnitudes. For maps that are nowhere negative, as the rules have them, it is the same;
-    where a reading keeps signs, a row's own sum may be next to zero, or turn its signs.
+    The sum is of magnitudes. For maps without negative values, as the rules have them, it is the plain sum;
+    in a reading that keeps signs, a row's own sum may be close to zero or negative.
     """
     identity = torch.eye(len(sigma)).to(sigma)
     added = sigma - identity
@@ -119,15 +119,15 @@ def _normalised(sigma: Tensor) -> Tensor:
 
 
 def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Reading = "chefer") -> Tensor:
-    """The last token's row of Sigma: how much each token matters to what is predicted behind it, (B, T).
+    """The last token's row of Sigma: how much each token matters to the prediction after it, (B, T).
 
-    Rows of Sigma can be had from the last layer to the first, in the order in which gradients come: each
-    layer is run again with eager attention, used and forgotten, so that there is never more than one layer's
-    attention map, (B, H, T, T). The forward pass before keeps one hidden state per layer. Gradients are had
-    under `torch.no_grad` and `torch.inference_mode`, too.
+    Rows of Sigma can be computed from the last layer to the first, in the order of the gradients: each layer
+    is run again with eager attention, used and freed, so that only one layer's attention map, (B, H, T, T),
+    is in memory. The forward pass before keeps one hidden state per layer. Gradients are computed even under
+    `torch.no_grad` and `torch.inference_mode`.
 
     Args:
-        model: a VLM whose LLM is a decoder of self-attention layers that are called one after another.
+        model: a VLM whose LLM is a decoder of self-attention layers in sequence.
         inputs: for its forward pass, padded on the left.
         reading: of eq. 5.
 
@@ -153,7 +153,7 @@ def relevance(model: PreTrainedModel, inputs: Mapping[str, Any], reading: Readin
         return top[0]
 
     with torch.inference_mode(False), _explained(model, decoder), torch.enable_grad():
-        # A tensor made in inference mode cannot be part of a graph; its copy made here can.
+        # A tensor made in inference mode cannot be part of a graph; a copy made here can.
         given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         hooks = [layer.register_forward_pre_hook(note_call, with_kwargs=True) for layer in layers]
         hooks.append(layers[-1].register_forward_hook(cut_graph))
@@ -175,8 +175,8 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
     layers = upstream.decoder_layers(decoder)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise FoveateError(
-            f"{type(decoder).__name__} is no decoder with self-attention in all layers: relevance cannot be "
-            "propagated, choose another region proposer"
+            f"{type(decoder).__name__} is not a decoder with self-attention in all layers: relevance cannot "
+            "be propagated, choose another region proposer"
         )
     return list(layers)
 
@@ -184,7 +184,7 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
 def _layer_gradients(
     layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer again: its attention (B, H, T, T), the gradient of that and of its input (B, T, D)."""
+    """Reruns one layer: its attention (B, H, T, T), the gradients of that and of its input (B, T, D)."""
     leaf = hidden.detach().requires_grad_()
     with upstream.attention_maps(layer) as seen:
         output = layer(leaf, *args, **kwargs)
@@ -194,7 +194,7 @@ def _layer_gradients(
 
 @contextmanager
 def _explained(model: PreTrainedModel, decoder: PreTrainedModel) -> Iterator[None]:
-    """The LLM with eager attention, the model without dropout and trainable parameters; as before, after."""
+    """The LLM with eager attention, the model without dropout and trainable parameters; restored on exit."""
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -214,8 +214,8 @@ class RegionRule:
 
     Attributes:
         reading: of eq. 5.
-        threshold: epsilon; of the scores, scaled to 0..1, those not below it are kept.
-        extension: by which part of themselves width and height of the region grow, about its centre.
+        threshold: epsilon; scores, scaled to 0..1, are kept if they are at least this.
+        extension: fraction by which the region's width and height grow, about its centre.
     """
 
     reading: Reading = "chefer"
@@ -238,7 +238,7 @@ def scaled(scores: Tensor) -> Tensor:
 
 
 def roi(boxes: Sequence[Box], scores: Tensor, picture: Size, rule: RegionRule) -> Box:
-    """The region that scored boxes make up: whole original pixels, inside the picture.
+    """The region that scored boxes form: whole original pixels, inside the picture.
 
     Args:
         boxes: (N,) regions of a detector or places of image tokens, original pixels.
@@ -256,7 +256,7 @@ def roi(boxes: Sequence[Box], scores: Tensor, picture: Size, rule: RegionRule) -
 
 
 def region_scores(regions: Sequence[Box], places: Sequence[Box], scores: Tensor) -> Tensor:
-    """Relevance of a detector's regions (R,): the mean of the image tokens' (N,) by overlap."""
+    """Relevance of a detector's regions (R,): the mean of the image tokens' (N,), weighted by overlap."""
     corners = torch.tensor([[float(n) for n in box] for box in regions])[:, None]  # (R, 1, 4)
     cells = torch.tensor([[float(n) for n in box] for box in places])[None]  # (1, N, 4)
     low, high = (
@@ -269,7 +269,7 @@ def region_scores(regions: Sequence[Box], places: Sequence[Box], scores: Tensor)
 
 @dataclass(frozen=True)
 class Highlight:
-    """What of a picture an answer rests on.
+    """The part of a picture that an answer rests on.
 
     Attributes:
         box: the region, whole original pixels.
@@ -281,13 +281,13 @@ class Highlight:
 
 
 class Highlighter:
-    """Finds the region of pictures that the answers to questions rest on.
+    """Finds the regions of pictures that the answers to questions rest on.
 
     Args:
         vlm: the model that is asked.
         rule: how relevance becomes a region.
         detect: picture -> boxes of its regions, in its pixels; by default the image tokens' own places are
-            taken as regions.
+            the regions.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class Highlighter:
         """One upright picture and one question each, in one batch.
 
         Raises:
-            FoveateError: a model whose image tokens cannot be placed, or whose decoder cannot be read.
+            FoveateError: a model whose image tokens cannot be placed, or whose decoder is not supported.
         """
         inputs = self.vlm.inputs([message(*pair) for pair in zip(pictures, questions, strict=True)])
         rows = relevance(self.vlm.model, inputs, self.rule.reading).float().cpu()  # (B, T)
@@ -328,7 +328,7 @@ class Highlighter:
         if self.detect is not None:
             regions = [box.clipped(size) for box in self.detect(picture)]
             regions = [box for box in regions if box.width > 0 and box.height > 0]
-            if regions:  # else the detector saw nothing: the tokens' own places serve
+            if regions:  # else the detector found nothing: use the tokens' own places
                 boxes, scores = regions, region_scores(regions, boxes, scores)
         heat = list(zip(boxes, scaled(scores).tolist(), strict=True))
         return Highlight(roi(boxes, scores, size, self.rule), heat)

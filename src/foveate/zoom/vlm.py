@@ -18,12 +18,12 @@ from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
 
 Messages = list[dict[str, Any]]
-PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # what confidence is read from
-ONE_ANSWER = "num_return_sequences: one answer to each question is what can be told apart"
+PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # needed for the confidence
+ONE_ANSWER = "num_return_sequences: only one answer to each question is supported"
 
 
 class Said(NamedTuple):
-    """An answer and its confidence: the mean probability of its tokens, the one that ends it included."""
+    """An answer and its confidence: the mean probability of its tokens, including the one that ends it."""
 
     text: str
     confidence: float
@@ -33,7 +33,7 @@ class VLM:
     """A model and its processor, as `AutoModelForImageTextToText` and `AutoProcessor` load them.
 
     Args:
-        model: on its device; Foveate's own are no exception.
+        model: on its device; includes Foveate's own.
         processor: with a chat template.
 
     Raises:
@@ -43,7 +43,7 @@ class VLM:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         name = type(processor).__name__
         if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token_id"):
-            raise FoveateError(f"{name} is no processor of a VLM: give the one that AutoProcessor loads")
+            raise FoveateError(f"{name} is not a processor of a VLM: give the one that AutoProcessor loads")
         if processor.chat_template is None:
             raise FoveateError(
                 f"{name} has no chat template: set processor.chat_template, or put chat_template.jinja into "
@@ -54,10 +54,10 @@ class VLM:
     @classmethod
     @names_versions
     def load(cls, model: str | Path | None, device: str | None = None, dtype: str | None = None) -> VLM:
-        """A folder or hub id: all that `foveate.load` reads, else whatever transformers loads.
+        """Loads a folder or hub id that `foveate.load` reads, else any that transformers loads.
 
-        Folders of type `llava` in transformers' layout are read by the former, as far as it knows their
-        vision towers and options, and by the latter else.
+        Folders of type `llava` in transformers' layout are read by `foveate.load` if it supports their vision
+        towers and options, and otherwise by transformers.
 
         Args:
             model: by default the embedded model.
@@ -65,7 +65,7 @@ class VLM:
             dtype: as for `foveate.load`.
 
         Raises:
-            FoveateError: there is no such model, or it is no VLM.
+            FoveateError: there is no such model, or it is not a VLM.
         """
         from foveate.ask.foveate import load
         from foveate.model.checkpoints import local_folder, read_json
@@ -89,11 +89,11 @@ class VLM:
 
     @property
     def image_token_id(self) -> int:
-        """Which token in `input_ids` stands for one feature of a picture, each time that it is there.
+        """Id of the token in `input_ids` that stands for one feature of a picture at each occurrence.
 
-        As the model's config says: the processors of Gemma 3 and its kind name the mark in front of them.
+        Read from the model's config: processors such as Gemma 3's give the mark before these tokens.
 
-        Raises `FoveateError` where neither config nor processor has one.
+        Raises `FoveateError` if neither config nor processor has one.
         """
         config = self.model.config
         named = [getattr(config, n) for n in ("image_token_id", "image_token_index") if hasattr(config, n)]
@@ -101,7 +101,7 @@ class VLM:
             if token is not None:
                 return int(token)
         raise FoveateError(
-            f"{type(self.model).__name__} names no token for pictures: set config.image_token_id"
+            f"{type(self.model).__name__} has no token for pictures: set config.image_token_id"
         )
 
     def check_question(self, question: str) -> None:
@@ -109,14 +109,14 @@ class VLM:
         if not isinstance(question, str) or not question.strip():
             raise FoveateError("the question is empty: give a text")
         soft = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        for token in (self.processor.image_token, soft):  # not the same for Gemma 3
+        for token in (self.processor.image_token, soft):  # they differ for Gemma 3
             if token in question:
                 raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
 
     def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
         """The model's inputs for conversations that wait for an answer, padded on the left.
 
-        Raises `FoveateError` for pictures and texts that the processor does not take.
+        Raises `FoveateError` for pictures and texts that the processor does not accept.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -128,7 +128,7 @@ class VLM:
                 processor_kwargs={"padding": True, "padding_side": "left"},
             )
         except (ValueError, TypeError) as error:
-            what = f"{type(self.processor).__name__} does not take the picture or the text"
+            what = f"{type(self.processor).__name__} does not accept the picture or the text"
             raise FoveateError(f"{what}: {error}") from error
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
@@ -137,9 +137,9 @@ class VLM:
     def answer(
         self, conversations: Sequence[Messages], *, max_new_tokens: int = 256, **generation: Any
     ) -> list[Said]:
-        """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says else.
+        """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says otherwise.
 
-        Raises `FoveateError` where several answers to each are asked for, or answers of no token.
+        Raises `FoveateError` for several answers to each, or answers of no token.
         """
         if max_new_tokens < 1:
             raise FoveateError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
@@ -156,7 +156,7 @@ class VLM:
         if len(output.sequences) != len(conversations):
             raise FoveateError(ONE_ANSWER)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
-        beams = output.get("beam_indices")  # (B, T) rows of the logits, -1 behind the end
+        beams = output.get("beam_indices")  # (B, T) rows of the logits, -1 after the end
         if beams is None:
             beams = torch.arange(len(new), device=new.device)[:, None].expand_as(new)
         probability = torch.stack(
@@ -172,16 +172,16 @@ class VLM:
         return [Said(text.strip(), c) for text, c in zip(texts, confidence.tolist(), strict=True)]
 
     def _said(self, new: Tensor) -> Tensor:
-        """(B, T) bool: up to the first token that ends an answer, that one included."""
+        """(B, T) bool: up to and including the first token that ends an answer."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         ended = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
         return ended.cumsum(1) - ended.long() == 0
 
     def shown(self, inputs: Mapping[str, Tensor], picture: Size) -> Size:
-        """The size at which the model is shown a picture, where that follows the picture's own; else its own.
+        """The size at which the model is shown a picture, if it depends on the picture's; else the picture's.
 
-        Models of Qwen's kind give boxes in pixels of this size.
+        Models like Qwen's give boxes in pixels of this size.
         """
         if "image_grid_thw" not in inputs:
             return picture
@@ -191,7 +191,7 @@ class VLM:
 
 
 def message(*parts: Image.Image | str) -> Messages:
-    """One message by the user: pictures and texts in this order."""
+    """One message by the user: pictures and texts, in order."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
         for part in parts
@@ -222,7 +222,7 @@ def _by_transformers(folder: Path, device: str, dtype: torch.dtype) -> tuple[Pre
 
 
 def _loads_by_itself(model_type: str | None) -> bool:
-    """Whether transformers' own class is taken at once. Not for `llava`: other layouts go by it, too."""
+    """Whether to use transformers' own class at once. Not for `llava`, which other layouts also use."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from foveate.model.config import FoveateConfig

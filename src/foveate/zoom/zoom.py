@@ -1,8 +1,8 @@
-"""Zooming with any VLM: where is the region of interest, its crop in original pixels, the answer to both.
+"""Zooming with any VLM: find the region of interest, crop it in original pixels, answer from both.
 
-Chain-of-Spot's procedure (arXiv 2403.12966, section 3.3) around a model that was never trained for it. Who
-says where to look is a proposer: the model itself in words (`Answered`), the relevance of its image tokens
-(`Relevant`), whoever asks (`Given`), or any function of the same signature.
+This is Chain-of-Spot's procedure (arXiv 2403.12966, section 3.3) around a model that was never trained for
+it. A proposer says where to look: the model itself in words (`Answered`), the relevance of its image tokens
+(`Relevant`), the caller (`Given`), or any function of the same signature.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ UNITS = {
     "thousand": "each from 0 to 1000",
     "pixels": "in pixels",
 }
-LONGEST = 50  # times the shorter side; processors refuse pictures that are much longer
+LONGEST = 50  # times the shorter side; processors refuse much longer pictures
 REGION_TOKENS = 64  # bound on the model's answer to where the region is
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What zooming may cost.
+    """Bounds on what zooming may cost.
 
     Attributes:
-        turns: how often to look closer; each further crop lies within the last one.
-        min_pixels: crops with fewer pixels are enlarged to about so many, for models that show a small
+        turns: how often to look closer; each further crop lies within the one before.
+        min_pixels: crops with fewer pixels are enlarged to about this number, for models that show a small
             picture by few tokens.
-        max_pixels: crops with more are reduced.
-        min_side: a region has at least so many original pixels a side, unless the picture has not.
+        max_pixels: crops with more are shrunk.
+        min_side: least side of a region in original pixels, unless the picture is smaller.
     """
 
     turns: int = 1
@@ -67,10 +67,10 @@ class Proposal:
     """Where to look in a picture, or why nowhere.
 
     Attributes:
-        box: in the pixels of the picture that was looked at; None for nowhere.
+        box: in pixels of the picture looked at; None for nowhere.
         problem: why there is no box.
-        said: what the model said, where it was asked.
-        heat: parts of the picture with their relevance, 0 to 1, where that was measured.
+        said: what the model said, if it was asked.
+        heat: parts of the picture with their relevance, 0 to 1, if it was measured.
     """
 
     box: Box | None
@@ -87,11 +87,11 @@ class Answered:
     """The model is asked where to look.
 
     Attributes:
-        form: name of one of `foveate.picture.boxes.BOX_FORMATS`; by default the model's own where it has one,
+        form: name of one of `foveate.picture.boxes.BOX_FORMATS`; by default the model's own if it has one,
             else `unit_xyxy`.
-        frame: whether coordinates span the picture, or the square that it is padded to.
-        extend: by which part of themselves width and height of the box grow, about its centre.
-        prompt: with {question} and {box}, which becomes the form of the answer.
+        frame: whether coordinates span the picture or the square that it is padded to.
+        extend: fraction by which the box's width and height grow, about its centre.
+        prompt: with {question} and {box}; {box} is replaced by the answer's format.
     """
 
     form: str | None = None
@@ -137,7 +137,7 @@ def _described(form: BoxFormat) -> str:
 
 @dataclass(frozen=True)
 class Relevant:
-    """Where the image tokens lie that the answer rests on."""
+    """Looks where the image tokens that the answer rests on lie."""
 
     rule: RegionRule = RegionRule()  # noqa: RUF009  it is frozen
 
@@ -148,7 +148,7 @@ class Relevant:
 
 @dataclass(frozen=True)
 class Given:
-    """The region is known: left, top, right, bottom in original pixels of the upright picture."""
+    """Looks at a given region: left, top, right, bottom in original pixels of the upright picture."""
 
     box: tuple[float, float, float, float] | Box
 
@@ -166,17 +166,17 @@ PROPOSERS: dict[str, Callable[[], Proposer]] = {"answer": Answered, "relevance":
 
 @dataclass
 class ZoomAnswer:
-    """What a model said without and with a closer look.
+    """A model's answers without and with a closer look.
 
     Attributes:
-        text: its answer: the one with the closest look.
+        text: its answer, from the closest look.
         confidence: mean probability of that answer's tokens.
         regions: where it looked closer, in original pixels of the upright picture; each lies in the one
             before.
         first: the answer to the whole picture.
-        zoomed: the answer with the crop; None where there was none.
-        proposals: one per turn, in the pixels of the region before; the last may say why there was no more.
-        crops: of the regions, as the model was shown them.
+        zoomed: the answer with the crop; None if there was no crop.
+        proposals: one per turn, in the pixels of the region before; the last may say why none follows.
+        crops: of the regions, as shown to the model.
         question: what was asked.
         picture: what it was asked about.
     """
@@ -199,7 +199,7 @@ class ZoomAnswer:
 
     @property
     def account(self) -> Account:
-        """Where the model looked, as methods tell it."""
+        """Where the model looked, in the form that methods report it."""
         heat = self.proposals[0].heat if self.proposals else []
         problems = [proposal.problem for proposal in self.proposals if proposal.problem]
         notes = [f"no closer look: {problem}" for problem in problems]
@@ -241,11 +241,11 @@ class Zoom:
     """Asks a VLM twice: about the whole picture, and about the picture and a crop of its region of interest.
 
     Args:
-        model: any that `AutoModelForImageTextToText` loads, on its device; Foveate's own are no exception.
+        model: any that `AutoModelForImageTextToText` loads, on its device; includes Foveate's own.
         processor: the model's, with a chat template.
         region: `answer` (the model says where to look), `relevance` (of its image tokens), or a function of
             (VLM, picture, question) that returns a `Proposal`.
-        budget: how often and how large.
+        budget: how often, and how large crops are.
 
     Raises:
         FoveateError: an unknown proposer, a processor without chat template.
@@ -299,7 +299,7 @@ class Zoom:
         looks = self._looks(whole, question, self.region if box is None else Given(box), turns)
         regions = [region for _, region in looks if region is not None]
         crops = [self._crop(whole, region) for region in regions]
-        # Who listens to a stream hears the answer that counts.
+        # Only the final answer is streamed.
         quiet = {name: value for name, value in generation.items() if name != "streamer" or not crops}
         (first,) = self.vlm.answer([message(whole, question)], **quiet)
         answer = ZoomAnswer(first, None, regions, [proposal for proposal, _ in looks], crops, question, whole)
@@ -311,7 +311,7 @@ class Zoom:
     def _looks(
         self, picture: Image.Image, question: str, propose: Proposer, turns: int
     ) -> list[tuple[Proposal, Box | None]]:
-        """Proposals and the regions that they lead to, each within the last; None ends them."""
+        """Proposals and their regions, each within the one before; None ends them."""
         looks: list[tuple[Proposal, Box | None]] = []
         area, seen = Box(0, 0, *picture.size), picture
         for _ in range(turns):
@@ -336,7 +336,7 @@ class Zoom:
         return looks
 
     def _within(self, box: Box, shown: Size, area: Box) -> Box | None:
-        """A box in pixels of what was shown of an area, in those of the picture; None if it is all of it."""
+        """A box in pixels of a shown area, converted to the picture's; None if it is the whole area."""
         x, y = area.width / shown.width, area.height / shown.height
         found = Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
         least = max(self.budget.min_side, round(max(found.width, found.height) / LONGEST))
