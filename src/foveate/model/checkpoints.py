@@ -277,11 +277,26 @@ def _image_token_id(folder: Path, vocab_size: int) -> int:
     return load_tokenizer(folder)[1]
 
 
-def vision_config_of(folder: Path) -> Any:
-    """The vision part of a tower's folder: a vision model's own config, or that of a CLIP-like pair."""
+def config_of(folder: Path) -> Any:
+    """A folder's configuration, of a class that transformers has. Raises `FoveateError` with its name."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "auto_map" in read_json(folder / "config.json"):
+            raise FoveateError(
+                f"{folder} is a model of its own Python code, which is not run: choose one that transformers "
+                "has a class for"
+            ) from error
+        raise FoveateError(
+            f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def vision_config_of(folder: Path) -> Any:
+    """The vision part of a tower's folder: a vision model's own config, or that of a CLIP-like pair."""
+    config = config_of(folder)
     return config.vision_config if "vision_config" in config.sub_configs else config
 
 
@@ -434,7 +449,10 @@ def _tower_keys(vision_config: Any) -> set[str]:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return {f"vision_tower.model.{key}" for key in AutoModel.from_config(vision_config).state_dict()}
+        return {
+            f"vision_tower.model.{key}"
+            for key in AutoModel.from_config(vision_config, trust_remote_code=False).state_dict()
+        }
 
 
 def read_template(folder: Path) -> str | None:

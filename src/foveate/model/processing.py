@@ -253,7 +253,7 @@ class FoveateProcessor(ProcessorMixin):
             config = checkpoints.own_config(folder, method)  # this and the next line also for their errors
             load_tokenizer(folder)
             try:
-                processor = super().from_pretrained(folder, **kwargs)
+                processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FoveateError(f"{folder}: its processor cannot be read: {error}") from error
             if method is not None:
