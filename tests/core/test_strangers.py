@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import io
 import json
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import foveate
 from foveate import FoveateError, FoveateProcessor
@@ -159,7 +160,70 @@ def test_no_code_of_a_part_runs(part: str, tmp_path: Path, mark: Path) -> None:
 
 def test_whoever_says_so_may_run_it(tmp_path: Path, mark: Path) -> None:
     folder = strange(vlm(tmp_path / "model"), mark, "stranger")
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     with pytest.raises((FoveateError, AttributeError, TypeError)):  # a text model is not a VLM
         VLM.load(folder, device="cpu", trust_remote_code=True)
     assert mark.exists()
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """Splits a folder's weights; returns its weight_map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    places = {key: names[i % 2] for i, key in enumerate(tensors)}
+    for name in names:
+        part = {key: tensor for key, tensor in tensors.items() if places[key] == name}
+        save_file(part, folder / name, {"format": "pt"})
+    return places
+
+
+INDEXED = {name: DOORS[name] for name in ("load", "released", "composed LLM", "composed tower", "any VLM")}
+
+
+@pytest.mark.parametrize("kind", ["absolute", "above", "link", "link to a folder"])
+@pytest.mark.parametrize("door", INDEXED)
+def test_shards_outside_the_folder_are_refused(door: str, kind: str, tmp_path: Path) -> None:
+    write, enter = INDEXED[door]
+    folder = write(tmp_path / "models" / "model")
+    places = sharded(folder)
+    first = next(iter(places.values()))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / first).rename(elsewhere / first)
+    name = {
+        "absolute": str(elsewhere / first),
+        "above": f"../../elsewhere/{first}",
+        "link": first,
+        "link to a folder": f"inner/{first}",
+    }[kind]
+    if kind == "link":
+        (folder / first).symlink_to(elsewhere / first)
+    elif kind == "link to a folder":
+        (folder / "inner").symlink_to(elsewhere)
+    places = {key: name if place == first else place for key, place in places.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FoveateError, match=f"weight_map names {re.escape(repr(name))}, which lies outside"):
+        enter(folder, tmp_path)
+
+
+def test_the_hub_s_cache_is_no_place_outside(tmp_path: Path) -> None:
+    snapshot, blobs = (
+        tmp_path / "models--me--mine" / "snapshots" / "1a2b",
+        tmp_path / "models--me--mine" / "blobs",
+    )
+    places = sharded(own(snapshot))
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("../../blobs") / file.name)
+    foveate.load(snapshot, device="cpu")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}])
+def test_a_malformed_index_is_named(index: dict[str, Any], tmp_path: Path) -> None:
+    folder = own(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FoveateError, match="weight_map should say for each tensor which file holds it"):
+        foveate.load(folder, device="cpu")

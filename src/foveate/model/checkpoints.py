@@ -157,10 +157,9 @@ def _weight_keys(folder: Path, layout: Layout) -> Iterable[str]:
     """Keys of a folder's weights, or of its connector's; none if it has no weights."""
     from safetensors import safe_open
 
-    for name in INDICES:
-        index = read_json(folder / name)
-        if index:
-            return index["weight_map"]
+    places = weight_map(folder)
+    if places:
+        return places
     for name in (*WEIGHTS, *layout.connector_files):
         path = folder / name
         if path.is_file() and path.suffix == ".safetensors":
@@ -300,12 +299,29 @@ def vision_config_of(folder: Path) -> Any:
     return config.vision_config if "vision_config" in config.sub_configs else config
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """Key -> file of a folder's shards; empty if it has no index of them.
+
+    Raises `FoveateError` for an index that is malformed, or that names a file outside the folder; the hub's
+    cache, whose files are links to its own `blobs`, counts as inside.
+    """
+    path = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    places = read_json(path).get("weight_map")
+    if not (isinstance(places, dict) and all(isinstance(name, str) for name in places.values())):
+        raise FoveateError(f"{path}: weight_map should say for each tensor which file holds it")
+    inside = (folder.resolve(), folder.parent.parent.resolve() / "blobs")
+    for name in set(places.values()):
+        if not any((folder / name).resolve().is_relative_to(place) for place in inside):
+            raise FoveateError(f"{path}: weight_map names {name!r}, which lies outside the folder")
+    return places
+
+
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a folder's weights. Raises `FoveateError` if one is missing or cut."""
-    index = read_json(folder / INDICES[0]) or read_json(folder / INDICES[1])
-    if index:
-        names = sorted(set(index["weight_map"].values()))
-    else:
+    names = sorted(set(weight_map(folder).values()))
+    if not names:
         names = [n for n in WEIGHTS if (folder / n).is_file()][:1]
     if not names:
         raise FoveateError(

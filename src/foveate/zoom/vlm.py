@@ -214,6 +214,9 @@ def _by_transformers(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from foveate.model.checkpoints import weight_map
+
+    weight_map(folder)  # which transformers follows wherever it leads
     try:
         network, info = AutoModelForImageTextToText.from_pretrained(
             folder,
