@@ -207,12 +207,10 @@ def test_shards_outside_the_folder_are_refused(door: str, kind: str, tmp_path: P
 
 
 def test_the_hub_s_cache_is_no_place_outside(tmp_path: Path) -> None:
-    snapshot, blobs = (
-        tmp_path / "models--me--mine" / "snapshots" / "1a2b",
-        tmp_path / "models--me--mine" / "blobs",
-    )
-    places = sharded(own(snapshot))
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    cache = tmp_path / "models--me--mine"
+    snapshot, blobs = cache / "snapshots" / "1a2b", cache / "blobs"
+    index = {"metadata": {}, "weight_map": sharded(own(snapshot))}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     blobs.mkdir()
     for file in list(snapshot.iterdir()):
         file.rename(blobs / file.name)
