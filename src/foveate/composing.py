@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from foveate.errors import FoveateError, report_keys
 from foveate.methods import DEFAULT, method_class
@@ -117,7 +117,7 @@ def _vision(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None
         return copy.deepcopy(part), None, {}
     folder = checkpoints.local_folder(part)
     config = checkpoints.vision_config_of(folder)
-    kind = type(AutoModel.from_config(config))
+    kind = type(AutoModel.from_config(config, trust_remote_code=False))
     return config, _pretrained(kind, folder, config, dtype), checkpoints.read_preprocessor(folder)
 
 
@@ -127,7 +127,7 @@ def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
     if isinstance(part, PreTrainedConfig):
         return copy.deepcopy(part), None
     folder = checkpoints.local_folder(part)
-    model = _pretrained(AutoModelForCausalLM, folder, AutoConfig.from_pretrained(folder), dtype)
+    model = _pretrained(AutoModelForCausalLM, folder, checkpoints.config_of(folder), dtype)
     return copy.deepcopy(model.config), model
 
 
@@ -136,7 +136,9 @@ def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.
     checkpoints.weight_files(folder)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
     try:
-        model, info = kind.from_pretrained(folder, config=config, dtype=dtype, **options)
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, **options
+        )
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise FoveateError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
     # a pooling head is never read, and many towers are released without one

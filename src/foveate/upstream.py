@@ -22,7 +22,7 @@ from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -73,6 +73,11 @@ def marked_answers(
         [messages], chat_template=template, return_assistant_tokens_mask=True, **names
     )
     return spans
+
+
+def settings_of(default: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` goes by: the given configuration or the model's, and arguments above it."""
+    return (given.get("generation_config") or default).to_dict() | dict(given)
 
 
 # The tensors of a cache: `layers`, each with `keys` and `values` (B, heads, T, head width).

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from foveate import Foveate, FoveateError
 from foveate.ask.context import Context
@@ -173,15 +173,25 @@ def test_another_picture_is_not_taken_for_the_one_before(both: Any) -> None:
     assert said.ledger.visual_tokens == 16
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}])
 def test_generation_that_leaves_no_cache(options: dict[str, Any], both: Any) -> None:
     kept, anew = both("llava")
-    more = {**WORDS, **options, **({"num_beams": 2} if "num_return_sequences" in options else {})}
+    more = {**WORDS, **options}
     talks = [foveate.chat(picture(40, 60)) for foveate in (kept, anew)]
     for arguments in (WORDS, more, WORDS):
         answers = [talk.ask("And now?", **arguments) for talk in talks]
         assert answers[0].text == answers[1].text
         assert (arguments is more) <= (answers[0].ledger.kept_tokens == 0)
+
+
+@pytest.mark.parametrize("method", ["llava", "chain_of_spot"])
+def test_several_answers_to_one_question_are_refused(method: str, both: Any) -> None:
+    """Only the first one was ever returned."""
+    made, _ = both(method)
+    several = {"num_return_sequences": 3, "do_sample": True}
+    for given in (several, {"generation_config": GenerationConfig(**several)}):
+        with pytest.raises(FoveateError, match="num_return_sequences: a question has one answer"):
+            made.ask(picture(40, 60), "What is it?", **WORDS, **given)
 
 
 def test_interrupted_generation_leaves_nothing_half_read(both: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from foveate.errors import FoveateError
 from foveate.picture.boxes import (
     BOX_FORMATS,
     Frame,
+    ReadBox,
     box_format,
     checked_box,
     fitted,
@@ -176,3 +178,36 @@ def test_boxes_that_come_as_numbers() -> None:
     assert checked_box([30, 5, 10, 50], Size(40, 60)).box == Box(10, 5, 30, 40)
     assert checked_box([1, 2, 3], Size(40, 60)).problem == "the list has 3 numbers, not 4"
     assert checked_box([math.nan, 0, 1, 1], Size(40, 60)).problem is not None
+
+
+@pytest.mark.parametrize("name", ["qwen_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[0.12, 0.30, 0.45, 0.62]", "0.12 looks like a fraction, where (pixels|thousandths) are expected"),
+        ("[100, 200, 300, 0.7]", "0.7 looks like a fraction"),
+        ("[0, 0, 1, 0.5]", "0.5 looks like a fraction"),
+        ("[-0.5, 2, 30, 40]", "-0.5 looks like a fraction"),
+    ],
+)
+def test_fractions_are_not_pixels(name: str, text: str, problem: str) -> None:
+    found = read_box(text, BOX_FORMATS[name], Frame.whole(Size(480, 640)))
+    assert found.box is None and re.match(problem, found.problem or "")
+
+
+def test_pixels_beside_fractions_are_named() -> None:
+    frame = Frame.whole(Size(480, 640))
+    found = read_box("[0.1, 0.2, 0.5, 450]", BOX_FORMATS["unit_xyxy"], frame)
+    assert found == ReadBox(None, "450 stands beside fractions, and is not one")
+
+
+@pytest.mark.parametrize(
+    "text", ["[nan1, 2, 3, 4]", "[infe3, 1, 2, 3]", "[inf e3, 1, 2, 3]", "[1, 2, 3, nane-1]", "[1e, 2, 3, 4]"]
+)
+def test_words_that_begin_like_numbers_are_none(text: str) -> None:
+    assert read_box(text, BOX_FORMATS["qwen_vl"], Frame.whole(Size(480, 640))).box is None
+
+
+def test_numbers_of_any_length_are_read() -> None:
+    for text in (f"[{'9' * 5000}, 1, 2, 3]", f"[1, 2, 3, 1e{'9' * 5000}]", f"[{'0.' + '1' * 9000}, 1, 2, 3]"):
+        assert read_box(text, BOX_FORMATS["qwen_vl"], Frame.whole(Size(480, 640))).box is None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from foveate import FoveateError
 from foveate.model.processing import FoveateImageProcessor
+from foveate.picture.geometry import Size
 from foveate.picture.reading import read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
@@ -72,7 +73,8 @@ def test_values_keep_their_scale() -> None:
     assert expected.shape == (16, 16, 3)
     for same in (
         ramp.astype(np.float32) / 255,
-        ramp.astype(np.float64),
+        ramp.astype(np.float64) / 255,
+        ramp.astype(np.float16) / np.float16(255),
         ramp.astype(np.uint16) * 257,
         ramp.astype(np.int64),
         np.where(np.arange(256).reshape(16, 16) == 0, np.nan, ramp.astype(np.float32) / 255),
@@ -83,6 +85,156 @@ def test_values_keep_their_scale() -> None:
     wide = Image.fromarray(ramp.astype(np.int32) * 257)
     assert wide.mode == "I"
     assert np.array_equal(np.asarray(read_picture(wide)), expected)
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+SCALED = {  # value -> what its 8 bits are
+    "uint8 as is": (np.array([[0, 1, 255]], np.uint8), [0, 1, 255]),
+    "uint16, dark": (np.array([[0, 256, 514]], np.uint16), [0, 1, 2]),
+    "uint16, one bit": (np.array([[0, 1, 1]], np.uint16), [0, 0, 0]),
+    "uint16, bright": (np.array([[65535, 65407, 32896]], np.uint16), [255, 255, 128]),
+    "bool": (np.array([[True, False, True]]), [255, 0, 255]),
+    "int of 0 and 1": (np.array([[0, 1, 1]], np.int64), [0, 1, 1]),
+    "int8": (np.array([[0, 1, 127]], np.int8), [0, 1, 127]),
+    "uint32": (np.array([[0, 200, 255]], np.uint32), [0, 200, 255]),
+    "float a little over": (np.array([[0, 0.5, 1.000001]], np.float32), [0, 128, 255]),
+    "float, overshoot": (np.array([[-0.1, 0.5, 1.2]], np.float64), [0, 128, 255]),
+    "float, nan": (np.array([[np.nan, 0.2, 1]], np.float32), [0, 51, 255]),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_type_says_the_scale(name: str) -> None:
+    """And never the largest value, of which there may be any in a picture."""
+    values, expected = SCALED[name]
+    assert np.asarray(read_picture(values))[0, :, 0].tolist() == expected
+    colour = np.stack([values] * 3, -1)
+    assert np.asarray(read_picture(colour))[0, :, 1].tolist() == expected
+
+
+REFUSED = {
+    "float of 255": (RAMP * 255, "divide them by 255"),
+    "float of 16 bits": (RAMP.astype(np.float32) * 65535, "divide them by 65535"),
+    "float of anything": (RAMP * 1e6, r"divide them by 1e\+06"),
+    "float, infinite": (np.where(RAMP > 0.9, np.inf, RAMP), "divide them by inf"),
+    "float, normalised": (RAMP * 2 - 1, "from -1 to 1: expected 0 to 1; add 1 and divide by 2"),
+    "float, standardised": (RAMP * 5 - 2, "from -2 to 3: expected 0 to 1"),
+    "int of 16 bits": ((RAMP * 65535).astype(np.int32), "expected 0 to 255; give 16 bits as uint16"),
+    "int below 0": ((RAMP * 255).astype(np.int16) - 9, "from -9 to 246: expected 0 to 255"),
+    "complex": (RAMP.astype(np.complex64), "an array of complex64 is not a picture"),
+    "text": (np.full((4, 4), "a"), "is not a picture"),
+    "objects": (np.full((4, 4), None), "an array of object is not a picture"),
+    "dates": (np.zeros((4, 4), "datetime64[s]"), "is not a picture"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_off_their_scale_are_refused(name: str) -> None:
+    values, problem = REFUSED[name]
+    with pytest.raises(FoveateError, match=problem):
+        read_picture(values)
+
+
+def test_files_of_sixteen_bits(tmp_path: Path) -> None:
+    """Whatever mode Pillow opens them in, and however dark they are."""
+    for top in (200, 40_000):
+        deep = np.linspace(0, top, 256).reshape(16, 16).astype(np.uint16)
+        expected = ((deep.astype(np.int64) + 128) // 257).astype(np.uint8)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        Image.fromarray(deep).save(tmp_path / "deep.tif")
+        for name in ("deep.png", "deep.tif"):
+            assert np.array_equal(np.asarray(read_picture(tmp_path / name))[..., 0], expected), (top, name)
+    with pytest.raises(FoveateError, match="does not say its scale: give 8 bits"):
+        read_picture(Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("ending", ["png", "webp", "gif", "memory"])
+def test_what_is_transparent_is_white(mode: str, ending: str, tmp_path: Path) -> None:
+    """Black letters on nothing stay black letters."""
+    image = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 4))
+    if mode == "RGB":  # one colour stands for nothing
+        image = Image.new("RGB", (8, 4), (9, 200, 9))
+        image.paste((0, 0, 0), (0, 0, 4, 4))
+        image.info["transparency"] = (9, 200, 9)
+    elif mode == "P":
+        image = Image.new("P", (8, 4), 1)
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.paste(0, (0, 0, 4, 4))
+        image.info["transparency"] = 1
+    else:
+        image = image.convert(mode)
+    given: Any = image
+    if ending != "memory":
+        if (mode, ending) in (("RGB", "webp"), ("RGB", "gif"), ("P", "webp"), ("LA", "gif")):
+            image = image.convert("RGBA")
+        given = tmp_path / f"it.{ending}"
+        image.save(given, **({"lossless": True} if ending == "webp" else {}))
+    shown = np.asarray(read_picture(given))
+    assert (shown[:, :4] == 0).all()
+    assert (shown[:, 4:] == 255).all()
+
+
+def test_half_transparent_is_half_white() -> None:
+    image = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
+    assert np.asarray(read_picture(image))[0, 0].tolist() == [127, 127, 127]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("it.png", "it.jpg", "it.webp"):
+        Image.new("RGB", (16, 8)).save(tmp_path / name, exif=exif)
+        assert read_picture(tmp_path / name).size == (16, 8)
+        assert read_size(tmp_path / name) == Size(8, 16)
+
+
+def orientation_tag(kind: int, rest: bytes) -> bytes:
+    """EXIF data with one tag, the orientation, of a type and cut where `rest` ends."""
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0" + bytes([kind]) + b"\0\0\0\x01" + rest
+
+
+ODD_EXIF = {
+    "no header": b"nonsense",
+    "cut": b"Exif\0\0MM\0*\0\0",
+    "an offset beyond the end": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "a type that is none": orientation_tag(99, b"\0\x06"),
+    "orientation as text": orientation_tag(2, b"a\0\0\0"),
+    "orientation by nothing": orientation_tag(5, b"\0\0"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_an_odd_tag_never_costs_the_picture(name: str, tmp_path: Path) -> None:
+    for file in ("it.jpg", "it.png", "it.webp"):
+        Image.new("RGB", (16, 8), (200, 9, 9)).save(tmp_path / file, exif=ODD_EXIF[name])
+        assert read_picture(tmp_path / file).size == (16, 8)
+        assert read_size(tmp_path / file) == Size(8, 16)
+
+
+@pytest.mark.parametrize(
+    "ending", ["png", "tif", "gif", "webp", "jpg", "bmp", "ico", "tga", "pcx", "ppm", "jp2", "dds", "sgi"]
+)
+def test_whatever_a_broken_file_raises_is_one_sentence(ending: str, tmp_path: Path) -> None:
+    """Random bytes changed, cut and inserted in real files of many formats."""
+    buffer = io.BytesIO()
+    image = picture(24, 32)
+    kind = {"tif": "TIFF", "jpg": "JPEG", "jp2": "JPEG2000"}.get(ending, ending.upper())
+    image.save(buffer, kind)
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"it.{ending}"
+    for _ in range(40):
+        data = bytearray(buffer.getvalue())
+        for place in rng.integers(0, min(len(data), 200), 6):
+            data[place] = rng.integers(0, 256)
+        path.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)])
+        for read in (read_picture, read_size):
+            try:
+                read(path)
+            except FoveateError as error:
+                assert "\n" not in str(error) and "cannot be read" in str(error)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -364,6 +364,11 @@ def test_wrong_input_is_refused() -> None:
         llava.processor.chat_template = template
 
 
+def test_a_given_box_of_fractions_is_refused() -> None:
+    with pytest.raises(FoveateError, match="smaller than a pixel: its numbers look like fractions"):
+        zoom("llava").ask(picture(60, 90), "What is it?", box=(0.12, 0.3, 0.45, 0.62))
+
+
 def test_drawing(tmp_path: Path) -> None:
     out = tmp_path / "zoom.png"
     found = zoom("llava", Relevant()).ask(picture(60, 90), "What?", box=(20, 10, 70, 50), max_new_tokens=3)

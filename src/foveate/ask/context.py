@@ -171,7 +171,7 @@ OWN_CACHE = (*upstream.CACHE_NAMES, "cache_implementation", "assistant_model", "
 
 def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, Any]) -> bool:
     """Whether generation with these arguments can start from a cache and leave one."""
-    config = (generation.get("generation_config") or model.generation_config).to_dict() | dict(generation)
+    config = upstream.settings_of(model.generation_config, generation)
     single = all(config.get(name) in (None, 1) for name in ONE_ANSWER)
     return single and config.get("use_cache") is not False and not any(config.get(n) for n in OWN_CACHE)
 
@@ -200,7 +200,7 @@ def _compact(encoded: EncodedPictures) -> EncodedPictures:
 
 
 def _ends(model: FoveateForConditionalGeneration, generation: Mapping[str, Any]) -> set[int]:
-    config = (generation.get("generation_config") or model.generation_config).to_dict() | dict(generation)
+    config = upstream.settings_of(model.generation_config, generation)
     ends = config.get("eos_token_id")
     return {ends} if isinstance(ends, int) else set(ends or ())
 

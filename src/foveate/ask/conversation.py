@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from foveate import upstream
 from foveate.ask.answer import Answer, Ledger
 from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
@@ -124,6 +125,9 @@ def converse(
     for chat, question in zip(chats, questions, strict=True):
         chat.check(question)
     engine = chats[0].engine
+    settings = upstream.settings_of(engine.model.generation_config, generation)
+    if settings.get("num_return_sequences") not in (None, 1):
+        raise FoveateError("num_return_sequences: a question has one answer here; ask it several times")
     asked = [Asked(chat) for chat in chats]
     turns = [chat.turns(question) for chat, question in zip(chats, questions, strict=True)]
     ends: dict[int, Reply] = {}

@@ -257,7 +257,7 @@ class ConvTower(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, grid: Size) -> None:
         super().__init__()
-        self.model, self.grid = AutoModel.from_config(config), grid
+        self.model, self.grid = AutoModel.from_config(config, trust_remote_code=False), grid
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model(pixel_values).last_hidden_state  # (V, C, h, w)
@@ -294,7 +294,9 @@ class ConvNetOnly(Tiled):
         )
 
     def build_tower(self, vision_config: PreTrainedConfig, layer: int) -> ConvTower:
-        return ConvTower(AutoConfig.from_pretrained(self.options.weights), self.tower.grid)
+        return ConvTower(
+            AutoConfig.from_pretrained(self.options.weights, trust_remote_code=False), self.tower.grid
+        )
 
     def fill_tower(
         self,
@@ -303,7 +305,7 @@ class ConvNetOnly(Tiled):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """The ConvNeXt's own weights."""
-        given = AutoModel.from_pretrained(self.options.weights, dtype=torch.float32)
+        given = AutoModel.from_pretrained(self.options.weights, dtype=torch.float32, trust_remote_code=False)
         tower.get_submodule("model").load_state_dict(given.state_dict())
 
     def build_connector(self, widths: Widths) -> PlacedConnector:

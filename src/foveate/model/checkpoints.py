@@ -157,10 +157,9 @@ def _weight_keys(folder: Path, layout: Layout) -> Iterable[str]:
     """Keys of a folder's weights, or of its connector's; none if it has no weights."""
     from safetensors import safe_open
 
-    for name in INDICES:
-        index = read_json(folder / name)
-        if index:
-            return index["weight_map"]
+    places = weight_map(folder)
+    if places:
+        return places
     for name in (*WEIGHTS, *layout.connector_files):
         path = folder / name
         if path.is_file() and path.suffix == ".safetensors":
@@ -277,20 +276,52 @@ def _image_token_id(folder: Path, vocab_size: int) -> int:
     return load_tokenizer(folder)[1]
 
 
-def vision_config_of(folder: Path) -> Any:
-    """The vision part of a tower's folder: a vision model's own config, or that of a CLIP-like pair."""
+def config_of(folder: Path) -> Any:
+    """A folder's configuration, of a class that transformers has. Raises `FoveateError` with its name."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "auto_map" in read_json(folder / "config.json"):
+            raise FoveateError(
+                f"{folder} is a model of its own Python code, which is not run: choose one that transformers "
+                "has a class for"
+            ) from error
+        raise FoveateError(
+            f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def vision_config_of(folder: Path) -> Any:
+    """The vision part of a tower's folder: a vision model's own config, or that of a CLIP-like pair."""
+    config = config_of(folder)
     return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Key -> file of a folder's shards; empty if it has no index of them.
+
+    Raises `FoveateError` for an index that is malformed, or that names a file outside the folder; the hub's
+    cache, whose files are links to its own `blobs`, counts as inside.
+    """
+    path = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    places = read_json(path).get("weight_map")
+    if not (isinstance(places, dict) and all(isinstance(name, str) for name in places.values())):
+        raise FoveateError(f"{path}: weight_map should say for each tensor which file holds it")
+    inside = (folder.resolve(), folder.parent.parent.resolve() / "blobs")
+    for name in set(places.values()):
+        if not any((folder / name).resolve().is_relative_to(place) for place in inside):
+            raise FoveateError(f"{path}: weight_map names {name!r}, which lies outside the folder")
+    return places
 
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the files that hold a folder's weights. Raises `FoveateError` if one is missing or cut."""
-    index = read_json(folder / INDICES[0]) or read_json(folder / INDICES[1])
-    if index:
-        names = sorted(set(index["weight_map"].values()))
-    else:
+    names = sorted(set(weight_map(folder).values()))
+    if not names:
         names = [n for n in WEIGHTS if (folder / n).is_file()][:1]
     if not names:
         raise FoveateError(
@@ -434,7 +465,10 @@ def _tower_keys(vision_config: Any) -> set[str]:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return {f"vision_tower.model.{key}" for key in AutoModel.from_config(vision_config).state_dict()}
+        return {
+            f"vision_tower.model.{key}"
+            for key in AutoModel.from_config(vision_config, trust_remote_code=False).state_dict()
+        }
 
 
 def read_template(folder: Path) -> str | None:

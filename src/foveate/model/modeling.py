@@ -89,7 +89,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.connector = self.method.build_connector(
             Widths(config.vision_config.hidden_size, text.hidden_size, text.num_hidden_layers)
         )
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
         injectors = self.connector.injectors()
         if injectors:

@@ -253,7 +253,7 @@ class FoveateProcessor(ProcessorMixin):
             config = checkpoints.own_config(folder, method)  # this and the next line also for their errors
             load_tokenizer(folder)
             try:
-                processor = super().from_pretrained(folder, **kwargs)
+                processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FoveateError(f"{folder}: its processor cannot be read: {error}") from error
             if method is not None:
@@ -295,8 +295,15 @@ class FoveateProcessor(ProcessorMixin):
             raise FoveateError(
                 "truncation would cut visual tokens: shorten the text, or set max_visual_tokens"
             )
-        if isinstance(images, (list, tuple)) and not list(_flat(images)):
-            images = None
+        texts = [text] if isinstance(text, str) else list(text or ())
+        if isinstance(images, (list, tuple)):
+            if any(isinstance(some, (list, tuple)) for some in images):  # per text those that it shows
+                given = [len(list(_flat(some))) for some in images]
+                wanted = [one.count(self.image_token) for one in texts]
+                if given != wanted:
+                    raise FoveateError(f"lists of {given} pictures for texts that show {wanted}")
+            if not list(_flat(images)):
+                images = None
         inputs = super().__call__(images=images, text=text, **kwargs)
         method = self.image_processor.planner()
         shown = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
@@ -314,11 +321,7 @@ class FoveateProcessor(ProcessorMixin):
         else:
             named = {**kwargs, **kwargs.get("text_kwargs", {})}
             special = named.get("add_special_tokens", True)
-            rows = [
-                row
-                for one in ([text] if isinstance(text, str) else text)
-                for row in self._around(one, special)
-            ]
+            rows = [row for one in texts for row in self._around(one, special)]
         inputs["query_ids"], inputs["query_mask"] = padded_queries(rows, self.tokenizer.pad_token_id)
         return inputs
 

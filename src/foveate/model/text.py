@@ -116,7 +116,7 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         lacking = [package for package in ("sentencepiece", "google.protobuf") if not installed(package)]
         if lacking and any(Path(folder).glob("*.model")):

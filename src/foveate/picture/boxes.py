@@ -48,7 +48,9 @@ BOX_FORMATS: dict[str, BoxFormat] = {
     "qwen3_vl": BoxFormat("xyxy", "thousand", '{{"bbox_2d": [{}, {}, {}, {}]}}'),
     "internvl": BoxFormat("xyxy", "thousand", "<box>[[{}, {}, {}, {}]]</box>"),
 }
+UNITS: dict[Scale, str] = {"unit": "fractions", "thousand": "thousandths", "pixels": "pixels"}
 UNIT_DECIMALS = 3
+FAR_OUT = 10  # a number beyond this is not a fraction; up to it, the box is clipped to the picture
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class ReadBox(NamedTuple):
 
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|nan|inf(?:inity)?)(?:e[-+]?[0-9]+)?(?!\w)", re.IGNORECASE
+    r"(?<![\w.])[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[-+]?[0-9]+)?|nan|inf(?:inity)?)(?!\w)",
+    re.IGNORECASE,
 )
 _BETWEEN = re.compile(r"[\s,;()\[\]]*")  # what may stand between two numbers of one list
 _BRACKETED = re.compile(rf"[\[(]\s*{_NUMBER.pattern}(?:[\s,;]+{_NUMBER.pattern})+\s*[\])]", re.IGNORECASE)
@@ -115,11 +118,25 @@ def read_box(text: str, form: BoxFormat, frame: Frame) -> ReadBox:
     values = (a, b, c, d) if form.order == "xyxy" else (a, c, b, d)
     if not all(map(math.isfinite, values)):
         return ReadBox(None, "a number of the list is not finite")
+    problem = _off_scale(values, form.scale)
+    if problem is not None:
+        return ReadBox(None, problem)
     area, extent = frame.area, frame.extent(form.scale)
     x, y = area.width / extent.width, area.height / extent.height
     placed = [area.left + values[0] * x, area.top + values[1] * y]
     placed += [area.left + values[2] * x, area.top + values[3] * y]
     return checked_box(placed, frame.picture)
+
+
+def _off_scale(values: Sequence[float], scale: Scale) -> str | None:
+    """Why four finite numbers are of another scale, or of two; None where they may be of this one."""
+    fractions = [value for value in values if 0 < abs(value) < 1]
+    far = max(values, key=abs)
+    if scale == "unit" and fractions and abs(far) > FAR_OUT:
+        return f"{far:g} stands beside fractions, and is not one"
+    if scale != "unit" and fractions:
+        return f"{fractions[0]:g} looks like a fraction, where {UNITS[scale]} are expected"
+    return None
 
 
 def _lists(text: str) -> list[list[float]]:

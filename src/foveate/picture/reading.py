@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Size
+
+WIDEST = 65535  # of 16 bits
+BAND = 256  # rows of an array that are converted at once
+OVERSHOOT = 0.5  # how far below 0 a resized picture of floats may reach; above, it may reach 2
+# What EXIF orientation asks for; the last four exchange height and width.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)
+# What Pillow raises for EXIF data that makes no sense.
+ODD = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    struct.error,
+)
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -19,7 +46,8 @@ Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 def read_picture(picture: Picture | Any) -> Image.Image:
     """An upright RGB `PIL.Image` from a path, URL, bytes, array (H, W), (H, W, 3 or 4) or PIL image.
 
-    EXIF orientation is applied; 16-bit and floating-point greys are scaled to 8 bits.
+    EXIF orientation is applied. What is transparent becomes white. The type of values says their scale: 8
+    bits, 16 bits, true and false, floats from 0 to 1; other integers hold 0 to 255.
     Raises `FoveateError` for missing, empty or broken files and for arrays that are not pictures.
     """
     if isinstance(picture, Image.Image):
@@ -49,12 +77,17 @@ def read_picture(picture: Picture | Any) -> Image.Image:
         raise FoveateError(
             f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}"
         )
+    turn = TURNS.get(_orientation(image))
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else _to_rgb(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise FoveateError(f"{name} is broken and cannot be read as a picture: {error}") from error
+        upright = _to_rgb(image)
+    except FoveateError as error:
+        raise FoveateError(f"{name}: {error}") from error
+    except Exception as error:  # whatever Pillow's plugins raise for broken data
+        raise FoveateError(f"{name} is broken and cannot be read as a picture: {_reason(error)}") from error
+    if turn is not None:
+        upright = upright.transpose(turn)
+        upright.info = {}  # it would say that the picture has yet to be turned
+    return upright
 
 
 def read_size(path: str | os.PathLike[str]) -> Size:
@@ -68,10 +101,10 @@ def read_size(path: str | os.PathLike[str]) -> Size:
         with Image.open(path) as image:
             if image.format == "TIFF":  # Pillow rotates these itself, some before they are loaded
                 image.load()
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = _orientation(image) in SIDEWAYS
             width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FoveateError(f"{path} cannot be read as a picture: {error}") from error
+    except Exception as error:  # whatever Pillow's plugins raise for broken data
+        raise FoveateError(f"{path} cannot be read as a picture: {_reason(error)}") from error
     return Size(width, height) if turned else Size(height, width)
 
 
@@ -107,10 +140,24 @@ def _open(source: Any, name: str) -> Image.Image:
     try:
         image = Image.open(source)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise FoveateError(f"{name} cannot be read as a picture: {what}") from error
+    except Exception as error:  # whatever Pillow's plugins raise for broken data
+        raise FoveateError(f"{name} cannot be read as a picture: {_reason(error)}") from error
     return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its format is unknown"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF or XMP says of how the camera was held; 1 where it says nothing that makes sense."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except ODD:  # a tag must not cost the picture
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -122,20 +169,73 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise FoveateError(
             f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 3) or (H, W, 4)"
         )
-    if array.dtype != np.uint8:
-        array = _to_bytes(array)
-    return Image.fromarray(array)
+    return Image.fromarray(_to_bytes(array))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which PIL would clip at 255
+    """8-bit RGB; what is transparent shows white paper, as viewers do."""
+    if image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image)))
-    return image.convert("RGB")
+    elif image.mode.startswith("I"):  # Pillow would clip it at 255
+        image = Image.fromarray(_to_bytes(_sixteen_bits(image)))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    return paper.convert("RGB")
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    """Values of a picture of mode I;16, or of mode I, as which Pillow opens some files of 16 bits."""
+    values = np.asarray(image)
+    if values.dtype == np.uint16:
+        return values
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most > WIDEST or (image.format is None and most < 256):
+        raise FoveateError(
+            f"a picture of Pillow's mode {image.mode} with values from {least} to {most} does not say its "
+            "scale: give 8 bits (mode L) or 16 bits (mode I;16)"
+        )
+    return values.astype(np.uint16)
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Floats in 0..1 and 16-bit integers keep their scale; wider ranges are divided by their maximum."""
-    values = np.nan_to_num(values.astype(np.float64))
-    top = float(values.max(initial=0.0))
-    scale = 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else 65535.0 if top <= 65535.0 else top
-    return np.clip(values / scale * 255.0, 0, 255).round().astype(np.uint8)
+    """8 bits of an array; its type says the scale. Works on bands of rows: a large array is not copied whole.
+
+    Raises `FoveateError` for types and values that are not those of a picture.
+    """
+    kind = values.dtype
+    if kind == np.uint8:
+        return values
+    if kind == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if kind == np.uint16:
+        return ((np.arange(WIDEST + 1) + 128) // 257).astype(np.uint8)[values]
+    if not (np.issubdtype(kind, np.integer) or np.issubdtype(kind, np.floating)):
+        raise FoveateError(
+            f"an array of {kind} is not a picture: give uint8, uint16, bool, or floats from 0 to 1"
+        )
+    whole = np.issubdtype(kind, np.integer)
+    made = np.empty(values.shape, dtype=np.uint8)
+    for start in range(0, len(values), BAND):
+        band = values[start : start + BAND]
+        if not whole:
+            band = np.nan_to_num(band.astype(np.float64), posinf=np.inf, neginf=-np.inf)
+        least, most = band.min(), band.max()
+        if least < (0 if whole else -OVERSHOOT) or most > (255 if whole else 2):
+            raise FoveateError(_scale_of(kind, values, whole))
+        made[start : start + BAND] = band if whole else (band.clip(0, 1) * 255).round()
+    return made
+
+
+def _scale_of(kind: np.dtype, values: np.ndarray, whole: bool) -> str:
+    """What to do with values that are not on the scale of their type."""
+    least, most = np.nanmin(values), np.nanmax(values)
+    held = f"an array of {kind} with values from {least:.6g} to {most:.6g}"
+    if least < 0:
+        rest = "add 1 and divide by 2" if not whole and least >= -1 and most <= 1 else "bring them into it"
+        return f"{held}: expected {'0 to 255' if whole else '0 to 1'}; {rest}"
+    if whole:
+        return f"{held}: expected 0 to 255; give 16 bits as uint16"
+    scale = 255 if most <= 255 else WIDEST if most <= WIDEST else most
+    return f"{held}: expected 0 to 1; divide them by {scale:.6g}"

@@ -119,7 +119,7 @@ class ConvNext(nn.Module):
             config: PreTrainedConfig = ConvNextConfig(**sizes, layer_scale_init_value=shape.layer_scale)
         else:
             config = ConvNextV2Config(**sizes)
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, trust_remote_code=False)
         self.embeddings, self.stages = model.embeddings, model.encoder.stages
         for stage in self.stages:
             stage.layers = nn.ModuleList(ConvNextBlock(layer) for layer in stage.layers)

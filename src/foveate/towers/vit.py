@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
             config.num_hidden_layers = self.index
             if config.model_type == "siglip_vision_model":
                 config.vision_use_head = False
-        self.model = AutoModel.from_config(config)
+        self.model = AutoModel.from_config(config, trust_remote_code=False)
         if self.truncated:
             setattr(self.model, FINAL_NORM[config.model_type], nn.Identity())
         self.patches = (config.image_size // config.patch_size) ** 2
@@ -148,7 +148,7 @@ def build_vit(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False
-    model = AutoModel.from_config(config)
+    model = AutoModel.from_config(config, trust_remote_code=False)
     own, patches = model.embeddings, (config.image_size // config.patch_size) ** 2
     model.embeddings = PatchEmbeddings(own.patch_embedding, own.position_embedding, patches)
     model.post_layernorm = nn.Identity()

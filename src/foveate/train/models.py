@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from foveate.composing import compose
 from foveate.devices import DTYPES
@@ -85,7 +85,7 @@ def skeleton(
             vision, text = checkpoints.local_folder(spec.vision), checkpoints.local_folder(spec.text)
             made = compose(
                 checkpoints.vision_config_of(vision),
-                AutoConfig.from_pretrained(text),
+                checkpoints.config_of(text),
                 spec.method,
                 options,
                 tokenizer=load_tokenizer(text)[0],

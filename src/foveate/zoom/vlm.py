@@ -53,7 +53,13 @@ class VLM:
 
     @classmethod
     @names_versions
-    def load(cls, model: str | Path | None, device: str | None = None, dtype: str | None = None) -> VLM:
+    def load(
+        cls,
+        model: str | Path | None,
+        device: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> VLM:
         """Loads a folder or hub id that `foveate.load` reads, else any that transformers loads.
 
         Folders of type `llava` in transformers' layout are read by `foveate.load` if it supports their vision
@@ -63,6 +69,7 @@ class VLM:
             model: by default the embedded model.
             device: as for `foveate.load`.
             dtype: as for `foveate.load`.
+            trust_remote_code: whether Python code in the model's folder may run.
 
         Raises:
             FoveateError: there is no such model, or it is not a VLM.
@@ -74,15 +81,16 @@ class VLM:
         number_format = usable_dtype(dtype, device)
         folder = None if model is None else local_folder(model)
         config = {} if folder is None else read_json(folder / "config.json")
-        if folder is not None and _loads_by_itself(config.get("model_type")):
-            return cls(*_by_transformers(folder, device, number_format))
+        own_code = trust_remote_code and "auto_map" in config
+        if folder is not None and (own_code or _loads_by_itself(config.get("model_type"))):
+            return cls(*_by_transformers(folder, device, number_format, trust_remote_code))
         try:
             own = load(folder, device=device, dtype=number_format)
         except FoveateError as refusal:
             if folder is None or config.get("model_type") != "llava" or "vision_config" not in config:
                 raise
             try:
-                return cls(*_by_transformers(folder, device, number_format))
+                return cls(*_by_transformers(folder, device, number_format, trust_remote_code))
             except FoveateError as error:
                 raise FoveateError(f"{refusal}; and by transformers: {error}") from error
         return cls(own.model, own.processor)
@@ -199,19 +207,25 @@ def message(*parts: Image.Image | str) -> Messages:
     return [{"role": "user", "content": content}]
 
 
-def _by_transformers(folder: Path, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _by_transformers(
+    folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor of the Auto classes. Raises `FoveateError` with the folder's name."""
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from foveate.model.checkpoints import weight_map
+
+    weight_map(folder)  # which transformers follows wherever it leads
     try:
         network, info = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, ImportError) and "torchvision" in str(error).lower():
             raise missing_extra("torchvision", "detector", f"the processor in {folder}") from error

@@ -158,6 +158,8 @@ class Given:
         except (TypeError, ValueError):
             raise FoveateError(f"box {self.box!r}: give left, top, right, bottom in pixels") from None
         reading = checked_box(values, Size(picture.height, picture.width))
+        if reading.box is not None and min(reading.box.width, reading.box.height) < 1:
+            return Proposal(None, "the box is smaller than a pixel: its numbers look like fractions")
         return Proposal(reading.box, reading.problem)
 
 
