@@ -17,6 +17,7 @@ from foveate import FoveateError
 from foveate.methods import METHODS, method_class
 from foveate.options import build_options, type_name
 from foveate.shipped import find, shipped
+from foveate.train.models import typed
 from foveate.train.recipe import DataFile, Lora, ModelSpec, Recipe, Stage, difference, load_recipe, to_dict
 
 RECIPES = [find("recipe", name) for name in shipped("recipe")]
@@ -239,7 +240,7 @@ def test_reading_a_recipe_needs_no_torch() -> None:
 
 def test_coroi_is_trained_as_published() -> None:
     """Sections 3.3 and 4.1."""
-    recipe = load_recipe("coroi")
+    recipe = typed(load_recipe("coroi"))
     pretrain, finetune = recipe.stages.values()
     assert (pretrain.trains, finetune.trains) == (["connector.projector"], ["connector", "language_model"])
     assert (pretrain.options, finetune.options) == ({"chain": False}, {})
