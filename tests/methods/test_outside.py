@@ -194,6 +194,7 @@ def test_a_class_is_registered_by_hand(install: Install, tmp_path: Path) -> None
         tiny_model("mine", {"fat": "squash"})
 
 
+@pytest.mark.slow
 def test_the_invariants_run_on_it(quarters: Path) -> None:
     words = ["-m", "pytest", "-p", "no:cacheprovider", "tests/methods/test_invariants.py"]
     words += ["--method", "quarters", "--method-option", "pool=4", "-k", "count or saving or gradient"]
@@ -245,6 +246,7 @@ def test_a_broken_package_breaks_nothing_else(
     assert len(problems) == 1 and problem in problems[0]
 
 
+@pytest.mark.slow
 def test_all_are_priced_but_the_broken_one(quarters: Path, install: Install, tmp_path: Path) -> None:
     install("foveate-broken", "1 / 0", broken="foveate_broken:Broken")
     picture(6, 9).save(tmp_path / "it.png")

@@ -161,6 +161,7 @@ def test_what_no_checker_reads_is_told(tmp_path: Path) -> None:
     assert checked(written(tmp_path, "inf_mha", Made(made.about, tensors))) == ["out.steam"]
 
 
+@pytest.mark.slow
 def test_the_runner_s_table(tmp_path: Path) -> None:
     """Of a folder with a case that passes, one that is wrong in one number, and a file of no method."""
     for name in ("slime_router", "coroi_chain"):

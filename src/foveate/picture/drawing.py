@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from foveate.picture.geometry import Box, Size, View, ViewPlan, whole
@@ -234,7 +235,7 @@ def _frame(
 
 def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.Image) -> list[Edges]:
     """A place for the number of each box: beside it, off other numbers, hiding as little as possible."""
-    placed: list[Edges] = []
+    others, placed = np.array(boxes).reshape(-1, 4), np.empty((0, 4))
     for own, number in zip(boxes, numbers, strict=True):
         best, least = None, math.inf
         for bother, x, y in _candidates(own, number.width, number.height):
@@ -242,12 +243,12 @@ def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.
                 continue
             left, top = min(max(x, 0), page.width - number.width), min(max(y, 0), page.height - number.height)
             spot = (left, top, left + number.width, top + number.height)
-            cost = bother + _disturbs(spot, own, boxes, placed)
+            cost = bother + _disturbs(spot, own, others, placed)
             if cost < least:
                 best, least = spot, cost
         assert best is not None
-        placed.append(best)
-    return placed
+        placed = np.concatenate([placed, [best]])
+    return [(left, top, right, bottom) for left, top, right, bottom in placed.tolist()]
 
 
 def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, float, float]]:
@@ -268,30 +269,32 @@ def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, fl
         yield from ((0.6 * ring + 0.001 * rank, x, y) for rank, (x, y) in enumerate(spots))
 
 
-def _disturbs(spot: Edges, own: Edges, boxes: Sequence[Edges], placed: Sequence[Edges]) -> float:
-    """The cost of a number's place: 0 if it hides nothing, more the larger the part that it hides."""
+def _disturbs(spot: Edges, own: Edges, boxes: np.ndarray, placed: np.ndarray) -> float:
+    """The cost of a number's place: 0 if it hides nothing, more the larger the part that it hides.
+
+    `boxes` and `placed` (n, 4): all boxes, and the numbers that have their place.
+    """
     area = _area(spot)
-    cost = 4 * sum(_common(spot, other) for other in placed) / area + 3 * _common(spot, own) / _area(own)
-    astray = 0.0
-    for box in boxes:
-        common = _common(spot, box)
-        if common and box != own:
-            cost += common / _area(box)
-            around = box[0] <= own[0] + 1 and box[1] <= own[1] + 1
-            around = around and box[2] >= own[2] - 1 and box[3] >= own[3] - 1
-            astray = max(astray, 0 if around else common / area)  # it would look like that box's number
-    return cost + 0.4 * astray
+    cost = 4 * _common(placed, spot).sum() / area + 3 * _common(np.array([own]), spot)[0] / _area(own)
+    common = _common(boxes, spot)
+    hit = (common > 0) & (boxes != own).any(1)
+    boxes, common = boxes[hit], common[hit]
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clip(min=1)
+    around = (boxes[:, :2] <= (own[0] + 1, own[1] + 1)).all(1)
+    around &= (boxes[:, 2:] >= (own[2] - 1, own[3] - 1)).all(1)
+    # Inside another box that is not around its own, it would look like that box's number.
+    astray = (common / area)[~around].max(initial=0.0)
+    return float(cost + (common / areas).sum() + 0.4 * astray)
 
 
 def _area(box: Edges) -> float:
     return max((box[2] - box[0]) * (box[3] - box[1]), 1.0)
 
 
-def _common(one: Edges, other: Edges) -> float:
-    """The area that two boxes share, in pixels."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return width * height if width > 0 and height > 0 else 0.0
+def _common(boxes: np.ndarray, spot: Edges) -> np.ndarray:
+    """The area that each box (n, 4) shares with a spot, in pixels: (n,)."""
+    sides = np.minimum(boxes[:, 2:], spot[2:]) - np.maximum(boxes[:, :2], spot[:2])
+    return sides.clip(min=0).prod(1)
 
 
 def _centre(box: Edges) -> tuple[float, float]:
