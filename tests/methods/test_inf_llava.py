@@ -565,7 +565,7 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     assert [view.role for view in answer.plan.views] == ["tile"] * 9 + ["interleaved"]
     drawing = np.asarray(answer.show(tmp_path / "seen.png")).astype(int)
     assert (tmp_path / "seen.png").is_file()
-    account = m.engine.account(image, answer.plan)
+    account = m.engine.account(image)
     assert account.notes == [
         "warm: where the enhancement looked most",
         "8 of the 18 views cannot reach the answer and are not read",
@@ -573,7 +573,7 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     assert len(account.heat()) == 12 * 12
     for n, most in ((3, 4), (3, 1), (5, 4)):
         bound = made(tiles=[n, n], max_visual_tokens=most)
-        notes = bound.engine.account(image, bound.plan(image)).notes
+        notes = bound.engine.account(image).notes
         read = len(bound.plan(image).views)
         assert (
             notes[-1]
@@ -586,7 +586,7 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
     plain = made(enhance="none")
     plain.model.load_state_dict(m.model.state_dict(), strict=False)
     unseen = np.asarray(plain.ask(image, "What?", max_new_tokens=2).show()).astype(int)
-    assert plain.engine.account(image, answer.plan).heat() == []
+    assert plain.engine.account(image).heat() == []
     assert np.abs(drawing[24:400, 24:640] - unseen[24:400, 24:640]).mean() > 1
 
 

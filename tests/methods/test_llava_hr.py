@@ -830,7 +830,7 @@ def test_drawing_shows_both_views_gates_and_changes(tiny: Callable[[str], Any], 
     answer = made.ask(image, "What is it?", max_new_tokens=3)
     processor, built = made.processor.image_processor, made.model.vision_tower
     pixels = torch.from_numpy(processor.views(image, answer.plan))
-    account = made.engine.account(image, answer.plan)
+    account = made.engine.account(image)
     ((role, low),) = account.views
     assert (role, low.shape) == ("low resolution", (3, 56, 56))
     assert processor.shown(pixels[0]).tobytes() == processor.paint(image, answer.plan.canvases[0]).tobytes()

@@ -93,6 +93,9 @@ SCALED = {  # value -> what its 8 bits are
     "uint16, dark": (np.array([[0, 256, 514]], np.uint16), [0, 1, 2]),
     "uint16, one bit": (np.array([[0, 1, 1]], np.uint16), [0, 0, 0]),
     "uint16, bright": (np.array([[65535, 65407, 32896]], np.uint16), [255, 255, 128]),
+    "uint16, other bytes": (np.array([[0, 256, 65535]], ">u2"), [0, 1, 255]),
+    "float, other bytes": (np.array([[0, 0.2, 1]], ">f4"), [0, 51, 255]),
+    "int, other bytes": (np.array([[0, 200, 255]], ">i4"), [0, 200, 255]),
     "bool": (np.array([[True, False, True]]), [255, 0, 255]),
     "int of 0 and 1": (np.array([[0, 1, 1]], np.int64), [0, 1, 1]),
     "int8": (np.array([[0, 1, 127]], np.int8), [0, 1, 127]),
@@ -174,6 +177,18 @@ def test_what_is_transparent_is_white(mode: str, ending: str, tmp_path: Path) ->
     shown = np.asarray(read_picture(given))
     assert (shown[:, :4] == 0).all()
     assert (shown[:, 4:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
+def test_rarer_modes_with_transparency(mode: str) -> None:
+    image = Image.new("LA" if mode == "La" else "RGBA", (2, 2), 0)
+    assert (np.asarray(read_picture(image.convert(mode))) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_sixteen_bits_of_either_byte_order(mode: str) -> None:
+    image = Image.frombytes(mode, (2, 1), np.array([0, 514], ">u2" if mode == "I;16B" else "<u2").tobytes())
+    assert np.asarray(read_picture(image))[0, :, 0].tolist() == [0, 2]
 
 
 def test_half_transparent_is_half_white() -> None:

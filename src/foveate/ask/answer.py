@@ -141,7 +141,7 @@ def _drawn(answer: Answer) -> Image.Image:
         f"{ledger.total_seconds:.2f} s"
     )
     caption = [(f"Q  {answer.question}", False), (f"A  {answer.text or '(no text)'}", True), (costs, False)]
-    account = engine.account(answer.picture, plan).joined(answer.account)
+    account = engine.account(answer.picture).joined(answer.account)
     caption += [(note, False) for note in account.notes]
     own_views = [Shown(role, processor.shown(pixels)) for role, pixels in account.views]
     regions = answer.regions

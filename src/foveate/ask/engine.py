@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from threading import RLock
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from foveate.ask.answer import Ledger
 from foveate.ask.context import Context, Passage, can_go_on
+from foveate.methods.base import Rerun
 from foveate.model.cost import Pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, padded_queries
@@ -136,20 +137,23 @@ class Engine:
             known = self.memory.features.get(_fingerprint(picture))
             if known is not None:
                 return known
-            pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
-            return self.model.encode_views(pixels.to(self.model.device, self.model.dtype))
+            return self.model.encode_views(self._views(picture))
 
-    def account(self, picture: Image.Image, plan: ViewPlan) -> Account:
+    def _views(self, picture: Image.Image) -> Tensor:
+        """(V, 3, h, w), normalised, on the device."""
+        pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
+        return pixels.to(self.model.device, self.model.dtype)
+
+    def account(self, picture: Image.Image) -> Account:
         """The details about a picture that need another run of the tower or connector."""
-
-        def views() -> Tensor:
-            pixels = torch.from_numpy(self.processor.image_processor.views(picture, plan))
-            return pixels.to(self.model.device, self.model.dtype)
-
-        model = self.model
-        return model.method.account(
-            model.vision_tower, model.connector, views, lambda: self.features(picture), plan
+        run = Rerun(
+            self.model.vision_tower,
+            self.model.connector,
+            self.plan(picture),
+            partial(self._views, picture),
+            partial(self.features, picture),
         )
+        return self.model.method.account(run)
 
     @cached_property
     def pricer(self) -> Pricer:

@@ -153,6 +153,16 @@ class Connector(nn.Module):
         return {}
 
 
+class Rerun(NamedTuple):
+    """One picture and the parts of a model, to run them on it once more."""
+
+    tower: nn.Module
+    connector: Connector
+    plan: ViewPlan
+    views: Callable[[], Tensor]  # makes (V, 3, h, w), normalised
+    features: Callable[[], Tensor]  # makes (V, N, C), what the tower makes of the views
+
+
 @dataclass
 class Turn:
     """One message to the model: a text, and pictures at the placeholders in it.
@@ -262,18 +272,10 @@ class Method(ABC):
     def build_connector(self, widths: Widths) -> Connector:
         """A fresh connector."""
 
-    def account(
-        self,
-        tower: nn.Module,
-        connector: Connector,
-        views: Callable[[], Tensor],
-        features: Callable[[], Tensor],
-        plan: ViewPlan,
-    ) -> Account:
+    def account(self, run: Rerun) -> Account:
         """Further details about a picture that need another run of the tower or connector.
 
-        Called only for drawings and explanations. `views` makes the picture's views (V, 3, h, w), normalised,
-        and `features` the tower's output for them (V, N, C).
+        Called only for drawings and explanations.
         """
         return Account()
 

@@ -56,6 +56,7 @@ from foveate.methods.base import (
     Method,
     MethodOptions,
     Query,
+    Rerun,
     TowerGeometry,
     VisualTokens,
     Widths,
@@ -534,16 +535,9 @@ class InfLlava(Method):
     def build_connector(self, widths: Widths) -> InfConnector:
         return InfConnector(widths, self.scheme, self.tower.grid, self.options)
 
-    def account(
-        self,
-        tower: nn.Module,
-        connector: Connector,
-        views: Callable[[], Tensor],
-        features: Callable[[], Tensor],
-        plan: ViewPlan,
-    ) -> Account:
-        assert isinstance(connector, InfConnector)
-        return connector.account(features, plan)
+    def account(self, run: Rerun) -> Account:
+        assert isinstance(run.connector, InfConnector)
+        return run.connector.account(run.features, run.plan)
 
 
 _DEM = r"^model\.spatial_embed\."

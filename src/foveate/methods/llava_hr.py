@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -53,6 +53,7 @@ from foveate.methods.base import (
     Method,
     MethodOptions,
     Query,
+    Rerun,
     TowerGeometry,
     VisualTokens,
     Widths,
@@ -451,19 +452,13 @@ class LlavaHR(Method):
             convnext.load_state_dict(convnext_weights(shape, weights, convnext.state_dict()))
 
     @torch.no_grad()
-    def account(
-        self,
-        tower: nn.Module,
-        connector: Connector,
-        views: Callable[[], Tensor],
-        features: Callable[[], Tensor],
-        plan: ViewPlan,
-    ) -> Account:
+    def account(self, run: Rerun) -> Account:
         """The low-resolution view, the gates, and how much of the high resolution was added to each token."""
         if self.options.paths != "both":
             return Account()
+        tower, plan = run.tower, run.plan
         assert isinstance(tower, DualTower)
-        pixels = views()
+        pixels = run.views()
         pair = tower.pair_of(pixels)
         gates: list[float] = []
         added = torch.zeros(pair.grid**2, device=pixels.device)  # relative to the tokens, over all adapters

@@ -311,7 +311,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     places = read_json(path).get("weight_map")
     if not (isinstance(places, dict) and all(isinstance(name, str) for name in places.values())):
         raise FoveateError(f"{path}: weight_map should say for each tensor which file holds it")
-    inside = (folder.resolve(), folder.parent.parent.resolve() / "blobs")
+    inside = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
     for name in set(places.values()):
         if not any((folder / name).resolve().is_relative_to(place) for place in inside):
             raise FoveateError(f"{path}: weight_map names {name!r}, which lies outside the folder")

@@ -180,6 +180,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(_to_bytes(_sixteen_bits(image)))
     if not image.has_transparency_data:
         return image.convert("RGB")
+    if image.mode == "La":  # which Pillow turns into LA alone
+        image = image.convert("LA")
     paper = Image.new("RGBA", image.size, "white")
     paper.alpha_composite(image.convert("RGBA"))
     return paper.convert("RGB")
@@ -188,7 +190,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
     """Values of a picture of mode I;16, or of mode I, as which Pillow opens some files of 16 bits."""
     values = np.asarray(image)
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u":  # of either byte order
         return values
     least, most = int(values.min()), int(values.max())
     if least < 0 or most > WIDEST or (image.format is None and most < 256):
@@ -204,6 +206,7 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
 
     Raises `FoveateError` for types and values that are not those of a picture.
     """
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     kind = values.dtype
     if kind == np.uint8:
         return values
