@@ -34,6 +34,7 @@ def load(
     method: str | None = None,
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
+    max_positions: int | None = None,
 ) -> Foveate:
     """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
 
@@ -46,6 +47,7 @@ def load(
         method: a method other than the folder's own, with the same parameters.
         template: name of a chat template instead of the folder's own.
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
+        max_positions: the longest conversation in tokens; by default what the LLM has positions for.
 
     Returns:
         The model; `device` and `dtype` show what was chosen.
@@ -60,7 +62,12 @@ def load(
         model, vision_tower=vision_tower, method=method, template=template, options=options
     )
     network = FoveateForConditionalGeneration.from_pretrained(
-        model, vision_tower=vision_tower, method=method, options=dict(options or {}), dtype=number_format
+        model,
+        vision_tower=vision_tower,
+        method=method,
+        options=dict(options or {}),
+        max_positions=max_positions,
+        dtype=number_format,
     )
     return Foveate(network.to(device).eval(), processor)
 

@@ -23,6 +23,8 @@ class FoveateConfig(PreTrainedConfig):
         image_token_id: id of the placeholder that appears once per visual token in `input_ids`.
         separator_token_id: id of an LLM token, a comma, whose embedding some methods put between groups of
             visual tokens.
+        max_positions: the longest text that the LLM is given, in tokens, if it reads beyond the number of
+            positions that its own configuration names.
     """
 
     model_type = "foveate"
@@ -36,6 +38,7 @@ class FoveateConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     image_token_id: int = 32000
     separator_token_id: int | None = None
+    max_positions: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -43,7 +46,13 @@ class FoveateConfig(PreTrainedConfig):
         self.text_config = _sub_config(self.text_config, "llama")
         self.options = dict(self.options or {})
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.check()
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises `FoveateError` for values that can mean nothing."""
+        if self.max_positions is not None and self.max_positions < 1:
+            raise FoveateError(f"max_positions must be at least 1, not {self.max_positions}")
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from foveate import upstream
@@ -19,6 +25,7 @@ from foveate.methods import method_class
 from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
 from foveate.model.config import FoveateConfig
+from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -111,6 +118,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_tower: str | Path | None = None,
         method: str | None = None,
         options: dict[str, Any] | None = None,
+        max_positions: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads Foveate's own folders, and released ones of every known layout.
@@ -121,6 +129,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 that their config.json names.
             method: another method with the same parameters as the folder's own.
             options: changes to the method's options.
+            max_positions: the longest text in tokens, for an LLM that reads beyond its own positions.
             **kwargs: as for any `PreTrainedModel`.
 
         Raises:
@@ -135,12 +144,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         given: FoveateConfig | None = kwargs.pop("config", None)
         if released is None:
             config = given or checkpoints.own_config(folder, method)
-            config.options = merged(method_class(config.method).Options, config.options, options)
+            _change(config, options, max_positions)
             checkpoints.weight_files(folder)
             model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
             config = given or checkpoints.convert_config(released)
-            config.options = merged(method_class(config.method).Options, config.options, options)
+            _change(config, options, max_positions)
             with torch.device("meta"):
                 skeleton = cls(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
@@ -302,7 +311,8 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs: for the LLM, including its cache.
 
         Raises:
-            FoveateError: placeholders and visual tokens differ in number.
+            FoveateError: placeholders and visual tokens differ in number; a text that is longer than the LLM
+                has positions.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -328,6 +338,11 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 kwargs["injection"] = _Injection(pictures.injection, visual, copies, set())
         elif self.training:
             inputs_embeds = inputs_embeds + self._in_step_with_other_ranks()
+        cache = upstream.given_cache(kwargs)
+        if cache is None or not cache.get_seq_length():
+            self._check_length(input_ids, inputs_embeds.shape[1], attention_mask, position_ids)
+        elif self.positions is not None and position_ids is not None:  # of rows that have ended
+            position_ids = position_ids.clamp(max=self.positions - 1)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -355,7 +370,10 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`; tokens that the connector drops leave the sequence before the prefill.
 
-        The output still starts with the whole prompt, so that callers can cut it off by its length.
+        The output still starts with the whole prompt, so that callers can cut it off by its length. An
+        answer ends at the LLM's last position.
+
+        Raises `FoveateError` for a prompt that leaves no position for an answer.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -371,13 +389,13 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             read = 0 if cache is None else cache.get_seq_length()
             if ids is not None and bool((ids[:, read:] == self.config.image_token_id).any()):
                 raise FoveateError("input_ids have image placeholders, but there are no pixel_values")
-            return super().generate(**kwargs)
+            return self._write(kwargs)
         if pictures.injection is not None:
             self._refuse_chunks(kwargs)
         image = EncodedPictures(**pictures)  # a copy: transformers repeats tokens in place for beams
         kwargs["mm_encoder_outputs"] = {"image": image}
         if pictures.kept is None:
-            return super().generate(**kwargs)
+            return self._write(kwargs)
         if kwargs.get("input_ids") is None:
             raise FoveateError("generate needs input_ids, not only inputs_embeds, to drop visual tokens")
         prompt = kwargs["input_ids"]
@@ -390,7 +408,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ]
         image.kept = None
         kwargs |= {"input_ids": short, "attention_mask": mask}
-        output = super().generate(**kwargs)
+        output = self._write(kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         copies = len(sequences) // len(prompt)
         whole = torch.cat([prompt.repeat_interleave(copies, 0), sequences[:, short.shape[1] :]], dim=1)
@@ -398,6 +416,47 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return whole
         output.sequences = whole
         return output
+
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the LLM is given, in tokens; None for any."""
+        return positions_of(self.config)
+
+    def _write(self, kwargs: Mapping[str, Any]) -> Any:
+        """`generate` of transformers, for prompts that fit the LLM's positions, up to the last of them."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = embeds[..., 0] if ids is None and embeds is not None else ids  # (B, T)
+        if self.positions is None or tokens is None:
+            return super().generate(**kwargs)
+        mask = kwargs.get("attention_mask")
+        seen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        visual = None if ids is None else (ids == self.config.image_token_id) & seen
+        lengths = seen.sum(1)
+        check_lengths(lengths, self.positions, visual, answer=1)
+        width = 0 if ids is None else ids.shape[1]  # without ids, those of the answer come alone
+        end = LastPosition(lengths, width, self.positions)
+        criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), end])
+        return super().generate(**{**kwargs, "stopping_criteria": criteria})
+
+    def _check_length(
+        self,
+        input_ids: Tensor | None,
+        width: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        """Raises `FoveateError` for texts (B, T) that the LLM has no positions for."""
+        if self.positions is None or width <= self.positions:
+            return
+        # Columns may be padding, or hold several texts: only now is it worth waiting for the device.
+        lengths, visual = torch.tensor([width]), None
+        if position_ids is not None:
+            lengths = position_ids.max()[None] + 1
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            lengths = attention_mask.sum(1)
+            if input_ids is not None:
+                visual = input_ids == self.config.image_token_id
+        check_lengths(lengths, self.positions, visual)
 
     def _no_keywords(self) -> FoveateError:
         return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
@@ -446,6 +505,14 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
         trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # including injectors
         return 0.0 * (visual.sum() + sum(trained))
+
+
+def _change(config: FoveateConfig, options: dict[str, Any] | None, max_positions: int | None) -> None:
+    """What a caller wants otherwise than the folder's own configuration."""
+    config.options = merged(method_class(config.method).Options, config.options, options)
+    if max_positions is not None:
+        config.max_positions = max_positions
+        config.check()
 
 
 class _Reached(Exception):

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError, missing_extra, report_keys
+from foveate.model.config import FoveateConfig
+from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.picture.geometry import Size
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
@@ -35,12 +37,16 @@ class VLM:
     Args:
         model: on its device; includes Foveate's own.
         processor: with a chat template.
+        max_positions: the longest text in tokens; by default what the LLM has positions for. Foveate's own
+            models know it themselves.
 
     Raises:
         FoveateError: a processor without chat template or without a token for pictures.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, max_positions: int | None = None
+    ) -> None:
         name = type(processor).__name__
         if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_token_id"):
             raise FoveateError(f"{name} is not a processor of a VLM: give the one that AutoProcessor loads")
@@ -50,6 +56,10 @@ class VLM:
                 "the model's folder"
             )
         self.model, self.processor = model, processor
+        own = isinstance(model.config, FoveateConfig)  # whose methods may drop tokens: it counts itself
+        if own and max_positions is not None:
+            raise FoveateError("max_positions: give it to foveate.load, this model counts its own tokens")
+        self.positions = None if own else max_positions or positions_of(model.config)
 
     @classmethod
     @names_versions
@@ -59,6 +69,7 @@ class VLM:
         device: str | None = None,
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        max_positions: int | None = None,
     ) -> VLM:
         """Loads a folder or hub id that `foveate.load` reads, else any that transformers loads.
 
@@ -70,6 +81,7 @@ class VLM:
             device: as for `foveate.load`.
             dtype: as for `foveate.load`.
             trust_remote_code: whether Python code in the model's folder may run.
+            max_positions: the longest text in tokens; by default what the LLM has positions for.
 
         Raises:
             FoveateError: there is no such model, or it is not a VLM.
@@ -83,14 +95,14 @@ class VLM:
         config = {} if folder is None else read_json(folder / "config.json")
         own_code = trust_remote_code and "auto_map" in config
         if folder is not None and (own_code or _loads_by_itself(config.get("model_type"))):
-            return cls(*_by_transformers(folder, device, number_format, trust_remote_code))
+            return cls(*_by_transformers(folder, device, number_format, trust_remote_code), max_positions)
         try:
-            own = load(folder, device=device, dtype=number_format)
+            own = load(folder, device=device, dtype=number_format, max_positions=max_positions)
         except FoveateError as refusal:
             if folder is None or config.get("model_type") != "llava" or "vision_config" not in config:
                 raise
             try:
-                return cls(*_by_transformers(folder, device, number_format, trust_remote_code))
+                return cls(*_by_transformers(folder, device, number_format, trust_remote_code), max_positions)
             except FoveateError as error:
                 raise FoveateError(f"{refusal}; and by transformers: {error}") from error
         return cls(own.model, own.processor)
@@ -124,7 +136,8 @@ class VLM:
     def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
         """The model's inputs for conversations that wait for an answer, padded on the left.
 
-        Raises `FoveateError` for pictures and texts that the processor does not accept.
+        Raises `FoveateError` for pictures and texts that the processor does not accept, and for more than
+        the LLM has positions for.
         """
         try:
             inputs = self.processor.apply_chat_template(
@@ -138,6 +151,8 @@ class VLM:
         except (ValueError, TypeError) as error:
             what = f"{type(self.processor).__name__} does not accept the picture or the text"
             raise FoveateError(f"{what}: {error}") from error
+        if self.positions is not None:
+            check_lengths(inputs["attention_mask"].sum(1), self.positions, answer=1)
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
     @names_versions
@@ -155,6 +170,11 @@ class VLM:
             raise FoveateError(ONE_ANSWER)
         inputs = self.inputs(conversations)
         padding = self.processor.tokenizer.pad_token_id
+        if self.positions is not None:
+            end = LastPosition(inputs["attention_mask"].sum(1), inputs["input_ids"].shape[1], self.positions)
+            generation["stopping_criteria"] = StoppingCriteriaList(
+                [*(generation.get("stopping_criteria") or []), end]
+            )
         output = self.model.generate(
             **inputs,
             **generation_arguments(

@@ -248,6 +248,7 @@ class Zoom:
         region: `answer` (the model says where to look), `relevance` (of its image tokens), or a function of
             (VLM, picture, question) that returns a `Proposal`.
         budget: how often, and how large crops are.
+        max_positions: the longest text in tokens; by default what the LLM has positions for.
 
     Raises:
         FoveateError: an unknown proposer, a processor without chat template.
@@ -259,12 +260,13 @@ class Zoom:
         processor: ProcessorMixin,
         region: str | Proposer = "answer",
         budget: Budget = Budget(),
+        max_positions: int | None = None,
     ) -> None:
         if isinstance(region, str):
             if region not in PROPOSERS:
                 raise FoveateError(f"unknown region proposer {region!r}: choose {' or '.join(PROPOSERS)}")
             region = PROPOSERS[region]()
-        self.vlm, self.region, self.budget = VLM(model, processor), region, budget
+        self.vlm, self.region, self.budget = VLM(model, processor, max_positions), region, budget
 
     def ask(
         self,
