@@ -35,6 +35,7 @@ from foveate.data.questions import Question, open_annotatable, questions
 from foveate.data.regions import Regions
 from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
+from foveate.files import LOCK
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture
 from foveate.tiny import tiny_model
@@ -231,7 +232,7 @@ def test_one_run_a_file(tmp_path: Path, data: Path, vlm: VLM) -> None:
     source = open_annotatable(data)
     (tmp_path / "regions.jsonl.parts").mkdir()
     with (
-        FileLock(tmp_path / "regions.jsonl.parts" / "lock"),
+        FileLock(tmp_path / "regions.jsonl.parts" / LOCK),
         pytest.raises(FoveateError, match="another run is writing"),
     ):
         run(settings(source), Annotator(vlm, source, RegionRule()), tmp_path / "regions.jsonl")

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image, ImageStat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +39,7 @@ from torch import nn
 from foveate.data.questions import Annotatable, Question, open_annotatable, questions
 from foveate.devices import choose_device
 from foveate.errors import FoveateError, require
+from foveate.files import alone, explained, read_json, write
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture
 from foveate.versions import names_versions
@@ -234,6 +234,9 @@ def elsewhere(box: Box, picture: Size) -> Box:
     return Box(left, top, left + box.width, top + box.height)
 
 
+ANEW = "delete it and the files beside it, or choose another file"
+
+
 class Paths(NamedTuple):
     """The files of a run."""
 
@@ -327,7 +330,7 @@ def run(
         quiet = Console(quiet=True) if console is None or not first else console
         part = paths.parts / f"{workers.process_index:05d}.jsonl"
         _cut_torn_line(part)
-        with _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
+        with explained(part), _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
             task = bar.add_task("annotating", total=len(mine) * workers.num_processes)
             loading = ahead.submit(annotator.pictures, batches[mine[0]]) if mine else None
             for place, n in enumerate(mine):
@@ -358,22 +361,12 @@ def _begun(settings: Settings, paths: Paths) -> Iterator[None]:
         for path in (paths.authors, paths.report):
             if path.exists():
                 raise FoveateError(f"{path} exists already and would be overwritten: choose another file")
-    paths.parts.mkdir(exist_ok=True)
-    lock = FileLock(paths.parts / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FoveateError(
-            f"another run is writing {paths.out}: wait for its end, or choose another file"
-        ) from None
-    try:
+    with alone(paths.parts, paths.out):
         if note.is_file():
-            settings.refuse_if_other(_json(note), paths.parts)
+            settings.refuse_if_other(read_json(note, ANEW), paths.parts)
         else:
-            _write(note, json.dumps(asdict(settings), indent=1))
+            write(note, json.dumps(asdict(settings), indent=1))
         yield
-    finally:
-        lock.release()
 
 
 def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
@@ -382,7 +375,7 @@ def finished(settings: Settings, paths: Paths) -> dict[str, Any] | None:
         return None
     if not paths.report.is_file():
         raise FoveateError(f"{paths.out} exists already and has no report beside it: choose another file")
-    report = _json(paths.report)
+    report = read_json(paths.report, ANEW)
     settings.refuse_if_other(report.get("settings"), paths.out)
     shutil.rmtree(paths.parts, ignore_errors=True)
     return report
@@ -438,9 +431,9 @@ def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> No
     }
     report = {"settings": asdict(settings), **quality(records), "records_without_one_picture": left_out}
     if settings.about == "questions":
-        _write(paths.authors, json.dumps(authors, ensure_ascii=False))
-    _write(paths.report, json.dumps(report, indent=1, ensure_ascii=False))
-    _write(paths.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write(paths.authors, json.dumps(authors, ensure_ascii=False))
+    write(paths.report, json.dumps(report, indent=1, ensure_ascii=False))
+    write(paths.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     shutil.rmtree(paths.parts, ignore_errors=True)
 
 
@@ -489,25 +482,6 @@ def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
     ordered = sorted(values)
     found = {f"p{p}": ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (10, 50, 90)}
     return {**found, "mean": statistics.fmean(values)}
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise FoveateError(
-            f"{path} is broken: delete it and the files beside it, or choose another file"
-        ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file under another name, then renames it: it is complete or does not exist."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 @names_versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.errors import FoveateError
+from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options, merged
 from foveate.shipped import shipped
@@ -241,7 +243,6 @@ def compose(
     option: Option = None,
 ) -> None:
     """Make a new model from a vision tower and a causal LM, with an untrained connector between them."""
-    _refuse_existing(out)
     _quiet()
     if tiny and connector is not None:
         raise FoveateError(
@@ -249,17 +250,19 @@ def compose(
         )
     if tiny == bool(vision or text) or bool(vision) != bool(text):
         raise FoveateError("give --vision and --text, or --tiny alone")
-    if tiny:
-        from foveate.methods import DEFAULT
-        from foveate.tiny import tiny_model
+    with new_folder(out) as part:
+        if tiny:
+            from foveate.methods import DEFAULT
+            from foveate.tiny import tiny_model
 
-        made = tiny_model(method or DEFAULT, _given(option), template=template)
-    else:
-        from foveate.composing import compose as compose_parts
+            made = tiny_model(method or DEFAULT, _given(option), template=template)
+        else:
+            from foveate.composing import compose as compose_parts
 
-        assert vision is not None and text is not None
-        made = compose_parts(vision, text, method, _given(option), connector=connector, template=template)
-    _save(made, out)
+            assert vision is not None and text is not None
+            made = compose_parts(vision, text, method, _given(option), connector=connector, template=template)
+        _save(made, part)
+    Console().print(f"model written to {out}")
 
 
 @app.command()
@@ -273,8 +276,9 @@ def convert(
     option: Option = None,
 ) -> None:
     """Rewrite a released checkpoint in Foveate's own layout."""
-    _refuse_existing(out)
-    _save(_load(model, "cpu", dtype or "float32", vision_tower, method, template, option), out)
+    with new_folder(out) as part:
+        _save(_load(model, "cpu", dtype or "float32", vision_tower, method, template, option), part)
+    Console().print(f"model written to {out}")
 
 
 @app.command()
@@ -359,15 +363,28 @@ def annotate(
 def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
     try:
-        app(prog_name="foveate")
+        try:
+            app(prog_name="foveate")
+        finally:
+            sys.stdout.flush()
     except MOVED as error:
         add_version_note(error)
         raise
     except FoveateError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("error:", style="red", end=" ")
-        console.print(str(error), markup=False)
+        _print_error(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # a stream has no name
+            raise
+        _print_error("the output cannot be written: the disk is full")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left unwritten would fail again at the end
+        sys.exit(2)
+
+
+def _print_error(sentence: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="red", end=" ")
+    console.print(sentence, markup=False)
 
 
 def _load(
@@ -426,17 +443,9 @@ def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
     return Pricer(config)
 
 
-def _refuse_existing(out: Path) -> None:
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise FoveateError(f"{out} exists already: choose a new folder")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise FoveateError(f"{out} cannot be made: {parent} is not a folder that can be written to")
-
-
-def _save(foveate: Foveate, out: Path) -> None:
-    foveate.save(out)
-    Console().print(f"model written to {out}")
+def _save(foveate: Foveate, folder: Path) -> None:
+    foveate.model.save_pretrained(folder)
+    foveate.processor.save_pretrained(folder)
 
 
 def _quiet() -> None:

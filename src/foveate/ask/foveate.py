@@ -15,6 +15,7 @@ from foveate.ask.conversation import Chat, converse
 from foveate.ask.engine import MEMORY, Engine
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError
+from foveate.files import changed_folder
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import ViewPlan
@@ -146,9 +147,13 @@ class Foveate:
         return Chat(self.engine, read_picture(picture))
 
     def save(self, folder: str | Path) -> None:
-        """Writes model and processor to a folder that `foveate.load` reads."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        """Writes model and processor to a folder that `foveate.load` reads.
+
+        Raises `FoveateError` if it cannot be written; a model that was there is then still there.
+        """
+        with changed_folder(Path(folder), stale="model*.safetensors*") as part:
+            self.model.save_pretrained(part)
+            self.processor.save_pretrained(part)
 
     def plan(self, picture: Image.Image) -> ViewPlan:
         """The views that a picture is cut into."""

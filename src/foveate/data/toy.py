@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from foveate.files import explained, write
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 160, 60),
@@ -29,7 +31,8 @@ def write_toy_data(folder: str | Path, n: int = 240, seed: int = 0) -> Path:
     picture. The same seed gives the same files. Returns the path of toy.json.
     """
     folder = Path(folder)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     records = []
     for i in range(n):
@@ -43,11 +46,12 @@ def write_toy_data(folder: str | Path, n: int = 240, seed: int = 0) -> Path:
         picture = Image.new("RGB", (width, height), (128, 128, 128))
         box = (left, top, left + side - 1, top + side - 1)
         ImageDraw.Draw(picture).rectangle(box, fill=COLOURS[colour])
-        picture.save(folder / "pictures" / f"{i:05}.png")
+        with explained(folder):
+            picture.save(folder / "pictures" / f"{i:05}.png")
         question = "<image>\nWhat colour is the square?"
         records.append({"image": f"pictures/{i:05}.png", **_record(i, question, colour)})
     path = folder / "toy.json"
-    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    write(path, json.dumps(records, indent=1))
     return path
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from foveate.errors import FoveateError
+from foveate.files import explained
 from foveate.shipped import shipped
 
 app = typer.Typer(
@@ -225,24 +226,23 @@ def show(
     ] = None,
 ) -> None:
     """Draw scenes of a level: as they are, and as the tower's base view shows them."""
-    if not out.absolute().parent.is_dir():
-        raise FoveateError(f"{out}: there is no folder {out.parent}")
     import numpy as np
     from PIL import Image
 
     from foveate.lab.gallery import gallery, scenes
     from foveate.lab.levels import level_named
     from foveate.lab.scales import scale_named
-    from foveate.picture.reading import read_picture
+    from foveate.picture.reading import read_picture, write_drawing
 
     hard, sizes = level_named(level), scale_named(scale)
     behind = [] if background is None else [np.asarray(read_picture(background))]
     shown = scenes(hard, sizes, seed, count, behind)
-    gallery(hard, sizes, shown).save(out)
+    write_drawing(gallery(hard, sizes, shown), out)
     if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
+        with explained(pictures):
+            pictures.mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(shown):
-            Image.fromarray(scene.picture).save(pictures / f"{i}.png")
+            write_drawing(Image.fromarray(scene.picture), pictures / f"{i}.png")
     Console().print(f"{count} scenes written to {out}")
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.files import LOCK, UNFINISHED, explained, read_json, write
 from foveate.lab.levels import Level
 from foveate.lab.materials import SPLITS, Split
 from foveate.lab.questions import Question, ask_about, caption
@@ -60,19 +62,26 @@ def examples(
     key = _digest(described, split, str(seed), str(count))
     kept = folder / "data" / key
     if not (kept / "texts.json").is_file():
-        with _ComplaintAboutSpace(folder):
-            _make_examples(kept, level, view, magnify, split, count, seed)
-    texts = json.loads((kept / "texts.json").read_text(encoding="utf-8"))
+        with explained(kept):
+            kept.mkdir(parents=True, exist_ok=True)
+            with FileLock(kept / LOCK):  # another run may be making them: they are waited for
+                if not (kept / "texts.json").is_file():
+                    _make_examples(kept, level, view, magnify, split, count, seed)
+    anew = f"delete the folder {kept}, and its scenes are drawn anew"
+    texts = read_json(kept / "texts.json", anew)
     questions, captions = (
         [[_question(values) for values in row] for row in texts[name]] for name in ("questions", "captions")
     )
-    return Examples(key, np.load(kept / "pictures.npy", mmap_mode="r"), questions, captions)
+    try:
+        pictures = np.load(kept / "pictures.npy", mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise FoveateError(f"{kept / 'pictures.npy'} is broken: {anew}") from error
+    return Examples(key, pictures, questions, captions)
 
 
 def _make_examples(
     kept: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int
 ) -> None:
-    kept.mkdir(parents=True, exist_ok=True)
     side = view * level.ratio
     pictures = _new_array(kept / "pictures.npy", (count, side, side, 3), np.uint8)
     texts: dict[str, list[list[dict[str, Any]]]] = {"questions": [], "captions": []}
@@ -82,7 +91,7 @@ def _make_examples(
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
         texts["questions"].append([asdict(question) for question in ask_about(scene, level.questions, rng)])
         texts["captions"].append([asdict(said) for said in caption(scene, rng)])
-    _write(kept / "texts.json", json.dumps(texts).encode())
+    write(kept / "texts.json", json.dumps(texts))
 
 
 def _question(values: dict[str, Any]) -> Question:
@@ -120,7 +129,13 @@ class Features:
         self.fallback: str | None = None  # says why features are not on disk
 
     def ready(self, plan: ViewPlan) -> None:
-        """Encodes the plan's missing views of all pictures."""
+        """Encodes the plan's missing views of all pictures, or waits for another run that does."""
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / LOCK):
+                self._ready(plan)
+
+    def _ready(self, plan: ViewPlan) -> None:
         keys = [view_key(plan, view) for view in plan.views]
         missing = {}
         for key, view in zip(keys, plan.views, strict=True):
@@ -139,7 +154,7 @@ class Features:
                 tensor[start:stop] = features[:, i]
         for key, tensor in new.items():
             self.kept[key] = tensor
-            if (unfinished := self.folder / f"{key}.part").is_file():
+            if (unfinished := self._unfinished(key)).is_file():
                 unfinished.rename(self.folder / f"{key}.npy")
 
     def gather(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
@@ -162,20 +177,31 @@ class Features:
         blank = np.zeros((1, 3, *plan.views[0].size), dtype=np.float32)
         return (len(self.data.pictures), *self.encode(blank).shape[1:])
 
+    def _unfinished(self, key: str) -> Path:
+        return self.folder / f"{key}{UNFINISHED}"
+
     def _open(self, key: str) -> bool:
         path = self.folder / f"{key}.npy"
         if not path.is_file():
             return False
-        self.kept[key] = _bfloat16(np.lib.format.open_memmap(path))
+        try:
+            self.kept[key] = _bfloat16(np.lib.format.open_memmap(path))
+        except (ValueError, EOFError) as error:
+            raise FoveateError(f"{path} is broken: delete it, and its view is encoded anew") from error
         return True
 
     def _room(self, keys: list[str], shape: tuple[int, ...]) -> dict[str, Tensor] | None:
         """Space for this number of views: on disk, else in memory, else none."""
         count = len(keys) * int(np.prod(shape)) * 2
-        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = {key: self._unfinished(key) for key in keys}
         if shutil.disk_usage(self.folder).free > count + SPARE:
-            paths = {key: self.folder / f"{key}.part" for key in keys}
-            return {key: _bfloat16(_new_array(path, shape, np.uint16)) for key, path in paths.items()}
+            try:
+                return {key: _bfloat16(_new_array(path, shape, np.uint16)) for key, path in paths.items()}
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # else another program was faster
+        for path in paths.values():  # also of an interrupted run
+            path.unlink(missing_ok=True)
         if count <= self.memory:
             self.memory -= count
             self.fallback = f"{self.folder} has no room for {count / 1e9:.1f} GB of features: kept in memory"
@@ -196,7 +222,21 @@ def view_key(plan: ViewPlan, view: View) -> str:
 
 
 def _new_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    """An array in a file that has all of its space. Raises `OSError` if the disk lacks it.
+
+    A file without its space ends the process (SIGBUS) when the disk is full.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # zeros take space everywhere
+            step = 2**24
+            for start in range(array.offset, size, step):
+                file.seek(start)
+                file.write(bytes(min(step, size - start)))
+    return array
 
 
 def _bfloat16(content: np.ndarray) -> Tensor:
@@ -206,24 +246,3 @@ def _bfloat16(content: np.ndarray) -> Tensor:
 
 def _digest(*texts: str) -> str:
     return blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes all or nothing: an interrupted run leaves no partial file."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
-class _ComplaintAboutSpace:
-    """Turns the error of a full disk into a `FoveateError`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise FoveateError(f"{self.folder}: the disk is full; choose another folder") from error

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from foveate.errors import FoveateError
+from foveate.files import explained, write
 from foveate.lab.reader import comprehension, train_reader
 from foveate.lab.scales import Scale
 from foveate.lab.tower import legibility, tower_scenes, train_tower
@@ -98,10 +99,11 @@ def prepare(
         start = time.process_time()
         made = makers[part](seed, tell)
         notes = {"seconds": round(time.process_time() - start), "accuracy": made.accuracy}
-        made.model.to(torch.bfloat16).save_pretrained(place)
-        if made.tokenizer is not None:
-            made.tokenizer.save_pretrained(place)
-        (place / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        with explained(place):
+            made.model.to(torch.bfloat16).save_pretrained(place)
+            if made.tokenizer is not None:
+                made.tokenizer.save_pretrained(place)
+        write(place / NOTES, json.dumps(notes, indent=2) + "\n")
     return folder / "parts" / name
 
 

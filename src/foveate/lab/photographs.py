@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError
+from foveate.files import explained, write
 from foveate.lab.materials import FONTS, materials
 from foveate.lab.objects import COLOURS, PLAIN, Pen, Thing, lettering
 from foveate.lab.scenes import place
@@ -149,18 +150,20 @@ def measure_photographs(
 
     `report` gets the number of answered questions, and the total.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     total = len(files) * len(PARTS) * len(KINDS) * repeats
     found = []
     for trial in trials(model, files, repeats=repeats, seed=seed):
         found.append(trial)
         report(len(found), total)
     values = [asdict(trial) | {"right": trial.right} for trial in found]
-    (out / "photographs.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write(out / "photographs.json", json.dumps(values, indent=1) + "\n")
     table = by_part(found)
-    _plot(table, out / "photographs.png")
+    with explained(out / "photographs.png"):
+        _plot(table, out / "photographs.png")
     path = out / "photographs.md"
-    path.write_text(_markdown(table, found, name), encoding="utf-8")
+    write(path, _markdown(table, found, name))
     return path
 
 

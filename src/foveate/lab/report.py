@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.files import explained, write
 from foveate.lab.levels import FINE, KINDS, level_named
 
 Result = Mapping[str, Any]
@@ -28,11 +29,13 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
 
     `results` are of one level, scale, number of steps and batch, as `train_cell` returns them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(list(results), indent=2) + "\n", encoding="utf-8")
-    plot(results, folder / "report.png")
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "report.json", json.dumps(list(results), indent=2) + "\n")
+    with explained(folder / "report.png"):
+        plot(results, folder / "report.png")
     path = folder / "report.md"
-    path.write_text(markdown(results), encoding="utf-8")
+    write(path, markdown(results))
     return path
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from foveate.errors import FoveateError
+from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
 from foveate.lab.data import Examples
@@ -53,9 +55,15 @@ def train_cell(
     """
     place = bench.cells(cell.scale) / cell.key
     result_file = place / "result.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text(encoding="utf-8"))
-    place.mkdir(parents=True, exist_ok=True)
+    if not result_file.is_file():
+        with alone(place):
+            if not result_file.is_file():
+                return _train_cell(cell, bench, place, report, command or cell.command)
+    return read_json(result_file, f"delete the folder {place}, and its row is trained anew")
+
+
+def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, command: str) -> dict[str, Any]:
+    """Trains and measures a cell, whose folder nobody else writes, and stores its result."""
     student = make_student(cell, bench)
     start = time.process_time()
     fallback = student.ready()
@@ -68,7 +76,7 @@ def train_cell(
     asked = bench.test.asked
     result = {
         "cell": asdict(cell) | {"options": dict(cell.options)},
-        "command": command or cell.command,
+        "command": command,
         "title": student.method.title,
         **measured._asdict(),
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
@@ -81,11 +89,10 @@ def train_cell(
         "losses": losses,
         "features": fallback,
     }
-    part = result_file.with_suffix(".part")
     text = json.dumps(result, indent=2) + "\n"
-    part.write_text(text, encoding="utf-8")
-    torch.save(student.trained(), place / "weights.pt")
-    os.replace(part, result_file)
+    with new_file(place / "weights.pt") as part:
+        torch.save(student.trained(), part)
+    write(place / "result.json", text)
     (place / "checkpoint.pt").unlink(missing_ok=True)
     return json.loads(text)
 
@@ -95,7 +102,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
     cell, bench = student.cell, student.bench
     start, shared = _start(cell, bench)
     kept = next((path for path in (checkpoint, start) if path.is_file()), None)
-    saved = torch.load(kept, weights_only=True) if kept else None
+    saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
     if saved:
@@ -159,7 +166,6 @@ def _save(
     recent: list[float],
     seconds: float,
 ) -> None:
-    part = path.with_suffix(".part")
     state = {
         "weights": student.trained(),
         "optimiser": optimise.state_dict(),
@@ -169,8 +175,16 @@ def _save(
         "recent": recent,
         "seconds": seconds,
     }
-    torch.save(state, part)
-    os.replace(part, path)
+    with new_file(path) as part:
+        torch.save(state, part)
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """A checkpoint of `_save`."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, OSError, KeyError) as error:
+        raise FoveateError(f"{path} is broken: delete it, and that training starts anew") from error
 
 
 class Measured(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.errors import FoveateError, require
+from foveate.files import alone, explained, write
 from foveate.shipped import find
 from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
 from foveate.versions import names_versions
@@ -87,12 +89,15 @@ def train(
         console.print(done, highlight=False, markup=False, soft_wrap=True)
         return output
     processes.wait_for_everyone()  # all have checked the output folder before anyone writes to it
-    if processes.is_main_process:
-        _write_recipe(recipe)
-    _train_stage(recipe, stages[0], model, console)
-    del model  # two models may not fit
-    for stage in stages[1:]:
-        _train_stage(recipe, stage, _start(recipe, stage), console)
+    with alone(output) if processes.is_main_process else nullcontext(), explained(output):
+        if processes.is_main_process:
+            if names != [name for name in recipe.stages if not _result(recipe, name).is_dir()]:
+                raise FoveateError(f"another run has just trained in {output}: run the command again")
+            _write_recipe(recipe)
+        _train_stage(recipe, stages[0], model, console)
+        del model  # two models may not fit
+        for stage in stages[1:]:
+            _train_stage(recipe, stage, _start(recipe, stage), console)
     console.print(f"model written to {output / 'model'}")
     return output
 
@@ -150,11 +155,7 @@ def _on_cpu() -> bool:
 
 
 def _write_recipe(recipe: Recipe) -> None:
-    output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / "recipe.yaml.unfinished"
-    unfinished.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False), encoding="utf-8")
-    unfinished.rename(output / "recipe.yaml")
+    write(Path(recipe.output) / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
 
 
 def _folder(recipe: Recipe, name: str) -> Path:
