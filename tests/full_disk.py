@@ -6,28 +6,25 @@ of what happened; `tests/test_files.py` makes the disk and reads it.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 import foveate
 from foveate import FoveateError
 from foveate.ask.foveate import EMBEDDED
-from foveate.cli import main
 from foveate.data.toy import write_toy_data
 from foveate.lab.data import examples
 from foveate.lab.levels import level_named
 from foveate.tiny import tiny_model
+from tests.command import foveate as foveate_command
 from tests.train.support import same, two_stages, weights
 
 
@@ -39,16 +36,9 @@ def room(kilobytes: int) -> None:
 
 
 def command(*arguments: str) -> tuple[int, str, list[str]]:
-    """Exit code, last line of the errors, and what lies in the folder."""
-    out, errors = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "argv", ["foveate", *arguments]):
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    said = " ".join(errors.getvalue().split())
-    return code, said, sorted(path.name for path in Path().iterdir())
+    """Exit code, the errors, and what lies in the folder."""
+    done = foveate_command(*arguments)
+    return done.code, " ".join(done.stderr.split()), sorted(path.name for path in Path().iterdir())
 
 
 def twice(name: str, kilobytes: int, arguments: Sequence[str]) -> dict[str, Any]:

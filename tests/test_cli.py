@@ -21,6 +21,7 @@ from torch import Tensor
 
 import foveate as library
 from foveate.ask.live import Live, printable
+from foveate.methods import METHODS
 from foveate.tiny import tiny_tokenizer
 from foveate.towers.vit import VisionTower
 from tests.command import Result, foveate, on_a_terminal
@@ -396,6 +397,27 @@ def test_method_template_device_and_dtype_that_are_none(photo: Path, tmp_path: P
     refused(foveate("ask", photo, "Why?", "--model", model, "--device", "abacus"), "abacus")
     refused(foveate("ask", photo, "Why?", "--model", model, "--dtype", "float7"), "float7", "float32")
     assert not (tmp_path / "new").exists()
+
+
+TINY: dict[str, list[str]] = {method: [] for method in METHODS}
+TINY |= {
+    "llava_hr": ["groups=3"],
+    "slime": ["gamma=0.5"],
+    "coroi": ["chain=yes"],
+    "inf_llava": ["low_view=no"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_is_tiny_for_every_method(method: str, tmp_path: Path, photo: Path) -> None:
+    """README: it makes a model of tiny random parts, to try commands with any method."""
+    for options in ([], TINY[method]):
+        out = tmp_path / f"model{len(options)}"
+        given = [word for option in options for word in ("-o", option)]
+        result = foveate("compose", out, "--tiny", "--method", method, *given)
+        assert result.code == 0, result.stderr
+        assert sum(file.stat().st_size for file in out.iterdir()) < 1_000_000
+    assert ask(photo, "What is it?", "--model", out).code == 0
 
 
 def test_compose_without_parts(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from foveate.files import alone, changed_folder, explained, new_file, new_folder
 from foveate.tiny import tiny_model
 from foveate.train.recipe import load_recipe, to_dict
 from foveate.train.run import train
-from tests.full_disk import command
+from tests.command import foveate
 from tests.train.support import two_stages
 
 ROOT = Path(__file__).parents[1]
@@ -93,9 +93,12 @@ def test_two_at_once_on_one_folder(tmp_path: Path) -> None:
     """The second is refused; a kill frees the folder."""
     out = tmp_path / "model"
     with alone(tmp_path / "model.unfinished"):
-        code, said, _ = command("compose", str(out), "--tiny")
-    assert code == 2
-    assert said == f"error: another run is writing {out}: wait for its end, or choose another place"
+        done = foveate("compose", out, "--tiny")
+    assert done.code == 2
+    assert (
+        " ".join(done.stderr.split())
+        == f"error: another run is writing {out}: wait for its end, or choose another place"
+    )
     holder = "import sys, time; from pathlib import Path; from foveate.files import new_folder\n"
     holder += "with new_folder(Path(sys.argv[1])) as part:\n    (part / 'half').touch(); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(out)])
@@ -104,8 +107,8 @@ def test_two_at_once_on_one_folder(tmp_path: Path) -> None:
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    code, said, _ = command("convert", str(EMBEDDED), str(out))
-    assert code == 0, said
+    done = foveate("convert", EMBEDDED, out)
+    assert done.code == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and not (out / "half").exists()
 
 

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from foveate.composing import compose
-from foveate.methods import DEFAULT
+from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import IMAGE_TOKEN
+from foveate.options import merged
 
 if TYPE_CHECKING:
     from foveate.ask.foveate import Foveate
@@ -59,5 +60,7 @@ def tiny_model(
     template: str = "vicuna_v1",
 ) -> Foveate:
     """A random model of any method, the same for the same seed. Its answers mean nothing."""
+    kind = method_class(method)
+    options = merged(kind.Options, kind.tiny, options)
     set_seed(seed)
     return compose(tiny_vision(), tiny_text(), method, options, tokenizer=tiny_tokenizer(), template=template)

@@ -39,10 +39,10 @@ from foveate.towers import convnext
 from foveate.towers.convnext import ConvNext, ConvNextShape
 from foveate.towers.vit import CLIP_LIKE
 from foveate.train.recipe import load_recipe
-from tests.methods.conftest import TINY_OPTIONS, fresh
+from tests.methods.conftest import fresh
 from tests.support import awake, checkpoint_activations, gap, picture
 
-SHAPE = TINY_OPTIONS["llava_hr"]["convnext"]
+SHAPE = LlavaHR.tiny["convnext"]
 CLIP = TowerGeometry(336, 14)
 
 
@@ -779,7 +779,7 @@ def test_stage_1_projectors(tmp_path: Path) -> None:
 
 def test_a_first_stage_then_a_second(tmp_path: Path) -> None:
     """The first trains projector and fusion; the second wakes the adapters, which start as nothing."""
-    base = TINY_OPTIONS["llava_hr"]
+    base = {**LlavaHR.tiny, "blocks": [1]}
     first = tiny_model("llava_hr", {**base, "adapters": False, "resolutions": [[56, 64]], "fit": "crop"})
     first.model.requires_grad_(False)
     first.model.connector.requires_grad_(True)

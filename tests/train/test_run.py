@@ -26,7 +26,6 @@ from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.run import train
 from foveate.train.trainer import COMPLETE, newest_checkpoint
-from tests.methods.conftest import TINY_OPTIONS
 from tests.support import picture
 from tests.train.support import losses, same, stage, two_stages, weights, write_recipe
 
@@ -153,7 +152,7 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 12)
     trains = ["connector", "language_model", "vision_tower"]
     without_regions = {"chain_of_spot": {"region_from": "centre"}}  # the toy data have none
-    options = {**TINY_OPTIONS.get(method, {}), **without_regions.get(method, {})}
+    options = without_regions.get(method, {})
     train(write_recipe(tmp_path, {"all": stage(trains, data, steps=8)}, method=method, options=options))
     found = losses(tmp_path / "run", "all")
     assert found[-1] < found[0] - 1

@@ -213,6 +213,7 @@ class Method(ABC):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     layouts: ClassVar[tuple[Layout, ...]] = ()  # other people's checkpoints of this method
     uses_query: ClassVar[bool] = False  # whether the connector reads the question
+    tiny: ClassVar[Mapping[str, Any]] = {}  # options for the parts of `foveate.tiny`
 
     def __init__(self, tower: TowerGeometry, options: Mapping[str, Any] | None = None) -> None:
         self.tower = tower

@@ -374,6 +374,11 @@ class LlavaHR(Method):
     idea = "one view read twice: small by a ViT, large by a ConvNeXt, mixed in the ViT"
     paper = "arXiv 2403.03003"
     Options = LlavaHROptions
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "resolutions": [[56, 128]],
+        "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32], "layer_scale": 0.5},
+        "groups": 3,
+    }
     options: LlavaHROptions
 
     @classmethod

@@ -53,10 +53,10 @@ def typed(recipe: Recipe) -> Recipe:
 
 
 def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
-    """The method's name, and the options of the model that a recipe loads."""
+    """The method's name, and the options that a recipe's model has of its own."""
     if spec.load is None:
         assert spec.method is not None
-        return spec.method, {}
+        return spec.method, method_class(spec.method).tiny if spec.tiny else {}
     config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
     return config.method, config.options
 
