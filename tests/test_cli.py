@@ -532,3 +532,32 @@ def test_wrong_changes_of_a_recipe_write_nothing(
 
 def test_a_tower_for_a_model_that_has_one(model: Path, photo: Path, tmp_path: Path) -> None:
     refused(ask(photo, "Why?", "--model", model, "--vision-tower", tmp_path), "vision tower")
+
+
+# Boundaries: whatever is given ends in a sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "{photo}", "half \udc80 of a pair"], "the question is not text at character 5"),
+        (["ask", "{photo}", "What?", "--out", "x" * 300 + ".png"], "File name too long"),
+        (["ask", "{photo}", "What?", "-o", "fit=2024-99-99", "--model", "{model}"], "unknown key 'fit'"),
+        (["lab", "show", "x.png", "--seed", "-1"], "-1 is not in the range"),
+        (["lab", "show", "x.png", "--seed", "9" * 30], "is not in the range"),
+        (["inspect", "{photo}", "--text-tokens", "9" * 30], "is not in the range"),
+        (["train", "tiny", "output=" + "x" * 300], "File name too long"),
+    ],
+)
+def test_odd_values_end_in_a_sentence(
+    arguments: list[str],
+    words: str,
+    photo: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = foveate(*(argument.format(photo=photo, model=model) for argument in arguments))
+    assert result.code == 2 and "Traceback" not in result.stderr
+    assert words in " ".join(result.stderr.replace("│", " ").split()), result.stderr

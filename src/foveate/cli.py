@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options, merged
@@ -55,6 +56,7 @@ Template = Annotated[
 Option = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
 ]
+MOST_TOKENS = 2**24
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
@@ -81,8 +83,8 @@ def ask(
     option: Option = None,
 ) -> None:
     """Answer questions about a picture."""
-    if any(not question.strip() for question in questions):
-        raise FoveateError("the question is empty")
+    for question in questions:
+        check_text(question, "the question")
     from foveate.picture.reading import drawing_path, read_picture
 
     image = read_picture(picture)
@@ -158,7 +160,9 @@ def inspect(
         str | None, typer.Option(help="A method's name, or all; by default all, or that of --model.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id whose shapes are used.")] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Length of the text around the picture.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Length of the text around the picture.")
+    ] = 64,
     option: Option = None,
     as_json: AsJson = False,
 ) -> None:
@@ -362,6 +366,8 @@ def annotate(
 
 def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # terminals that lack a character
     try:
         try:
             app(prog_name="foveate")
@@ -374,10 +380,13 @@ def main() -> None:
         _print_error(str(error))
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:  # a stream has no name
+        if error.filename is not None:  # whatever file was opened, looked for or made
+            _print_error(f"{error.filename}: {error.strerror}")
+        elif error.errno == errno.ENOSPC:  # a stream has no name
+            _print_error("the output cannot be written: the disk is full")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left unwritten would fail again at the end
+        else:
             raise
-        _print_error("the output cannot be written: the disk is full")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left unwritten would fail again at the end
         sys.exit(2)
 
 

@@ -42,6 +42,20 @@ def installed(module: str) -> bool:
         return False
 
 
+def check_text(text: object, what: str) -> None:
+    """Raises `FoveateError` unless `text` is a text that is not empty and that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise FoveateError(f"{what} must be a text, not {type(text).__name__}")
+    if not text.strip():
+        raise FoveateError(f"{what} is empty: give a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FoveateError(
+            f"{what} is not text at character {error.start}: half of a pair of surrogates"
+        ) from None
+
+
 def report_keys(
     folder: Path | str, missing: Iterable[str], unexpected: Iterable[str] = (), mismatched: Iterable[str] = ()
 ) -> None:

@@ -13,7 +13,7 @@ from foveate import upstream
 from foveate.ask.answer import Answer, Ledger
 from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, check_text
 from foveate.methods.base import IMAGE_TOKEN, Reply, Turn
 from foveate.picture.account import Account
 
@@ -49,10 +49,7 @@ class Chat:
 
     def check(self, question: str) -> None:
         """Raises `FoveateError` for what is not a question."""
-        if not isinstance(question, str):
-            raise FoveateError(f"a question must be a text, not {type(question).__name__}")
-        if not question.strip():
-            raise FoveateError("the question is empty")
+        check_text(question, "the question")
         token = self.engine.processor.image_token
         if token in question:
             raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")

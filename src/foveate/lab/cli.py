@@ -24,6 +24,7 @@ app = typer.Typer(
 ScaleName = Annotated[str, typer.Option(help="Sizes of the networks.")]
 LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words, dense or signs.")]
 Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights and reports.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
 
@@ -31,7 +32,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits n
 def prepare(
     scale: ScaleName = "tiny",
     folder: Folder = Path("lab"),
-    seed: int = 0,
+    seed: Seed = 0,
     threads: Threads = 1,
     parts: Annotated[str, typer.Option(help="Which parts, separated by commas.")] = "tower,reader,convnet",
 ) -> None:
@@ -141,7 +142,7 @@ def export(
         typer.Option(help="Instead of a method: the experiment that `run` trained, a file or a name."),
     ] = None,
     row: Annotated[str | None, typer.Option(help="Label of the file's variant.")] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
     steps: Annotated[int | None, typer.Option(min=1, help="As in the run; by default the scale's.")] = None,
@@ -183,7 +184,7 @@ def photographs(
         str | None, typer.Option(help="Model folder or hub id; by default the embedded model.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Objects of each size and kind a photograph.")] = 1,
-    seed: int = 0,
+    seed: Seed = 0,
     threads: Threads = 1,
 ) -> None:
     """Draw the lab's objects on photographs at decreasing sizes, and count a model's right answers."""
@@ -216,7 +217,7 @@ def show(
     out: Annotated[Path, typer.Argument(help="Picture file to write.")],
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
-    seed: int = 0,
+    seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 6,
     background: Annotated[
         Path | None, typer.Option(help="A photograph as background, instead of the lab's.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
 from foveate.devices import usable_device, usable_dtype
-from foveate.errors import FoveateError, missing_extra, report_keys
+from foveate.errors import FoveateError, check_text, missing_extra, report_keys
 from foveate.model.config import FoveateConfig
 from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.picture.geometry import Size
@@ -126,8 +126,7 @@ class VLM:
 
     def check_question(self, question: str) -> None:
         """Raises `FoveateError` for an empty text, and for one with a token that stands for a picture."""
-        if not isinstance(question, str) or not question.strip():
-            raise FoveateError("the question is empty: give a text")
+        check_text(question, "the question")
         soft = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
         for token in (self.processor.image_token, soft):  # they differ for Gemma 3
             if token in question:
