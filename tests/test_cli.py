@@ -543,9 +543,9 @@ def test_a_tower_for_a_model_that_has_one(model: Path, photo: Path, tmp_path: Pa
         (["ask", "{photo}", "half \udc80 of a pair"], "the question is not text at character 5"),
         (["ask", "{photo}", "What?", "--out", "x" * 300 + ".png"], "File name too long"),
         (["ask", "{photo}", "What?", "-o", "fit=2024-99-99", "--model", "{model}"], "unknown key 'fit'"),
-        (["lab", "show", "x.png", "--seed", "-1"], "-1 is not in the range"),
-        (["lab", "show", "x.png", "--seed", "9" * 30], "is not in the range"),
-        (["inspect", "{photo}", "--text-tokens", "9" * 30], "is not in the range"),
+        (["lab", "show", "x.png", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["lab", "show", "x.png", "--seed", "9" * 30], "Invalid value for '--seed'"),
+        (["inspect", "{photo}", "--text-tokens", "9" * 30], "Invalid value for '--text-tokens'"),
         (["train", "tiny", "output=" + "x" * 300], "File name too long"),
     ],
 )
