@@ -44,7 +44,8 @@ class Limits:
         if width * height > self.max_pixels:
             raise FoveateError(
                 f"{name} cannot be read: its {width} x {height} pixels are more than max_pixels "
-                f"{self.max_pixels}; make it smaller, or raise max_pixels (foveate.Limits in Python, --max-pixels on the command line)"
+                f"{self.max_pixels}; make it smaller, or raise max_pixels (foveate.Limits in Python, "
+                "--max-pixels on the command line)"
             )
 
 
