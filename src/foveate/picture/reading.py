@@ -25,7 +25,7 @@ from foveate.picture.geometry import Size
 from foveate.picture.limits import LIMITS, Limits
 
 WIDEST = 65535  # of 16 bits
-BAND = 2**20  # pixels that are converted at once
+BAND = 2**18  # pixels that are converted at once
 OVERSHOOT = 0.5  # how far below 0 a resized picture of floats may reach; above, it may reach 2
 CHANNELS = (1, 3, 4)
 # What EXIF orientation asks for; the last four exchange height and width.

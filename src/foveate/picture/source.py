@@ -21,7 +21,7 @@ from foveate.layers import exact
 from foveate.picture.geometry import Box, Canvas, Size
 
 BAND = 32  # rows of a view that are computed together,
-MOST = 2**23  # unless they read more numbers than this
+MOST = 2**21  # unless they read more numbers than this
 
 
 class Look(NamedTuple):
@@ -146,10 +146,11 @@ def _banded(axis: Axis, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     In bands of rows, each of which reads only the pixels it needs.
     """
-    parts, sums, first = [], [], axis.read.start
-    least = max(pixels[:1].numel(), 1)
+    least, first = max(pixels[:1].numel(), 1), axis.read.start
+    made = torch.empty(axis.out, *pixels.shape[1:], device=pixels.device)
+    sums = []
     rows = max(1, min(BAND, 2 * MOST // (axis.taps * least) - 2))
-    together = max(rows, math.isqrt(MOST // axis.taps) // rows * rows)  # whose weights are made at once
+    together = max(1, math.isqrt(MOST // axis.taps))  # whose weights are made at once
     for begin in range(0, axis.out, together):
         end = min(begin + together, axis.out)
         there = axis.reads(begin, end)
@@ -159,9 +160,9 @@ def _banded(axis: Axis, pixels: Tensor) -> tuple[Tensor, Tensor]:
             here = axis.reads(start, stop)
             part = pixels[here.start - first : here.stop - first].float().flatten(1)
             used = weights[start - begin : stop - begin, here.start - there.start : here.stop - there.start]
-            parts.append(used.to(part) @ part)
+            torch.mm(used.to(part), part, out=made[start:stop].flatten(1))
         sums.append(weights.sum(1))
-    return torch.cat(parts).unflatten(1, pixels.shape[1:]), torch.cat(sums)
+    return made, torch.cat(sums)
 
 
 @dataclass(frozen=True)
