@@ -114,7 +114,7 @@ class Foveate:
         """Asks one question about a picture; further questions about the same picture reuse its features.
 
         Args:
-            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it.
+            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it; the answer keeps it.
             question: not empty.
             max_new_tokens: bound on the answer's length.
             **generation: further arguments of transformers' `generate`; greedy decoding by default.
@@ -142,7 +142,8 @@ class Foveate:
             raise FoveateError("there are no questions: give pairs of a picture and a question")
         if len(questions) > 1 and generation.get("streamer") is not None:
             raise FoveateError("only one answer can be streamed: ask one question at a time")
-        chats = [self.chat(picture) for picture, _ in questions]
+        limits = self.processor.image_processor.limits
+        chats = [Chat(self.engine, read_picture(picture, limits)) for picture, _ in questions]
         generation["max_new_tokens"] = max_new_tokens
         return converse(chats, [question for _, question in questions], Context(), generation)
 

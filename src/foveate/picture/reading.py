@@ -78,7 +78,7 @@ def read_picture(picture: Picture | Any, limits: Limits = LIMITS) -> Image.Image
         picture: a path; an http, https, data or file URL; bytes or an open file; an array (H, W),
             (H, W, C) or (C, H, W) with 1, 3 or 4 channels; a torch tensor, (C, H, W) where both could be
             meant; `datasets`' {"bytes", "path"}; or a PIL image.
-        limits: on its pixels, and on what is fetched.
+        limits: on its pixels, unless it is decoded already, and on what is fetched.
 
     EXIF orientation is applied. What is transparent becomes white. The type of values says their scale: 8
     bits, 16 bits, true and false, floats from 0 to 1; other integers hold 0 to 255. Of several frames the
@@ -377,7 +377,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, name: str, limits: Limits) -> Image.Image:
-    _checked(image, name, limits)
+    if type(image) is Image.Image:  # decoded already
+        if 0 in image.size:
+            raise FoveateError(f"{name} is empty: it has no pixels")
+    else:
+        _checked(image, name, limits)
     image.load()  # which turns TIFF already
     turn = TURNS.get(_orientation(image))
     upright = _to_rgb(image)
@@ -415,7 +419,8 @@ def _extremes(array: np.ndarray) -> tuple[float, float]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; what is transparent shows white paper, as viewers do."""
     if image.mode == "RGB" and not image.has_transparency_data:
-        return image
+        plain = type(image) is Image.Image
+        return image if plain else image._new(image.im)  # the same pixels, without the file they are from
     if image.mode == "I":
         _check_sixteen_bits(image)
     made = Image.new("RGB", image.size)

@@ -285,7 +285,7 @@ class Zoom:
         """Asks one question about a picture.
 
         Args:
-            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it.
+            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it; the answer keeps it.
             question: not empty.
             box: look here (left, top, right, bottom in original pixels) instead of asking the proposer.
             no_zoom: only the whole picture.
@@ -297,8 +297,6 @@ class Zoom:
         """
         self.vlm.check_question(question)
         whole = read_picture(picture, self.limits)
-        if whole is picture:  # the answer keeps it
-            whole = whole.copy()
         if box is not None:
             problem = Given(box)(self.vlm, whole, question).problem
             if problem:
