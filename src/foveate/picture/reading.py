@@ -285,8 +285,11 @@ def _opened(file: IO[bytes], name: str, limits: Limits) -> Image.Image:
             if isinstance(accepted, str):  # the format is known, but Pillow was built without it
                 why = accepted
             elif accepted:
-                file.seek(0)
                 try:
+                    if kind == "ICO":  # which Pillow decodes when it opens it
+                        for width, height in _icon_sizes(file):
+                            limits.check(name, width, height)
+                    file.seek(0)
                     return _checked(factory(file, ""), name, limits)
                 except (SyntaxError, IndexError, TypeError, struct.error):  # another format's file
                     continue
@@ -301,24 +304,22 @@ def _checked(image: Image.Image, name: str, limits: Limits) -> Image.Image:
     if image.format in REFUSED:
         raise FoveateError(f"{name} cannot be read as a picture: {image.format} is not read; {CONVERT}")
     limits.check(name, *image.size)
-    if image.format == "ICO":
-        for width, height in _inner_sizes(image):
-            limits.check(name, width, height)
     return image
 
 
-def _inner_sizes(icon: Any) -> Iterator[tuple[int, int]]:
+def _icon_sizes(file: IO[bytes]) -> Iterator[tuple[int, int]]:
     """What the pictures of an icon say of their sizes; its own header has one byte for each."""
-    if icon.fp is None:  # decoded already
-        return
-    for entry in icon.ico.entry:
-        icon.fp.seek(entry.offset if hasattr(entry, "offset") else entry["offset"])
-        head = icon.fp.read(24)
-        if head.startswith(b"\x89PNG") and len(head) == 24:
+    file.seek(4)
+    (count,) = struct.unpack("<H", file.read(2))
+    places = [entry[0] for entry in struct.iter_unpack("<12xI", file.read(16 * count))]
+    for place in places:
+        file.seek(place)
+        head = file.read(24)
+        if head.startswith(b"\x89PNG"):
             yield struct.unpack(">II", head[16:24])
-        elif len(head) >= 12:
+        else:  # a bitmap of the picture and its mask
             width, height = struct.unpack("<ii", head[4:12])
-            yield max(1, abs(width)), max(1, abs(height) // 2)  # the picture and its mask
+            yield max(1, abs(width)), max(1, abs(height) // 2)
 
 
 def _brands(head: bytes) -> list[str]:
