@@ -193,7 +193,7 @@ def peak():
 import foveate
 from foveate.tiny import tiny_model
 
-model = tiny_model(sys.argv[1], {"groups": 3} if sys.argv[1] == "llava_hr" else None)
+model = tiny_model(sys.argv[1])
 model.ask(sys.argv[2], "What is it?", max_new_tokens=1)
 before = peak()
 for path in sys.argv[3:]:

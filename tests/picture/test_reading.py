@@ -18,7 +18,7 @@ from PIL import Image
 from foveate import FoveateError
 from foveate.model.processing import FoveateImageProcessor
 from foveate.picture.geometry import Size
-from foveate.picture.reading import read_picture, read_size
+from foveate.picture.reading import drawing_path, read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -478,3 +478,8 @@ def test_an_upright_rgb_image_is_not_copied() -> None:
     assert read_picture(image) is image
     model = tiny_model()
     assert model.chat(image).picture is not image  # it lasts, and its owner may draw on it
+
+
+def test_a_drawing_of_a_name_too_long(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="cannot be written: File name too long"):
+        drawing_path(tmp_path / ("x" * 300 + ".png"))

@@ -141,10 +141,13 @@ def drawing_path(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise FoveateError(f"{path}: pictures are written as .png, .jpg or .webp")
-    if not path.absolute().parent.is_dir():
-        raise FoveateError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise FoveateError(f"{path} is a folder or cannot be written: choose another file")
+    try:
+        if not path.absolute().parent.is_dir():
+            raise FoveateError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise FoveateError(f"{path} is a folder or cannot be written: choose another file")
+    except OSError as error:  # a name too long
+        raise FoveateError(f"{named(str(path))} cannot be written: {_reason(error)}") from error
     return path
 
 
@@ -153,8 +156,8 @@ def write_drawing(drawing: Image.Image, out: str | os.PathLike[str]) -> None:
     path = drawing_path(out)
     try:
         drawing.save(path)
-    except OSError as error:
-        raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{path} cannot be written: {_reason(error)}") from error
 
 
 def png(drawing: Image.Image) -> bytes:
