@@ -564,6 +564,8 @@ def test_odd_values_end_in_a_sentence(
     result = foveate(*(argument.format(photo=photo, model=model) for argument in arguments))
     assert result.code == 2 and "Traceback" not in result.stderr
     assert words in " ".join(result.stderr.replace("│", " ").split()), result.stderr
+
+
 @pytest.mark.parametrize("command", ["ask", "inspect"])
 def test_pictures_by_url_and_their_bounds(
     command: str, photo: Path, model: Path, monkeypatch: pytest.MonkeyPatch
