@@ -10,7 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -561,3 +564,28 @@ def test_odd_values_end_in_a_sentence(
     result = foveate(*(argument.format(photo=photo, model=model) for argument in arguments))
     assert result.code == 2 and "Traceback" not in result.stderr
     assert words in " ".join(result.stderr.replace("│", " ").split()), result.stderr
+
+
+@pytest.mark.parametrize("command", ["ask", "inspect"])
+def test_pictures_by_url_and_their_bounds(
+    command: str, photo: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    rest = {"ask": ["What?", "--model", model, "--max-new-tokens", 1], "inspect": ["--method", "llava"]}[
+        command
+    ]
+    size = Image.open(photo).size
+    with HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=photo.parent)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/{photo.name}"
+        refused(foveate(command, url, *rest), "not a public address", "--allow-private")
+        found = foveate(command, url, *rest, "--allow-private")
+        assert found.code == 0, found.stderr
+        assert foveate(command, photo.as_uri(), *rest).code == 0
+        refused(foveate(command, f"{url}.gone", *rest, "--allow-private"), "404 Not Found")
+        server.shutdown()
+    pixels = size[0] * size[1]
+    refused(
+        foveate(command, photo, *rest, "--max-pixels", pixels - 1), f"max_pixels {pixels - 1}", "--max-pixels"
+    )
+    assert foveate(command, photo, *rest, "--max-pixels", pixels).code == 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from foveate.model.config import FoveateConfig
     from foveate.model.modeling import FoveateForConditionalGeneration
     from foveate.model.processing import FoveateImageProcessor, FoveateProcessor
+    from foveate.picture.limits import Limits
     from foveate.zoom.zoom import Zoom
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _PUBLIC = {
     "FoveateForConditionalGeneration": "foveate.model.modeling",
     "FoveateImageProcessor": "foveate.model.processing",
     "FoveateProcessor": "foveate.model.processing",
+    "Limits": "foveate.picture.limits",
     "Zoom": "foveate.zoom.zoom",
     "register_method": "foveate.methods",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "FoveateForConditionalGeneration",
     "FoveateImageProcessor",
     "FoveateProcessor",
+    "Limits",
     "Zoom",
     "compose",
     "load",

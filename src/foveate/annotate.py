@@ -41,6 +41,7 @@ from foveate.devices import choose_device
 from foveate.errors import FoveateError, require
 from foveate.files import alone, explained, read_json, write
 from foveate.picture.geometry import Box, Size
+from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import read_picture
 from foveate.versions import names_versions
 from foveate.zoom.detectors import Detector, load_detector
@@ -123,12 +124,18 @@ class Annotator:
         source: the data.
         rule: how relevance becomes a region.
         detect: picture -> boxes of its regions; None: the image tokens are the regions.
+        limits: on the pictures that are read.
     """
 
     def __init__(
-        self, vlm: VLM, source: Annotatable, rule: RegionRule, detect: Detector | None = None
+        self,
+        vlm: VLM,
+        source: Annotatable,
+        rule: RegionRule,
+        detect: Detector | None = None,
+        limits: Limits = LIMITS,
     ) -> None:
-        self.vlm, self.source = vlm, source
+        self.vlm, self.source, self.limits = vlm, source, limits
         self.highlight = Highlighter(vlm, rule, detect)
 
     def check(self) -> None:
@@ -141,7 +148,7 @@ class Annotator:
         for question in batch:
             try:
                 self.vlm.check_question(question.text)
-                read.append(read_picture(self.source.picture(question.record)))
+                read.append(read_picture(self.source.picture(question.record), self.limits))
             except FoveateError as error:
                 read.append(str(error))
         return read
@@ -500,6 +507,7 @@ def annotate_data(
     device: str | None = None,
     dtype: str | None = None,
     console: Console | None = None,
+    limits: Limits = LIMITS,
 ) -> dict[str, Any] | None:
     """`foveate annotate`: data and model by name. Every process of a run calls this.
 
@@ -517,6 +525,7 @@ def annotate_data(
         device: by default the best available; of several GPUs, each process takes its own.
         dtype: by default one that suits the device.
         console: for the progress bar.
+        limits: on the pictures that are read.
 
     Returns:
         The report, in the first process; None in the others.
@@ -544,5 +553,5 @@ def annotate_data(
         detector=detector,
         about=about,
     )
-    report = run(settings, Annotator(vlm, source, settings.rule, detect), paths.out, workers, console)
+    report = run(settings, Annotator(vlm, source, settings.rule, detect, limits), paths.out, workers, console)
     return report if workers.process_index == 0 else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from foveate.errors import FoveateError, check_text
@@ -26,6 +27,7 @@ from foveate.versions import MOVED, add_version_note
 if TYPE_CHECKING:
     from foveate.ask.answer import Answer
     from foveate.ask.foveate import Foveate
+    from foveate.picture.limits import Limits
 
 app = typer.Typer(
     name="foveate",
@@ -58,6 +60,13 @@ Option = Annotated[
 ]
 MOST_TOKENS = 2**24
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Picture = Annotated[str, typer.Argument(help="The picture: a file, or its http or https URL.")]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Bound on a picture's pixels, checked before it is decoded.")
+]
+AllowPrivate = Annotated[
+    bool, typer.Option("--allow-private", help="Let URLs lead to this machine or a local network.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
 
@@ -69,7 +78,7 @@ EMBEDDED_NOTICE = (
 
 @app.command()
 def ask(
-    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
+    picture: Picture,
     questions: Annotated[list[str], typer.Argument(help="One or more questions about it.")],
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Write a picture of what the model saw.")] = None,
@@ -81,13 +90,15 @@ def ask(
     method: AsMethod = None,
     template: Template = None,
     option: Option = None,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
 ) -> None:
     """Answer questions about a picture."""
     for question in questions:
         check_text(question, "the question")
     from foveate.picture.reading import drawing_path, read_picture
 
-    image = read_picture(picture)
+    image = read_picture(picture, _limits(max_pixels, allow_private))
     if out is not None:
         drawing_path(out)  # before the model loads
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
@@ -116,7 +127,7 @@ def ask(
 
 @app.command()
 def chat(
-    picture: Annotated[Path, typer.Argument(help="The picture's file.")],
+    picture: Picture,
     model: Model = None,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
@@ -125,15 +136,18 @@ def chat(
     method: AsMethod = None,
     template: Template = None,
     option: Option = None,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
 ) -> None:
     """Talk about a picture, line by line; an empty line or the end of input stops."""
     from foveate.picture.reading import read_picture
 
-    image = read_picture(picture)
+    image = read_picture(picture, _limits(max_pixels, allow_private))
     foveate = _load(model, device, dtype, vision_tower, method, template, option)
+    from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
 
-    talk, console, live = foveate.chat(image), Console(), _can_stream(foveate)
+    talk, console, live = Chat(foveate.engine, image), Console(), _can_stream(foveate)
     while True:
         try:
             question = console.input("[bold]> [/bold]")
@@ -155,7 +169,7 @@ def chat(
 
 @app.command()
 def inspect(
-    picture: Annotated[Path, typer.Argument(help="The picture's file; its size is all that is read.")],
+    picture: Picture,
     method: Annotated[
         str | None, typer.Option(help="A method's name, or all; by default all, or that of --model.")
     ] = None,
@@ -165,14 +179,17 @@ def inspect(
     ] = 64,
     option: Option = None,
     as_json: AsJson = False,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
 ) -> None:
     """Price a picture before any weights load: views, tokens, TFLOP, KV memory, effective resolution.
 
     Without --model, the shapes are those of a 7B model: CLIP ViT-L/14-336 and Vicuna-7B, bfloat16.
     """
+    from foveate.picture.fetching import named
     from foveate.picture.reading import read_size
 
-    size = read_size(picture)
+    size = read_size(picture, _limits(max_pixels, allow_private))
     _quiet()
     from foveate.methods import EVERY, method_class, usable_methods
 
@@ -197,7 +214,8 @@ def inspect(
     if as_json:
         _print_json({"width": size.width, "height": size.height, "text_tokens": text_tokens, "methods": rows})
         return
-    table = Table(title=f"{picture.name}: {size.width} x {size.height} pixels, {text_tokens} text tokens")
+    name = escape(named(picture).rpartition("/")[2])
+    table = Table(title=f"{name}: {size.width} x {size.height} pixels, {text_tokens} text tokens")
     columns = (
         "method",
         "views",
@@ -334,6 +352,8 @@ def annotate(
     ] = "questions",
     device: Device = None,
     dtype: Dtype = None,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
 ) -> None:
     """Label your data with regions of interest, for training Chain-of-Spot. Resumes an interrupted run."""
     _quiet()
@@ -359,6 +379,7 @@ def annotate(
         device=device,
         dtype=dtype,
         console=Console(),
+        limits=_limits(max_pixels, allow_private),
     )
     if report is not None:
         _print_json({key: value for key, value in report.items() if key != "settings"})
@@ -419,6 +440,12 @@ def _load(
         template=template,
         options=_given(option),
     )
+
+
+def _limits(max_pixels: int | None, allow_private: bool) -> Limits:
+    from foveate.picture.limits import LIMITS, Limits
+
+    return Limits(max_pixels=max_pixels or LIMITS.max_pixels, private=allow_private)
 
 
 def _given(option: list[str] | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +260,50 @@ def test_mixed_batches(processor: FoveateProcessor) -> None:
 def test_truncation_is_refused(processor: FoveateProcessor) -> None:
     with pytest.raises(FoveateError, match="truncation would cut visual tokens"):
         processor(images=picture(9, 9), text="<image>", truncation=True, max_length=4)
+
+
+def test_a_picture_of_a_message_has_one_of_four_names(processor: FoveateProcessor, tmp_path: Path) -> None:
+    path = tmp_path / "it.png"
+    picture(30, 40).save(path)
+    code = base64.b64encode(path.read_bytes()).decode()
+    expected = processor.image_processor(picture(30, 40))["pixel_values"]
+    for part in (
+        {"image": picture(30, 40)},
+        {"image": str(path)},
+        {"path": path},
+        {"url": path.as_uri()},
+        {"url": f"data:image/png;base64,{code}", "image": None},
+        {"base64": code},
+        {"base64": f"data:image/png;base64,{code}"},
+        {"base64": code.encode()},
+        {"image": {"bytes": path.read_bytes(), "path": None}},
+    ):
+        content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
+        messages = [{"role": "user", "content": content}]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected)
+        assert (
+            processor.prompt(messages).ids[: len(inputs["input_ids"][0])] == inputs["input_ids"][0].tolist()
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([{"type": "video", "video": "a.mp4"}], "not of type 'video'"),
+        ([{"type": "input_image", "image_url": "a.png"}], "not of type 'input_image'"),
+        ([{"type": "image_url", "image_url": {"url": "a.png"}}], "not of type 'image_url'"),
+        ([{"type": "imgae", "image": "a.png"}], "not of type 'imgae'"),
+        ([{"type": "text"}], "not of type 'text' without a text"),
+        ([{"type": "text", "text": None}], "not of type 'text' without a text"),
+        ([{"text": "What?"}], "a part of a message must be"),
+        (["What?"], "a part of a message must be"),
+        ([{"type": "image", "image": "a.png", "url": "b.png"}], "given twice, as image and url"),
+        ([{"type": "image", "base64": 3}], "base64 of a picture must be a text, not int"),
+        ([{"type": "image"}], "a picture's place without the picture"),
+        (None, "content must be a text or a list of parts, not None"),
+    ],
+)
+def test_parts_that_are_none(processor: FoveateProcessor, content: Any, problem: str) -> None:
+    with pytest.raises(FoveateError, match=problem):
+        processor.prompt([{"role": "user", "content": content}])

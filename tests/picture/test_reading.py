@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from PIL import Image
 from foveate import FoveateError
 from foveate.model.processing import FoveateImageProcessor
 from foveate.picture.geometry import Size
-from foveate.picture.reading import read_picture, read_size
+from foveate.picture.reading import drawing_path, read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -309,3 +313,173 @@ def test_the_frugal_way_paints_the_same(fit: str, monkeypatch: pytest.MonkeyPatc
     frugal = processor(picture)["pixel_values"]
     differs = (usual - frugal).abs().amax(1) > 0.02  # (1, 336, 336): along the edge of the padding only
     assert differs.float().mean() < 0.02 and (fit == "pad" or not differs.any())
+
+
+def test_every_form_of_a_picture(tmp_path: Path) -> None:
+    """Each is the same picture."""
+    image = picture(30, 40)
+    pixels, data = np.asarray(image), png(image)
+    path = tmp_path / "it.png"
+    path.write_bytes(data)
+    written = io.BytesIO()
+    image.save(written, "png")  # its position is its end
+    torn = Image.open(path)
+
+    class OfOtherLibrary:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return pixels
+
+    forms: dict[str, Any] = {
+        "path": path,
+        "text": str(path),
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "memoryview": memoryview(data),
+        "stream": io.BytesIO(data),
+        "written stream": written,
+        "open file": path.open("rb"),
+        "lazy image": torn,
+        "array": pixels,
+        "channels first": pixels.transpose(2, 0, 1),
+        "tensor": torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+        "tensor, channels last": torch.from_numpy(pixels.copy()),
+        "float tensor": torch.from_numpy(pixels.copy()).float() / 255,
+        "tensor with a gradient": (torch.from_numpy(pixels.copy()).float() / 255).requires_grad_(),
+        "of another library": OfOtherLibrary(),
+        "datasets, bytes": {"bytes": data, "path": None},
+        "datasets, bytes first": {"bytes": data, "path": "nothing/at/all.png"},
+        "datasets, path": {"bytes": None, "path": str(path)},
+        "datasets, path alone": {"path": path},
+    }
+    for name, form in forms.items():
+        assert np.array_equal(np.asarray(read_picture(form)), pixels), name
+    forms["open file"].close()
+    assert read_size(forms["tensor"]) == read_size(forms["datasets, bytes"]) == Size(30, 40)
+
+
+def test_tensors_are_channels_first_where_both_could_be_meant() -> None:
+    assert read_picture(torch.zeros(3, 5, 4)).size == (4, 5)
+    assert read_picture(torch.zeros(1, 5, 7)).size == (7, 5)
+    assert read_picture(torch.zeros(4, 5, 7)).size == (7, 5)
+    assert read_picture(torch.zeros(5, 7)).size == (7, 5)
+    assert read_picture(torch.zeros(3, 5, 7, dtype=torch.bfloat16)).size == (7, 5)
+    for wrong in (torch.zeros(2, 5, 7), torch.zeros(1, 3, 5, 7), torch.zeros(3)):
+        with pytest.raises(FoveateError, match="is not a picture: expected"):
+            read_picture(wrong)
+    with pytest.raises(FoveateError, match="the tensor given cannot be read"):
+        read_picture(torch.zeros(3, 5, 7, device="meta"))
+
+
+FTYP = b"\0\0\0\x18ftyp"
+OTHERS = {
+    "it.heic": (FTYP + b"heic\0\0\0\0mif1heic", "it is HEIC; pip install pillow-heif"),
+    "it.mp4": (FTYP + b"isom\0\0\0\0isommp42", "it is a film: give one of its pictures"),
+    "it.svg": (
+        b'<?xml version="1.0"?>\n<!-- made -->\n<svg width="9"/>',
+        "it is SVG, a drawing without pixels",
+    ),
+    "bare.svg": (b"\xef\xbb\xbf <svg>", "it is SVG"),
+    "it.pdf": (b"%PDF-1.7\n", "it is a PDF: turn its pages into PNG"),
+    "it.eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%!\n",
+        "EPS is not read; convert",
+    ),
+    "it.ps": (b"%!PS-Adobe-3.0\n", "cannot be read as a picture"),
+    "it.html": (b"<HTML>", "it is a web page"),
+    "it.jxl": (b"\xff\x0a\0\0", "it is JPEG XL"),
+    "it.jpg": (
+        b"version https://git-lfs.github.com/spec/v1\noid 1",
+        "a pointer of Git LFS: run git lfs pull",
+    ),
+    "it.txt": (b"I am a text", "its format is unknown"),
+    "none.png": (b"", "it is empty"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_are_something_else(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.picture.reading.installed", lambda module: False)
+    (tmp_path / name).write_bytes(OTHERS[name][0])
+    for read in (read_picture, read_size):
+        with pytest.raises(FoveateError, match=OTHERS[name][1]) as caught:
+            read(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_paths_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    code = base64.b64encode(png(picture(40, 40))).decode()
+    paths: dict[Any, str] = {
+        str(tmp_path / "pipe.png"): "is a device or a pipe: give a file",
+        "/dev/zero": "is a device or a pipe: give a file",
+        tmp_path / "dangling.png": "no picture at",
+        tmp_path / "loop.png": "no picture at",
+        "x" * 300 + ".png": "File name too long",
+        "a\0b.png": "null byte|null character",
+        "a\udc80.png": "no picture at a",
+        "two\nlines.png": r"two\\nlines\.png",
+        "": "path is empty",
+        code: "it looks like base64; write data:image/png;base64, before it",
+        code[:200]: "it looks like base64",
+        tmp_path / "a.png" / "b.png": "no picture at",
+    }
+    for path, problem in paths.items():
+        for read in (read_picture, read_size):
+            with pytest.raises(FoveateError, match=problem) as caught:
+                read(path)
+            said = str(caught.value)
+            assert "\n" not in said and len(said) < 400
+            said.encode()  # can be printed
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"bytes": None, "path": None}, 'must be {"bytes": bytes, "path": text}; one may be None'),
+        ({"bytes": "text", "path": None}, "must be"),
+        ({"bytes": b"", "path": "cat.png"}, r"cat\.png cannot be read as a picture: it is empty"),
+        (io.StringIO("text"), 'holds text: open it with mode "rb"'),
+        ([1, 2], "a picture must be a path, bytes, an array or a PIL image, not list"),
+    ],
+)
+def test_things_that_almost_are_pictures(given: Any, problem: str) -> None:
+    with pytest.raises(FoveateError, match=problem):
+        read_picture(given)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(struct.error, TypeError, NotImplementedError, RuntimeError, AttributeError, EOFError, zlib.error),
+        *(OverflowError, MemoryError, KeyError, ZeroDivisionError, AssertionError, SystemError, OSError),
+    ],
+)
+def test_whatever_a_decoder_raises_names_the_file(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "it.png"
+    picture(8, 8).save(path)
+    opened = Image.open(path)
+
+    def broken(self: Any) -> None:
+        raise error("so it is\nand more")
+
+    monkeypatch.setattr(type(opened), "load", broken)
+    for given, name in ((path, "it.png"), (path.read_bytes(), "the bytes given"), (opened, "the picture")):
+        with pytest.raises(FoveateError, match=f"{name} cannot be read as a picture: ") as caught:
+            read_picture(given)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_upright_rgb_image_is_not_copied() -> None:
+    image = picture(8, 8)
+    assert read_picture(image) is image
+    model = tiny_model()
+    assert model.chat(image).picture is not image  # it lasts, and its owner may draw on it
+
+
+def test_a_drawing_of_a_name_too_long(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="cannot be written: File name too long"):
+        drawing_path(tmp_path / ("x" * 300 + ".png"))

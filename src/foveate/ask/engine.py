@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from threading import RLock
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +28,7 @@ from foveate.model.processing import FoveateProcessor, padded_queries
 from foveate.model.text import pictures_of
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
+from foveate.picture.reading import bands, to_array
 from foveate.picture.source import Look, Source
 from foveate.versions import names_versions
 
@@ -269,7 +269,7 @@ class Engine:
         """The original pictures, with the parts looked at for earlier questions."""
         norms = torch.from_numpy(self.processor.image_processor.norms).to(self.model.device)
         return Source(
-            [torch.from_numpy(np.array(p.picture)).to(self.model.device) for p in shown],
+            [torch.from_numpy(to_array(p.picture)).to(self.model.device) for p in shown],
             norms.expand(len(shown), -1, -1),
             lambda views: self.model.encode_views(views.to(self.model.dtype)),
             [self.memory.looks.setdefault(p.fingerprint, {}) for p in shown],
@@ -299,6 +299,8 @@ def _share(ledgers: Sequence[Ledger], phase: str, seconds: float) -> None:
 
 
 def _fingerprint(picture: Image.Image) -> str:
-    digest = hashlib.blake2b(picture.tobytes(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    for _, band in bands(picture):
+        digest.update(band.tobytes())
     digest.update(repr(picture.size).encode())
     return digest.hexdigest()

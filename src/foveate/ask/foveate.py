@@ -19,6 +19,7 @@ from foveate.files import changed_folder
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import ViewPlan
+from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, read_picture
 from foveate.versions import names_versions
 
@@ -36,6 +37,7 @@ def load(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
+    limits: Limits = LIMITS,
 ) -> Foveate:
     """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
 
@@ -49,6 +51,7 @@ def load(
         template: name of a chat template instead of the folder's own.
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
         max_positions: the longest conversation in tokens; by default what the LLM has positions for.
+        limits: on the pictures that are read.
 
     Returns:
         The model; `device` and `dtype` show what was chosen.
@@ -62,6 +65,7 @@ def load(
     processor = FoveateProcessor.from_pretrained(
         model, vision_tower=vision_tower, method=method, template=template, options=options
     )
+    processor.image_processor.limits = limits
     network = FoveateForConditionalGeneration.from_pretrained(
         model,
         vision_tower=vision_tower,
@@ -110,7 +114,7 @@ class Foveate:
         """Asks one question about a picture; further questions about the same picture reuse its features.
 
         Args:
-            picture: path, URL, bytes, array or PIL image.
+            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it; the answer keeps it.
             question: not empty.
             max_new_tokens: bound on the answer's length.
             **generation: further arguments of transformers' `generate`; greedy decoding by default.
@@ -138,13 +142,15 @@ class Foveate:
             raise FoveateError("there are no questions: give pairs of a picture and a question")
         if len(questions) > 1 and generation.get("streamer") is not None:
             raise FoveateError("only one answer can be streamed: ask one question at a time")
-        chats = [self.chat(picture) for picture, _ in questions]
+        limits = self.processor.image_processor.limits
+        chats = [Chat(self.engine, read_picture(picture, limits)) for picture, _ in questions]
         generation["max_new_tokens"] = max_new_tokens
         return converse(chats, [question for _, question in questions], Context(), generation)
 
     def chat(self, picture: Picture) -> Chat:
         """A conversation about one picture that remembers what was said."""
-        return Chat(self.engine, read_picture(picture))
+        read = read_picture(picture, self.processor.image_processor.limits)
+        return Chat(self.engine, read.copy() if read is picture else read)
 
     def save(self, folder: str | Path) -> None:
         """Writes model and processor to a folder that `foveate.load` reads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ from foveate.model.text import (
     without_pictures,
 )
 from foveate.options import merged
-from foveate.picture.geometry import Canvas, Size, View, ViewPlan, whole
-from foveate.picture.reading import read_picture
+from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
+from foveate.picture.limits import LIMITS
+from foveate.picture.reading import bands, read_picture, to_array
 from foveate.versions import names_versions
 
 MOST_PIXELS = 2**27  # of a picture during padding and resizing: 400 MB
@@ -50,6 +52,9 @@ class FoveateImageProcessor(BaseImageProcessor):
         patch_size: side of its patches, pixels.
         image_mean: per channel, of pixels in 0..1.
         image_std: per channel.
+
+    Attributes:
+        limits: on the pictures that it reads. Not saved: a folder's file must not set them.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012
@@ -71,6 +76,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         self.patch_size = patch_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.limits = LIMITS
 
     def planner(self) -> Method:
         """The method, for its plans."""
@@ -86,10 +92,10 @@ class FoveateImageProcessor(BaseImageProcessor):
         return self.planner().plan(height, width)
 
     def fetch_images(self, images: Any) -> Any:
-        """Reads pictures from paths, URLs or memory, keeping the nesting of lists."""
+        """Reads pictures in any form of `read_picture`, keeping the nesting of lists."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return read_picture(images)
+        return read_picture(images, self.limits)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2).
@@ -105,7 +111,13 @@ class FoveateImageProcessor(BaseImageProcessor):
             "image_sizes": np.array([plan.picture for plan in plans], dtype=np.int64),
         }
         if self.planner().reads_source:
-            data["source_pixels"] = np.concatenate([np.asarray(picture).reshape(-1) for picture in pictures])
+            shapes = [(picture.height, picture.width, 3) for picture in pictures]
+            ends = np.cumsum([math.prod(shape) for shape in shapes])
+            data["source_pixels"] = np.empty(ends[-1], dtype=np.uint8)
+            for picture, shape, part in zip(
+                pictures, shapes, np.split(data["source_pixels"], ends[:-1]), strict=True
+            ):
+                to_array(picture, out=part.reshape(shape))
             data["source_norms"] = np.stack([self.norms] * len(pictures))
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -121,15 +133,29 @@ class FoveateImageProcessor(BaseImageProcessor):
         content = canvas.content
         if max((right - left) * (bottom - top), content.width * content.height) > MOST_PIXELS:
             return self._paint_sliver(picture, canvas, fill)
+        size = (int(content.width), int(content.height))
         if (left, top, right, bottom) != (0, 0, *picture.size):
-            part = Image.new("RGB", (right - left, bottom - top), fill)
-            part.paste(picture, (-left, -top))
-            picture = part
-        picture = picture.resize((int(content.width), int(content.height)), Image.Resampling.BICUBIC)
+            picture = self._narrowed(picture, Box(left, top, right, bottom), size[0], fill)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
         if (content.left, content.top) == (0, 0) and picture.size == (canvas.size.width, canvas.size.height):
             return picture
         page = Image.new("RGB", (canvas.size.width, canvas.size.height), fill)
         page.paste(picture, (int(content.left), int(content.top)))
+        return page
+
+    def _narrowed(self, picture: Image.Image, area: Box, width: int, fill: tuple[int, ...]) -> Image.Image:
+        """An area of the picture's plane, padded with `fill` and resized to this width, at its own height.
+
+        Pillow also resizes one axis after the other; in bands of rows, the padded picture is never in memory.
+        """
+        whole_width, height = int(area.width), int(area.height)
+        page = Image.new("RGB", (whole_width, 1), fill).resize((width, 1), Image.Resampling.BICUBIC)
+        page = page.resize((width, height), Image.Resampling.NEAREST)
+        for top, band in bands(picture):
+            row = Image.new("RGB", (whole_width, band.height), fill)
+            row.paste(band, (-int(area.left), 0))
+            row = row.resize((width, band.height), Image.Resampling.BICUBIC)
+            page.paste(row, (0, top - int(area.top)))
         return page
 
     def _paint_sliver(self, picture: Image.Image, canvas: Canvas, fill: tuple[int, ...]) -> Image.Image:
@@ -175,7 +201,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "_planner"}
+        return {k: v for k, v in super().to_dict().items() if k not in ("_planner", "limits")}
 
 
 def cut(canvas: np.ndarray, view: View) -> np.ndarray:
@@ -346,7 +372,7 @@ class FoveateProcessor(ProcessorMixin):
         """
         messages = normalise_messages(messages)
         if plans is None:
-            pictures = [read_picture(picture) for picture in pictures_of(messages)]
+            pictures = [self.image_processor.fetch_images(picture) for picture in pictures_of(messages)]
             plans = [self.image_processor.plan(p.height, p.width) for p in pictures]
         text = self.apply_chat_template(messages, add_generation_prompt=not learn)
         spans = []

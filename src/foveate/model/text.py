@@ -13,6 +13,9 @@ from foveate.methods.base import IMAGE_TOKEN
 
 TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
 
+SOURCES = ("image", "url", "path", "base64")  # keys under which a message's part gives its picture
+PARTS = '{"type": "text", "text"} or {"type": "image"} with ' + ", ".join(SOURCES[:-1]) + " or base64"
+
 
 def chat_template(name: str) -> str:
     """The Jinja source of one of `TEMPLATES`. Assistant tokens are marked, so that training can find them."""
@@ -35,18 +38,48 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise FoveateError(f"a message needs a role and a content, got {message!r}")
         content = message["content"]
-        parts = (
-            [{"type": "text", "text": content}]
-            if isinstance(content, str)
-            else [dict(part) for part in content]
-        )
-        normal.append({**message, "content": parts})
+        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(given, (list, tuple)):
+            raise FoveateError(f"a message's content must be a text or a list of parts, not {given!r}")
+        normal.append({**message, "content": [_part(part) for part in given]})
     return normal
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """A copy of a message's part; a picture, however it is named, as `image`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return dict(part)
+    if kind != "image":
+        raise FoveateError(f"a part of a message must be {PARTS}, not {_shown(part)}")
+    named = [key for key in SOURCES if part.get(key) is not None]
+    if len(named) > 1:
+        raise FoveateError(f"a picture of a message is given twice, as {' and '.join(named)}: give one")
+    made = {key: value for key, value in part.items() if key not in SOURCES}
+    if named:
+        picture = part[named[0]]
+        if named[0] == "base64":
+            if isinstance(picture, bytes):
+                picture = picture.decode("ascii", "replace")
+            if not isinstance(picture, str):
+                raise FoveateError(f"base64 of a picture must be a text, not {type(picture).__name__}")
+            picture = picture if picture.startswith("data:") else f"data:;base64,{picture}"
+        made["image"] = picture
+    return made
+
+
+def _shown(part: Any) -> str:
+    if isinstance(part, Mapping) and "type" in part:
+        return f"of type {part['type']!r}" + (" without a text" if part["type"] == "text" else "")
+    return f"{part!r:.60}"
 
 
 def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The pictures of a conversation, as its messages give them."""
-    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+    parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
+    if not all("image" in part for part in parts):
+        raise FoveateError(f"a message has a picture's place without the picture: give {PARTS}")
+    return [part["image"] for part in parts]
 
 
 def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,22 +1,33 @@
-"""Reading pictures: a path, bytes, an array or a PIL image all become the same upright RGB image."""
+"""Reading pictures: a path, URL, bytes, array, tensor or PIL image all become the same upright RGB image.
+
+Pixels are converted in bands of rows, so that a large picture is in memory once, not several times.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, installed
+from foveate.picture.fetching import decode, fetch, local_path, named, scheme
 from foveate.picture.geometry import Size
+from foveate.picture.limits import LIMITS, Limits
 
 WIDEST = 65535  # of 16 bits
-BAND = 256  # rows of an array that are converted at once
+BAND = 2**18  # pixels that are converted at once
 OVERSHOOT = 0.5  # how far below 0 a resized picture of floats may reach; above, it may reach 2
+CHANNELS = (1, 3, 4)
 # What EXIF orientation asks for; the last four exchange height and width.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,73 +50,90 @@ ODD = (
     ArithmeticError,
     struct.error,
 )
+# Formats that Pillow opens and that are not read here: an outside program draws the first, and the others
+# hold pictures of sizes that their headers do not tell.
+REFUSED = ("EPS", "ICNS", "IPTC", "BLP")
+CONVERT = "convert it to PNG or JPEG"
+# How files begin that are no pictures Pillow can read, and what to do with them.
+KINDS = (
+    (b"%PDF", "it is a PDF: turn its pages into PNG first, with pdftoppm for example"),
+    (b"%!PS", f"it is PostScript: {CONVERT}"),
+    (b"<svg", f"it is SVG, a drawing without pixels: {CONVERT} first"),
+    (b"<!doctype html", "it is a web page: give the address of the picture itself"),
+    (b"<html", "it is a web page: give the address of the picture itself"),
+    (b"version https://git-lfs", "it is a pointer of Git LFS: run git lfs pull"),
+    (b"\xff\x0a", f"it is JPEG XL: {CONVERT}"),
+    (b"\0\0\0\x0cJXL ", f"it is JPEG XL: {CONVERT}"),
+)
+HEIC = ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK")  # PNG, JPEG, GIF, WebP, TIFF
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Picture = str | os.PathLike[str] | bytes | IO[bytes] | Mapping[str, Any] | Image.Image | np.ndarray
 
 
-def read_picture(picture: Picture | Any) -> Image.Image:
-    """An upright RGB `PIL.Image` from a path, URL, bytes, array (H, W), (H, W, 3 or 4) or PIL image.
+def read_picture(picture: Picture | Any, limits: Limits = LIMITS) -> Image.Image:
+    """An upright RGB `PIL.Image`; the one given if it is that already.
+
+    Args:
+        picture: a path; an http, https, data or file URL; bytes or an open file; an array (H, W),
+            (H, W, C) or (C, H, W) with 1, 3 or 4 channels; a torch tensor, (C, H, W) where both could be
+            meant; `datasets`' {"bytes", "path"}; or a PIL image.
+        limits: on its pixels, unless it is decoded already, and on what is fetched.
 
     EXIF orientation is applied. What is transparent becomes white. The type of values says their scale: 8
-    bits, 16 bits, true and false, floats from 0 to 1; other integers hold 0 to 255.
-    Raises `FoveateError` for missing, empty or broken files and for arrays that are not pictures.
+    bits, 16 bits, true and false, floats from 0 to 1; other integers hold 0 to 255. Of several frames the
+    first is read.
+
+    Raises:
+        FoveateError: missing, empty, broken or too large pictures, and arrays that are not pictures.
     """
-    if isinstance(picture, Image.Image):
-        image, name = picture, "picture"
-        if 0 in image.size:
-            raise FoveateError("the picture is empty: it has no pixels")
-    elif isinstance(picture, np.ndarray):
-        image, name = _from_array(picture), "array"
-    elif isinstance(picture, (bytes, bytearray)):
-        image, name = _open(io.BytesIO(picture), "the bytes given"), "bytes"
-    elif isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
-        from huggingface_hub.errors import HfHubHTTPError
-        from transformers.image_utils import load_image
-
-        try:
-            image, name = load_image(picture), picture[:60]
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise FoveateError(f"no picture could be read from {picture[:60]}: {error}") from error
-    elif isinstance(picture, (str, os.PathLike)):
-        path = Path(picture)
-        if path.is_dir():
-            raise FoveateError(f"{path} is a folder: give one picture")
-        if not path.is_file():
-            raise FoveateError(f"no picture at {path}")
-        image, name = _open(path, str(path)), str(path)
-    else:
-        raise FoveateError(
-            f"a picture must be a path, bytes, an array or a PIL image, not {type(picture).__name__}"
-        )
-    turn = TURNS.get(_orientation(image))
-    try:
-        upright = _to_rgb(image)
-    except FoveateError as error:
-        raise FoveateError(f"{name}: {error}") from error
-    except Exception as error:  # whatever Pillow's plugins raise for broken data
-        raise FoveateError(f"{name} is broken and cannot be read as a picture: {_reason(error)}") from error
-    if turn is not None:
-        upright = upright.transpose(turn)
-        upright.info = {}  # it would say that the picture has yet to be turned
-    return upright
+    given = _given(picture, limits)
+    if isinstance(given, np.ndarray):
+        return _from_array(given, limits)
+    if isinstance(given, Image.Image):
+        with _one_sentence("the picture"):
+            return _upright(given, "the picture", limits)
+    name, source = given
+    with _one_sentence(name), source as file:
+        return _upright(_opened(file, name, limits), name, limits)
 
 
-def read_size(path: str | os.PathLike[str]) -> Size:
-    """Height and width of a picture's file as shown upright; for most formats without reading the pixels."""
-    path = Path(path)
-    if not path.is_file():
-        raise FoveateError(
-            f"{path} is a folder: give one picture" if path.is_dir() else f"no picture at {path}"
-        )
-    try:
-        with Image.open(path) as image:
-            if image.format == "TIFF":  # Pillow rotates these itself, some before they are loaded
-                image.load()
-            turned = _orientation(image) in SIDEWAYS
-            width, height = image.size
-    except Exception as error:  # whatever Pillow's plugins raise for broken data
-        raise FoveateError(f"{path} cannot be read as a picture: {_reason(error)}") from error
+def read_size(picture: Picture | Any, limits: Limits = LIMITS) -> Size:
+    """Height and width of a picture as shown upright; for most formats without decoding its pixels.
+
+    Takes and raises what `read_picture` does, except that broken pixels may go unnoticed.
+    """
+    given = _given(picture, limits)
+    if isinstance(given, (np.ndarray, Image.Image)):
+        image = read_picture(given, limits)
+        return Size(image.height, image.width)
+    name, source = given
+    with _one_sentence(name), source as file:
+        image = _opened(file, name, limits)
+        if image.format == "TIFF":  # Pillow rotates these itself, some before they are loaded
+            image.load()
+        turned = _orientation(image) in SIDEWAYS
+        width, height = image.size
     return Size(width, height) if turned else Size(height, width)
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """An image in bands of whole rows: the number of the first, and the band."""
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def to_array(image: Image.Image, out: np.ndarray | None = None) -> np.ndarray:
+    """The bytes (H, W, 3) of an RGB image, which Pillow alone would hold three times on the way.
+
+    `out`: where to write them, by default a new array.
+    """
+    if out is None:
+        out = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    for top, band in bands(image):
+        out[top : top + band.height] = np.asarray(band)
+    return out
 
 
 def drawing_path(out: str | os.PathLike[str]) -> Path:
@@ -113,10 +141,13 @@ def drawing_path(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise FoveateError(f"{path}: pictures are written as .png, .jpg or .webp")
-    if not path.absolute().parent.is_dir():
-        raise FoveateError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise FoveateError(f"{path} is a folder or cannot be written: choose another file")
+    try:
+        if not path.absolute().parent.is_dir():
+            raise FoveateError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise FoveateError(f"{path} is a folder or cannot be written: choose another file")
+    except OSError as error:  # a name too long
+        raise FoveateError(f"{named(str(path))} cannot be written: {_reason(error)}") from error
     return path
 
 
@@ -125,8 +156,8 @@ def write_drawing(drawing: Image.Image, out: str | os.PathLike[str]) -> None:
     path = drawing_path(out)
     try:
         drawing.save(path)
-    except OSError as error:
-        raise FoveateError(f"{path} cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"{path} cannot be written: {_reason(error)}") from error
 
 
 def png(drawing: Image.Image) -> bytes:
@@ -136,19 +167,208 @@ def png(drawing: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _open(source: Any, name: str) -> Image.Image:
+Source = tuple[str, Any]  # its name in messages, and a context manager that opens it
+
+
+def _given(picture: Any, limits: Limits) -> np.ndarray | Image.Image | Source:
+    """An array, an image, or a file to be opened."""
+    if isinstance(picture, (Image.Image, np.ndarray)):
+        return picture
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return "the bytes given", io.BytesIO(picture)
+    if isinstance(picture, str):
+        kind = scheme(picture)
+        if kind in ("http", "https"):
+            return named(picture), io.BytesIO(fetch(picture, limits))
+        if kind == "data":
+            return named(picture), io.BytesIO(decode(picture, limits))
+        if kind == "file":
+            return _file(local_path(picture))
+        if kind is not None:
+            raise FoveateError(
+                f"{named(picture)}: pictures are read from http, https, data and file URLs, not from {kind}"
+            )
+        return _file(picture)
+    if isinstance(picture, os.PathLike):
+        return _file(os.fsdecode(picture))
+    if isinstance(picture, Mapping) and ("bytes" in picture or "path" in picture):
+        return _of_mapping(picture, limits)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(picture, torch.Tensor):
+        return _of_tensor(picture, torch)
+    if hasattr(picture, "read"):
+        return _of_stream(picture)
+    if hasattr(picture, "__array__"):  # of other libraries
+        with _one_sentence(f"the {type(picture).__name__} given"):
+            return np.asarray(picture)
+    raise FoveateError(
+        "a picture must be a path, bytes, an array or a PIL image, not "
+        f"{type(picture).__name__}; also a URL, an open file, a tensor"
+    )
+
+
+def _of_mapping(picture: Mapping[str, Any], limits: Limits) -> np.ndarray | Image.Image | Source:
+    """What `datasets` gives for a picture that it does not decode."""
+    data, path = picture.get("bytes"), picture.get("path")
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return named(path) if isinstance(path, str) else "the bytes given", io.BytesIO(data)
+    if data is None and isinstance(path, (str, os.PathLike)):
+        return _given(path, limits)
+    raise FoveateError('a picture given as a dict must be {"bytes": bytes, "path": text}; one may be None')
+
+
+def _of_tensor(tensor: Any, torch: Any) -> np.ndarray:
+    with _one_sentence("the tensor given"):
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:  # which numpy does not know
+            tensor = tensor.float()
+        array = tensor.numpy()
+    channels_first = array.ndim == 3 and array.shape[0] in CHANNELS
+    return array.transpose(1, 2, 0) if channels_first else array
+
+
+def _of_stream(stream: Any) -> Source:
+    """An open file, read from its start where it can go there."""
+    with _one_sentence("the open file given"):
+        if stream.seekable():
+            stream.seek(0)
+        data = stream.read()
+    if not isinstance(data, bytes):
+        raise FoveateError('the open file given holds text: open it with mode "rb"')
+    return "the open file given", io.BytesIO(data)
+
+
+def _file(path: str) -> Source:
+    """A file that is there. Pipes and devices are refused: reading them might never end."""
+    name = named(path)
+    if not path:
+        raise FoveateError("the picture's path is empty")
     try:
-        image = Image.open(source)
-        image.load()
-    except Exception as error:  # whatever Pillow's plugins raise for broken data
-        raise FoveateError(f"{name} cannot be read as a picture: {_reason(error)}") from error
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # a name too long, with a zero byte, that cannot be encoded
+        letters = path.strip()
+        if letters.startswith(BASE64) and len(letters) > 100:
+            raise FoveateError(
+                f"no picture at {name}: it looks like base64; write data:image/png;base64, before it, or "
+                "give the decoded bytes"
+            ) from None
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = "" if missing else f": {_reason(error)}"
+        raise FoveateError(f"no picture at {name}{why}") from None
+    if stat.S_ISDIR(mode):
+        raise FoveateError(f"{name} is a folder: give one picture")
+    if not stat.S_ISREG(mode):
+        raise FoveateError(f"{name} is a device or a pipe: give a file")
+    with _one_sentence(name):
+        return name, open(path, "rb")
+
+
+def _opened(file: IO[bytes], name: str, limits: Limits) -> Image.Image:
+    """As `Image.open`, but with `limits` in place of Pillow's own bound, and saying what a file is."""
+    head = file.read(512)
+    if not head:
+        raise FoveateError(f"{name} cannot be read as a picture: it is empty")
+    brands = _brands(head)
+    if any(brand in HEIC for brand in brands) and "avif" not in brands:
+        if not installed("pillow_heif"):
+            raise FoveateError(
+                f"{name} cannot be read as a picture: it is HEIC; pip install pillow-heif, or {CONVERT}"
+            )
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    why = None
+    tried: set[str] = set()
+    for prepare in (Image.preinit, Image.init):
+        prepare()
+        for kind in [kind for kind in Image.ID if kind not in tried]:
+            tried.add(kind)
+            factory, accept = Image.OPEN[kind]
+            accepted = accept is None or accept(head[:16])
+            if isinstance(accepted, str):  # the format is known, but Pillow was built without it
+                why = accepted
+            elif accepted:
+                try:
+                    if kind == "ICO":  # which Pillow decodes when it opens it
+                        for width, height in _icon_sizes(file):
+                            limits.check(name, width, height)
+                    file.seek(0)
+                    return _checked(factory(file, ""), name, limits)
+                except (SyntaxError, IndexError, TypeError, struct.error):  # another format's file
+                    continue
+    raise FoveateError(f"{name} cannot be read as a picture: {_kind(head, brands) or why or UNKNOWN}")
+
+
+UNKNOWN = "its format is unknown"
+
+
+def _checked(image: Image.Image, name: str, limits: Limits) -> Image.Image:
+    """An image that has not been decoded yet and may be."""
+    if image.format in REFUSED:
+        raise FoveateError(f"{name} cannot be read as a picture: {image.format} is not read; {CONVERT}")
+    limits.check(name, *image.size)
     return image
 
 
+def _icon_sizes(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """What the pictures of an icon say of their sizes; its own header has one byte for each."""
+    file.seek(4)
+    (count,) = struct.unpack("<H", file.read(2))
+    places = [entry[0] for entry in struct.iter_unpack("<12xI", file.read(16 * count))]
+    for place in places:
+        file.seek(place)
+        head = file.read(24)
+        if head.startswith(b"\x89PNG"):
+            yield struct.unpack(">II", head[16:24])
+        else:  # a bitmap of the picture and its mask
+            width, height = struct.unpack("<ii", head[4:12])
+            yield max(1, abs(width)), max(1, abs(height) // 2)
+
+
+def _brands(head: bytes) -> list[str]:
+    """What a file of the MP4 family says it is."""
+    if head[4:8] != b"ftyp":
+        return []
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    return [head[at : at + 4].decode("latin-1") for at in (8, *range(16, end - 3, 4))]
+
+
+def _kind(head: bytes, brands: list[str]) -> str | None:
+    """What a file is that Pillow does not know, and what to do."""
+    if "avif" in brands:
+        return f"it is AVIF, which this Pillow does not read: pip install -U pillow, or {CONVERT}"
+    if brands:
+        return "it is a film: give one of its pictures"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    lower = start.lower()
+    if lower.startswith((b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in lower:
+        lower = lower[lower.index(b"<svg") :]
+    return next((what for mark, what in KINDS if lower.startswith(mark.lower())), None)
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Whatever Pillow's plugins raise for broken data becomes one sentence with the picture's name."""
+    try:
+        yield
+    except FoveateError as error:
+        if str(error).startswith(name):
+            raise
+        raise FoveateError(f"{name}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise FoveateError(
+            f"{name} cannot be read as a picture: it has more pixels than Pillow reads of this format; "
+            f"raise PIL.Image.MAX_IMAGE_PIXELS, or {CONVERT}"
+        ) from error
+    except Exception as error:  # whatever Pillow's plugins raise for broken data
+        raise FoveateError(f"{name} cannot be read as a picture: {_reason(error)}") from error
+
+
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is unknown"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return named((said.splitlines() or [""])[0]) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
@@ -160,24 +380,64 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+def _upright(image: Image.Image, name: str, limits: Limits) -> Image.Image:
+    if type(image) is Image.Image:  # decoded already
+        if 0 in image.size:
+            raise FoveateError(f"{name} is empty: it has no pixels")
+    else:
+        _checked(image, name, limits)
+    image.load()  # which turns TIFF already
+    turn = TURNS.get(_orientation(image))
+    upright = _to_rgb(image)
+    if turn is not None:
+        upright = upright.transpose(turn)
+        upright.info = {}  # it would say that the picture has yet to be turned
+    return upright
+
+
+def _from_array(array: np.ndarray, limits: Limits) -> Image.Image:
+    shape = array.shape
+    if array.ndim == 3 and shape[0] in CHANNELS and shape[2] not in CHANNELS:
         array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise FoveateError(
-            f"an array of shape {array.shape} is not a picture: expected (H, W), (H, W, 3) or (H, W, 4)"
+            f"an array of shape {shape} is not a picture: expected (H, W), (H, W, C) or (C, H, W) with 1, 3 "
+            "or 4 channels"
         )
-    return Image.fromarray(_to_bytes(array))
+    height, width = array.shape[:2]
+    limits.check("the array", width, height)
+    made = Image.new("RGB", (width, height))
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        values = _to_bytes(array[top : top + rows], partial(_extremes, array))
+        made.paste(_band_to_rgb(Image.fromarray(values)), (0, top))
+    return made
+
+
+def _extremes(array: np.ndarray) -> tuple[float, float]:
+    return np.nanmin(array), np.nanmax(array)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; what is transparent shows white paper, as viewers do."""
-    if image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image)))
-    elif image.mode.startswith("I"):  # Pillow would clip it at 255
-        image = Image.fromarray(_to_bytes(_sixteen_bits(image)))
+    if image.mode == "RGB" and not image.has_transparency_data:
+        plain = type(image) is Image.Image
+        return image if plain else image._new(image.im)  # the same pixels, without the file they are from
+    if image.mode == "I":
+        _check_sixteen_bits(image)
+    made = Image.new("RGB", image.size)
+    for top, band in bands(image):
+        if image.mode == "F":
+            band = Image.fromarray(_to_bytes(np.asarray(band), image.getextrema))
+        elif image.mode.startswith("I"):  # Pillow would clip it at 255
+            band = Image.fromarray(_to_bytes(np.asarray(band).astype(np.uint16), image.getextrema))
+        made.paste(_band_to_rgb(band), (0, top))
+    return made
+
+
+def _band_to_rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode == "La":  # which Pillow turns into LA alone
@@ -187,53 +447,46 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return paper.convert("RGB")
 
 
-def _sixteen_bits(image: Image.Image) -> np.ndarray:
-    """Values of a picture of mode I;16, or of mode I, as which Pillow opens some files of 16 bits."""
-    values = np.asarray(image)
-    if values.dtype.kind == "u":  # of either byte order
-        return values
-    least, most = int(values.min()), int(values.max())
+def _check_sixteen_bits(image: Image.Image) -> None:
+    """Refuses values of mode I, as which Pillow opens some files of 16 bits, that are not 16 bits."""
+    least, most = cast(tuple[int, int], image.getextrema())
     if least < 0 or most > WIDEST or (image.format is None and most < 256):
         raise FoveateError(
             f"a picture of Pillow's mode {image.mode} with values from {least} to {most} does not say its "
             "scale: give 8 bits (mode L) or 16 bits (mode I;16)"
         )
-    return values.astype(np.uint16)
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """8 bits of an array; its type says the scale. Works on bands of rows: a large array is not copied whole.
+def _to_bytes(values: np.ndarray, extremes: Callable[[], Any]) -> np.ndarray:
+    """8 bits of a band of an array; its type says the scale.
 
-    Raises `FoveateError` for types and values that are not those of a picture.
+    `extremes` finds the least and the largest value of the whole, for messages. Raises `FoveateError` for
+    types and values that are not those of a picture.
     """
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     kind = values.dtype
     if kind == np.uint8:
-        return values
+        return np.ascontiguousarray(values)
     if kind == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
     if kind == np.uint16:
         return ((np.arange(WIDEST + 1) + 128) // 257).astype(np.uint8)[values]
-    if not (np.issubdtype(kind, np.integer) or np.issubdtype(kind, np.floating)):
+    whole = np.issubdtype(kind, np.integer)
+    if not (whole or np.issubdtype(kind, np.floating)):
         raise FoveateError(
             f"an array of {kind} is not a picture: give uint8, uint16, bool, or floats from 0 to 1"
         )
-    whole = np.issubdtype(kind, np.integer)
-    made = np.empty(values.shape, dtype=np.uint8)
-    for start in range(0, len(values), BAND):
-        band = values[start : start + BAND]
-        if not whole:
-            band = np.nan_to_num(band.astype(np.float64), posinf=np.inf, neginf=-np.inf)
-        least, most = band.min(), band.max()
-        if least < (0 if whole else -OVERSHOOT) or most > (255 if whole else 2):
-            raise FoveateError(_scale_of(kind, values, whole))
-        made[start : start + BAND] = band if whole else (band.clip(0, 1) * 255).round()
-    return made
+    if not whole:
+        values = np.nan_to_num(values.astype(np.float64), posinf=np.inf, neginf=-np.inf)
+    least, most = values.min(), values.max()
+    if least < (0 if whole else -OVERSHOOT) or most > (255 if whole else 2):
+        raise FoveateError(_scale_of(kind, extremes(), whole))
+    return values.astype(np.uint8) if whole else (values.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _scale_of(kind: np.dtype, values: np.ndarray, whole: bool) -> str:
+def _scale_of(kind: np.dtype, extremes: tuple[float, float], whole: bool) -> str:
     """What to do with values that are not on the scale of their type."""
-    least, most = np.nanmin(values), np.nanmax(values)
+    least, most = extremes
     held = f"an array of {kind} with values from {least:.6g} to {most:.6g}"
     if least < 0:
         rest = "add 1 and divide by 2" if not whole and least >= -1 and most <= 1 else "bring them into it"

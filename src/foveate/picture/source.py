@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from foveate.errors import FoveateError
 from foveate.layers import exact
 from foveate.picture.geometry import Box, Canvas, Size
 
-BAND = 32  # rows of a view that are computed together
+BAND = 32  # rows of a view that are computed together,
+MOST = 2**21  # unless they read more numbers than this
 
 
 class Look(NamedTuple):
@@ -121,59 +123,140 @@ def pixels_of(pixels: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
 
 
 def _resampled(pixels: Tensor, mean: Tensor, look: Look, side: Size) -> Tensor:
-    rows, row_weights = _axis(pixels.shape[0], look, side, 0)
-    columns, column_weights = _axis(pixels.shape[1], look, side, 1)
-    narrow = _banded(row_weights, pixels[rows, columns])  # (y, x, 3) -> (h, x, 3)
-    seen = _banded(column_weights, narrow.transpose(0, 1)).permute(2, 1, 0)  # (w, h, 3) -> (3, h, w)
+    rows, columns = (_axis(pixels.shape[axis], look, side, axis) for axis in (0, 1))
+    seen, sums = pixels[rows.read, columns.read], {}  # (y, x, 3)
+    order: list[tuple[Axis, int]] = [(rows, 0), (columns, 1)]
+    if rows.out * seen.shape[1] * 3 > MOST and seen.shape[0] * columns.out < rows.out * seen.shape[1]:
+        order.reverse()  # of a very wide picture, enlarged rows would not fit into memory
+    for axis, number in order:
+        resized, sums[number] = _banded(axis, seen.transpose(0, number))
+        seen = resized.transpose(0, number)
+    seen = seen.permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
     if look.canvas.source == (0, 0, pixels.shape[1], pixels.shape[0]):
         return seen
     fill = torch.zeros(3)
     if look.canvas.fill == "mean":
         fill = (255 * mean.float()).floor()
-    down, across = (torch.from_numpy(n.sum(1)).to(seen) for n in (row_weights, column_weights))
-    padding = 1 - down[:, None] * across  # (h, w)
+    padding = 1 - sums[0].to(seen)[:, None] * sums[1].to(seen)  # (h, w)
     return seen + fill.to(seen)[:, None, None] * padding
 
 
-def _banded(weights: np.ndarray, pixels: Tensor) -> Tensor:
-    """Weights (m, n) x pixels (n, ...) -> (m, ...), float, in bands of rows that read only what they need."""
-    parts = []
-    for start in range(0, len(weights), BAND):
-        band = weights[start : start + BAND]
-        used = np.flatnonzero(band.any(0))
-        first, last = (used[0], used[-1] + 1) if len(used) else (0, 0)
-        part = pixels[first:last].float().flatten(1)
-        parts.append(torch.from_numpy(band[:, first:last].copy()).to(part) @ part)
-    return torch.cat(parts).unflatten(1, pixels.shape[1:])
+def _banded(axis: Axis, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """An axis's weights x the pixels that it reads (n, ...) -> (m, ...), float; and each row's sum (m,).
+
+    In bands of rows, each of which reads only the pixels it needs.
+    """
+    least, first = max(pixels[:1].numel(), 1), axis.read.start
+    made = torch.empty(axis.out, *pixels.shape[1:], device=pixels.device)
+    sums = []
+    rows = max(1, min(BAND, 2 * MOST // (axis.taps * least) - 2))
+    together = max(1, math.isqrt(MOST // axis.taps))  # whose weights are made at once
+    for begin in range(0, axis.out, together):
+        end = min(begin + together, axis.out)
+        there = axis.reads(begin, end)
+        weights = torch.from_numpy(axis.weights(begin, end).astype(np.float32))
+        for start in range(begin, end, rows):
+            stop = min(start + rows, end)
+            here = axis.reads(start, stop)
+            part = pixels[here.start - first : here.stop - first].float().flatten(1)
+            used = weights[start - begin : stop - begin, here.start - there.start : here.stop - there.start]
+            torch.mm(used.to(part), part, out=made[start:stop].flatten(1))
+        sums.append(weights.sum(1))
+    return made, torch.cat(sums)
 
 
-def _axis(pixels: int, look: Look, side: Size, axis: int) -> tuple[slice, np.ndarray]:
-    """The rows (axis 0) or columns (1) of a picture that a view reads, and weights (view, picture)."""
+@dataclass(frozen=True)
+class Triangle:
+    """A triangle filter: resizes `length` pixels of an axis, from `start` on, to `out`.
+
+    The axis has length `extent`, but only 0..pixels exist: weights of padding are left out. The matrix of
+    weights, with few entries that are not zero, would be large: it exists in bands of rows only.
+    """
+
+    pixels: int
+    extent: tuple[int, int]
+    start: float
+    length: float
+    out: int
+
+    @property
+    def reach(self) -> float:
+        return max(self.length / self.out, 1.0)
+
+    @property
+    def taps(self) -> int:
+        """One pixel is made of so many at most."""
+        return 2 * math.ceil(self.reach) + 1
+
+    @property
+    def read(self) -> slice:
+        """All pixels that are read."""
+        return self.reads(0, self.out)
+
+    def reads(self, start: int, stop: int) -> slice:
+        """The pixels that some rows of the view read."""
+        return self._existing(*self._span(start, stop))
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        """The first pixel that some rows read, padding included, and the one after the last."""
+        step, (low, high) = self.length / self.out, self.extent
+        first, last = self.start + (start + 0.5) * step, self.start + (stop - 0.5) * step
+        return max(math.floor(first - self.reach), low), min(math.ceil(last + self.reach), high)
+
+    def _existing(self, first: int, last: int) -> slice:
+        return slice(min(max(first, 0), self.pixels), min(max(last, 0), self.pixels))
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        """Weights (stop - start, n) of the pixels that some rows of the view read."""
+        first, last = self._span(start, stop)
+        centres = self.start + (np.arange(start, stop) + 0.5) * (self.length / self.out)
+        weights = (1 - np.abs(np.arange(first, last) + 0.5 - centres[:, None]) / self.reach).clip(min=0)
+        weights /= weights.sum(1, keepdims=True)
+        here = self._existing(first, last)
+        return weights[:, here.start - first : here.stop - first]
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A view enlarged from a canvas that is itself made of the picture."""
+
+    enlarge: Triangle
+    shrink: Triangle
+
+    @property
+    def out(self) -> int:
+        return self.enlarge.out
+
+    @property
+    def taps(self) -> int:
+        step = self.shrink.length / self.shrink.out
+        return self.shrink.taps + math.ceil(self.enlarge.taps * step)
+
+    @property
+    def read(self) -> slice:
+        return self.reads(0, self.out)
+
+    def reads(self, start: int, stop: int) -> slice:
+        between = self.enlarge.reads(start, stop)
+        return self.shrink.reads(between.start, between.stop)
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        between = self.enlarge.reads(start, stop)
+        return self.enlarge.weights(start, stop) @ self.shrink.weights(between.start, between.stop)
+
+
+Axis: TypeAlias = Triangle | Twice
+
+
+def _axis(pixels: int, look: Look, side: Size, axis: int) -> Axis:
+    """How the rows (axis 0) or columns (1) of a view are made of the picture's."""
     source, box, canvas = look.canvas.source, look.box, look.canvas.size[axis]
     left, right = (int(n) for n in ((source.top, source.bottom), (source.left, source.right))[axis])
     first, last = (float(n) for n in ((box.top, box.bottom), (box.left, box.right))[axis])
     step = (right - left) / canvas  # pixels of the picture per pixel of the canvas
     if not look.upsampled:
-        return _filter(pixels, (left, right), left + first * step, (last - first) * step, side[axis])
-    part, enlarge = _filter(canvas, (0, canvas), first, last - first, side[axis])
-    place, shrink = _filter(pixels, (left, right), left, right - left, canvas)
-    return place, enlarge @ shrink[part]
-
-
-def _filter(
-    pixels: int, extent: tuple[int, int], start: float, length: float, out: int
-) -> tuple[slice, np.ndarray]:
-    """Triangle filter: resizes `length` pixels of an axis, from `start` on, to `out`.
-
-    The axis has length `extent`, but only 0..pixels exist: weights of padding are left out.
-    Returns the pixels that are read and their weights (out, n), float32.
-    """
-    scale = length / out
-    reach = max(scale, 1.0)
-    centres = start + (np.arange(out) + 0.5) * scale
-    first = max(math.floor(centres[0] - reach), extent[0])
-    last = min(math.ceil(centres[-1] + reach), extent[1])
-    weights = (1 - np.abs(np.arange(first, last) + 0.5 - centres[:, None]) / reach).clip(min=0)
-    weights /= weights.sum(1, keepdims=True)
-    here = slice(min(max(first, 0), pixels), max(min(last, pixels), 0))
-    return here, weights[:, here.start - first : here.stop - first].astype(np.float32)
+        return Triangle(pixels, (left, right), left + first * step, (last - first) * step, side[axis])
+    return Twice(
+        Triangle(canvas, (0, canvas), first, last - first, side[axis]),
+        Triangle(pixels, (left, right), left, right - left, canvas),
+    )

@@ -21,6 +21,7 @@ from foveate.picture.account import Account
 from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.picture.drawing import Shown, lay_out
 from foveate.picture.geometry import Box, Size
+from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, png, read_picture, write_drawing
 from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.zoom.vlm import VLM, Said, message
@@ -249,6 +250,7 @@ class Zoom:
             (VLM, picture, question) that returns a `Proposal`.
         budget: how often, and how large crops are.
         max_positions: the longest text in tokens; by default what the LLM has positions for.
+        limits: on the pictures that are read.
 
     Raises:
         FoveateError: an unknown proposer, a processor without chat template.
@@ -261,12 +263,14 @@ class Zoom:
         region: str | Proposer = "answer",
         budget: Budget = Budget(),
         max_positions: int | None = None,
+        limits: Limits = LIMITS,
     ) -> None:
         if isinstance(region, str):
             if region not in PROPOSERS:
                 raise FoveateError(f"unknown region proposer {region!r}: choose {' or '.join(PROPOSERS)}")
             region = PROPOSERS[region]()
-        self.vlm, self.region, self.budget = VLM(model, processor, max_positions), region, budget
+        self.vlm, self.region = VLM(model, processor, max_positions), region
+        self.budget, self.limits = budget, limits
 
     def ask(
         self,
@@ -281,7 +285,7 @@ class Zoom:
         """Asks one question about a picture.
 
         Args:
-            picture: path, URL, bytes, array or PIL image.
+            picture: path, URL, bytes, array or PIL image, as `read_picture` takes it; the answer keeps it.
             question: not empty.
             box: look here (left, top, right, bottom in original pixels) instead of asking the proposer.
             no_zoom: only the whole picture.
@@ -292,7 +296,7 @@ class Zoom:
             FoveateError: a picture that cannot be read, an empty question, a box outside the picture.
         """
         self.vlm.check_question(question)
-        whole = read_picture(picture)
+        whole = read_picture(picture, self.limits)
         if box is not None:
             problem = Given(box)(self.vlm, whole, question).problem
             if problem:
