@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -275,3 +276,13 @@ def test_flops_are_those_of_torchs_own_counter(llm: LlamaForCausalLM) -> None:
     with torch.no_grad(), FlopCounter() as ours:
         llm(input_ids=ids)
     assert ours.total == theirs.get_total_flops() > 0
+
+
+def test_image_new_shares_pixels(tmp_path: Path) -> None:
+    """A plain image with a file's pixels, without its file and without a copy."""
+    picture(8, 9).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        opened.load()
+        plain = opened._new(opened.im)
+    assert type(plain) is Image.Image and plain.im is opened.im
+    assert plain.tobytes() == picture(8, 9).tobytes()
