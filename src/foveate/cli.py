@@ -414,7 +414,7 @@ def main() -> None:
 def _print_error(sentence: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="red", end=" ")
-    console.print(sentence, markup=False)
+    console.print(sentence.encode("utf-8", "backslashreplace").decode(), markup=False)
 
 
 def _load(

@@ -19,6 +19,8 @@ T = TypeVar("T")
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 WHOLE = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+LONGEST_SHOWN = 200  # characters of a wrong value in messages
+MOST_DIGITS = 100  # of a number; more are none that any option can use
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
@@ -40,6 +42,8 @@ class Plain(str):
             return None
         if kind is bool:
             return BOOLEANS.get(word, text)
+        if len(word) > MOST_DIGITS:
+            return text
         if kind is int and WHOLE.fullmatch(word):
             return int(word, 0) if word[:2] in ("0o", "0x") else int(word)
         if kind is float and (NUMBER.fullmatch(word) or WHOLE.fullmatch(word)):
@@ -164,7 +168,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         )
     if origin is typing.Literal:
         if value not in args:
-            raise FoveateError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+            raise FoveateError(f"{where}: {_shown(value)} is not one of {', '.join(map(str, args))}")
         return value
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
@@ -178,7 +182,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build_options(kind, value, where)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        number = Plain(value).as_kind(float) if isinstance(value, str) else float(value)
+        try:
+            number = Plain(value).as_kind(float) if isinstance(value, str) else float(value)
+        except OverflowError:
+            number = math.inf
         if isinstance(number, float) and math.isfinite(number):
             return number
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -189,7 +196,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value == "" else repr(value)
+    if value == "":
+        return "nothing"
+    try:
+        shown = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
 def type_name(kind: Any) -> str:

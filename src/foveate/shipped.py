@@ -22,8 +22,11 @@ def find(kind: Kind, given: str | Path) -> Path:
 
     Raises `FoveateError` that lists the names if there is neither.
     """
-    if Path(given).is_file():
-        return Path(given)
+    try:
+        if Path(given).is_file():
+            return Path(given)
+    except OSError as error:
+        raise FoveateError(f"{str(given)[:200]} cannot be read: {error.strerror}") from error
     if str(given) in shipped(kind):
         return _folder(kind) / f"{given}.yaml"
     raise FoveateError(

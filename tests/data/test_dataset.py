@@ -88,6 +88,27 @@ def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+def test_a_turn_without_loss_is_shown_and_not_learnt(talk: Path, template: str) -> None:
+    records = json.loads(talk.read_text())
+    records[0]["conversations"][1]["loss"] = False
+    records[0]["system"] = "Be brief."
+    talk.write_text(json.dumps(records))
+    data, start = samples(talk, template=template), " " if template in ("vicuna_v1", "mistral") else ""
+    item, tokenizer = data[0], data.processor.tokenizer
+    assert tokenizer.decode(item["labels"][item["labels"] != IGNORED]) == f"{start}Two é.{END[template]}"
+    shown = tokenizer.decode(item["input_ids"])
+    assert "A dog." in shown and shown.index("Be brief.") < shown.index("What?")
+
+
+def test_half_of_a_character_is_refused(talk: Path) -> None:
+    records = json.loads(talk.read_text())
+    records[1]["conversations"][0]["value"] = "So \ud83d"
+    talk.write_text(json.dumps(records))
+    with pytest.raises(FoveateError, match=r"sample 1: a text of the user has half of a character, '.ud83d' at"):
+        samples(talk).measure(1)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_an_answer_is_learnt_from_its_first_token(template: str) -> None:
     """What is asked for is what was learnt: the prompt, then the first token that the loss is taken on."""
     processor = tiny_model(template=template).processor

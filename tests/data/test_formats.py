@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from foveate import FoveateError
+from foveate.data.dataset import size_of
 from foveate.data.formats import read_conversations
 
 Write = Callable[[str, list[Any]], Path]
@@ -112,6 +117,140 @@ def test_a_first_turn_by_the_assistant_is_dropped(write: Write) -> None:
 
 
 GOOD = llava("Hello", "Hi")
+SHOWN = llava("<image>\nWhat?", "That.")
+TALK = {"messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "That."}]}
+
+
+@pytest.mark.parametrize("record", [SHOWN, TALK], ids=["llava", "messages"])
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("given", ["1.png", ["1.png"]], ids=["path", "list"])
+def test_either_kind_takes_either_key(
+    write: Write, tmp_path: Path, record: dict[str, Any], key: str, given: Any
+) -> None:
+    read = read_conversations(write("a.json", [{**record, key: given}]))
+    assert read.messages(0)[0]["content"][0] == {"type": "image", "image": str(tmp_path / "1.png")}
+
+
+def test_a_system_text_is_the_first_turn(write: Write) -> None:
+    for record in (llava("Hello", "Hi", system="Be brief."), {**TALK, "image": "1.png", "system": "Be brief."}):
+        messages = read_conversations(write("a.json", [record])).messages(0)
+        assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+        assert messages[0]["content"] == [text("Be brief.")]
+    empty = read_conversations(write("a.json", [llava("Hello", "Hi", system="")])).messages(0)
+    assert [m["role"] for m in empty] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(("name", "no", "yes"), [("loss", False, True), ("weight", 0, 1), ("weight", 0.0, 1.0)])
+def test_turns_without_loss_are_marked(write: Write, name: str, no: Any, yes: Any) -> None:
+    record = llava("Hello", "Hi", "Bye", "See you")
+    record["conversations"][0][name] = record["conversations"][1][name] = no
+    record["conversations"][3][name] = yes
+    messages = read_conversations(write("a.json", [record])).messages(0)
+    assert [m.get("loss", True) for m in messages] == [True, False, True, True]
+
+
+def png() -> bytes:
+    made = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(made, "PNG")
+    return made.getvalue()
+
+
+PNG = base64.b64encode(png()).decode()
+
+
+def test_pictures_in_other_words(write: Write, tmp_path: Path) -> None:
+    local = (tmp_path / "a b.png").as_uri()
+    assert "%20" in local
+    parts = [
+        {"type": "image", "url": local},
+        {"type": "image", "path": "1.png", "image": None, "text": None},
+        {"type": "image", "base64": PNG},
+        {"type": "image", "url": f"data:image/png;base64,{PNG}"},
+    ]
+    turns = [{"role": "user", "content": [*parts, text("What?")]}, {"role": "assistant", "content": "That."}]
+    read = read_conversations(write("a.json", [{"messages": turns}, {**SHOWN, "image": local}]))
+    shown = [part["image"] for part in read.messages(0)[0]["content"][:4]]
+    assert shown == [str(tmp_path / "a b.png"), str(tmp_path / "1.png"), png(), png()]
+    assert read.messages(1)[0]["content"][0]["image"] == str(tmp_path / "a b.png")
+    assert [size_of(picture) for picture in shown[2:]] == [(2, 3), (2, 3)]
+
+
+def test_other_fields_are_ignored(write: Write) -> None:
+    more = {"id": 1, "source": "x", "image_id": 7, "width": 3, "video": None, "tools": [], "image": None}
+    assert len(read_conversations(write("a.json", [{**GOOD, **more}]))) == 1
+    named = {**SHOWN, "image": "1.png", "image_path": "1.png", "picture": "1.png"}
+    assert len(read_conversations(write("a.json", [named]))) == 1
+
+
+def turn(**more: Any) -> dict[str, Any]:
+    """A record whose answer has more fields."""
+    return {"conversations": [GOOD["conversations"][0], {**GOOD["conversations"][1], **more}]}
+
+
+def part(**piece: Any) -> dict[str, Any]:
+    """A record whose question is one part."""
+    return {"messages": [{"role": "user", "content": [piece]}, {"role": "assistant", "content": "That."}]}
+
+
+DROPPED = [
+    ({**llava("<video>\nWhat?", "That."), "video": "1.mp4"}, "it has 'video', which is not read"),
+    ({**GOOD, "audio": "1.wav"}, "it has 'audio', which is not read"),
+    ({**GOOD, "tools": [{"name": "x"}]}, "it has 'tools', which is not read"),
+    ({**GOOD, "Image": "1.png"}, "it has 'Image', which is not read; did you mean 'image'?"),
+    ({**GOOD, "picture": "1.png"}, "it has 'picture', which is not read; did you mean 'image'?"),
+    ({**GOOD, "image_path": "1.png"}, "it has 'image_path', which is not read; did you mean 'image'?"),
+    ({**GOOD, "system_prompt": "x"}, "it has 'system_prompt', which is not read; did you mean 'system'?"),
+    ({"conversation": GOOD["conversations"]}, "did you mean 'conversations' by 'conversation'?"),
+    ({"dialog": GOOD["conversations"]}, "did you mean 'conversations' by 'dialog'?"),
+    ({**GOOD, "messages": TALK["messages"]}, "it has 'conversations' and 'messages': keep one"),
+    ({**SHOWN, "image": "1.png", "images": ["2.png"]}, "it has 'image' and 'images': keep one"),
+    ({**SHOWN, "image": ""}, "'image' is an empty text"),
+    ({**SHOWN, "images": ["1.png", " "]}, "'images' is an empty text"),
+    ({**SHOWN, "image": float("nan")}, "'image': its pictures must be given as a path"),
+    ({**SHOWN, "image": "https://example.org/1.png"}, "is not fetched in training: download it"),
+    ({**SHOWN, "image": "file://1.png"}, "write file:/// before an absolute path"),
+    ({**SHOWN, "image": "data:image/png,abc"}, "a data: URL needs ;base64"),
+    ({**SHOWN, "image": "data:image/png;base64,?"}, "a data: URL is not a picture in base64"),
+    ({**SHOWN, "image": PNG * 100}, "a picture in base64 starts with data:image/png;base64,"),
+    ({"conversations": None}, "'conversations' must be a list of turns, not null"),
+    ({**GOOD, "system": ["x"]}, "'system' must be a text, not a list"),
+    (
+        {"system": "x", "conversations": [{"from": "system", "value": "y"}, *GOOD["conversations"]]},
+        "it has 'system' and a first turn by the system",
+    ),
+    (turn(loss="no"), "'loss' of a turn is 'no': give true or false"),
+    (turn(weight=0.5), "'weight' of a turn is 0.5: give 0 or 1"),
+    (turn(weight=float("nan")), "'weight' of a turn is nan: give 0 or 1"),
+    (turn(loss=True, weight=0), "'loss' and 'weight' of a turn disagree"),
+    (turn(loss=False), "no answer of it is learnt, as 'loss' or 'weight' say"),
+    (turn(loss_weight=0), "a turn has 'loss_weight', which is not read"),
+    (turn(tool_calls=[{"name": "x"}]), "a turn has 'tool_calls', which is not read"),
+    (turn(images=["1.png"]), "a turn has 'images', which is not read"),
+    (
+        {"conversations": [{**GOOD["conversations"][0], "loss": True}, GOOD["conversations"][1]]},
+        "only the assistant's turns are learnt",
+    ),
+    (part(type="video", video="1.mp4"), "a part of type 'video' cannot be read; a part must be"),
+    (part(type="input_image", image_url="1.png"), "a part of type 'input_image' cannot be read"),
+    (part(type="imgae", image="1.png"), "a part of type 'imgae': did you mean 'image'"),
+    (part(text="x"), "a part of type None cannot be read"),
+    (part(type="text", text="x", image="1.png"), "a part of type 'text' needs a text and holds nothing else"),
+    (part(type="image", image="1.png", url="2.png"), "a part has image and url: give its picture once"),
+    (part(type="image", base64="?"), "base64 is not a picture in base64"),
+    (part(type="image", image=""), "a part must give its picture as a path"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), DROPPED, ids=[message[:50] for _, message in DROPPED])
+@pytest.mark.parametrize(("name", "place"), [("a.json", "sample 1"), ("a.jsonl", "line 2")])
+def test_what_would_be_dropped_is_refused(
+    write: Write, name: str, place: str, record: Any, message: str
+) -> None:
+    with pytest.raises(FoveateError, match=f"{name} {place}: .*{re.escape(message)}") as error:
+        read_conversations(write(name, [GOOD, record, GOOD]))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 MISTAKES = [
     (
         llava("<image><image>", "That.", image="1.png"),
@@ -158,15 +297,42 @@ def test_a_wrong_record_is_named(write: Write, name: str, place: str, record: An
         ("a.jsonl", json.dumps(GOOD) + "\n\n{", "a.jsonl line 3 is not valid JSON"),
         ("a.jsonl", "\n", "holds no samples"),
         ("a.csv", "x", r"must end in .json .* or .jsonl"),
+        ("a.parquet", "x", r"convert it with datasets.Dataset.from_parquet\('a.parquet'\).to_json\('a.jsonl'\)"),
+        ("a.jsonl", json.dumps([GOOD], indent=1), "a.jsonl line 1 begins a JSON list: give the file the ending"),
+        ("a.jsonl", json.dumps(GOOD, indent=1), "a.jsonl line 1 is not valid JSON: .*a record takes one line"),
+        ("a.json", json.dumps([GOOD]).encode("utf-16"), "is not UTF-8 but looks like UTF-16"),
+        ("a.jsonl", json.dumps(GOOD).encode("utf-16-le"), "is not UTF-8 but looks like UTF-16"),
+        ("a.jsonl", b'{"id": "\xff"}', "a.jsonl line 1 is not UTF-8 at byte 8"),
+        ("a.json", b'[{"id": "\xff"}]', "a.json sample 0 is not UTF-8 at byte 8"),
+        ("a.json", '[{"id": ' + "9" * 5000 + "}]", "a.json sample 0 has a number of thousands of digits"),
+        ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "a.jsonl line 1 has a number of thousands of digits"),
+        ("a.jsonl", '{"id": ' + "[" * 100_000, "a.jsonl line 1 is nested too deeply"),
+        ("a.jsonl", '{"id": "' + "x" * 10**6 + '"}', "line 1 .id x{80}....: it has neither 'conversations'"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(FoveateError, match=message):
         read_conversations(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_byte_order_mark_changes_nothing(write: Write, name: str) -> None:
+    path = write(name, [GOOD, llava("Ü", "犬")])
+    read = read_conversations(path)
+    whole = [read.messages(i) for i in range(2)]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(FoveateError, match="has changed since it was checked"):
+        read.messages(1)
+    read = read_conversations(path)
+    assert [read.messages(i) for i in range(2)] == whole
+
+
 def test_a_missing_file_or_folder_is_named(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match=r"is a folder: name the .json or .jsonl file in it"):
+        read_conversations(tmp_path)
+    with pytest.raises(FoveateError, match=r"no data file at x+.json"):
+        read_conversations("x" * 300 + ".json")
     with pytest.raises(FoveateError, match=r"no data file at .*none.json"):
         read_conversations(tmp_path / "none.json")
     with pytest.raises(FoveateError, match=r"there is no folder nowhere for its pictures"):

@@ -421,6 +421,20 @@ def test_both_answers_are_learnt_and_nothing_else(tmp_path: Path) -> None:
     assert torch.equal(item["pixel_values"][1:], views)
 
 
+def test_an_answer_without_loss_is_no_lesson(tmp_path: Path) -> None:
+    path = data(tmp_path)
+    records = json.loads(path.read_text())
+    records[0]["conversations"][3]["loss"] = False
+    path.write_text(json.dumps(records))
+    messages = read_conversations(path).messages(0)
+    known: dict[int | None, Box] = {k: Box(0, 0, 30, 30) for k in range(3)}
+    lessons = method(others="append").lessons(messages, lambda: Size(60, 100), known)
+    assert len(lessons) == 2
+    for lesson in lessons:
+        unlearnt = [m["content"][0]["text"] for m in lesson if not m.get("loss", True)]
+        assert unlearnt == ["answer 01"]
+
+
 def test_where_the_region_comes_from(tmp_path: Path) -> None:
     two = {key: ALL[key] for key in ("000000_coco_0_q0", "000000_coco_0_q2")}
     path, size = data(tmp_path), Size(60, 100)

@@ -179,6 +179,24 @@ def test_changes_behind_the_recipe(tmp_path: Path) -> None:
         ("model={tiny: true}", "'method' is missing"),
         ("model={tiny: true, method: x, vision_tower: y}", "vision_tower belongs to load"),
         ("model.dtype=float16", "'float16' is not one of float32, bfloat16"),
+        ("stages.pretrain.lr=nan", "stages.pretrain: lr: expected number, got 'nan'"),
+        ("stages.pretrain.lr=1e999", "stages.pretrain: lr: expected number, got inf"),
+        ("stages.pretrain.lr=" + "9" * 5000, "stages.pretrain: lr: expected number, got '99"),
+        ("stages.pretrain.batch=" + "9" * 5000, "stages.pretrain: batch: expected whole number, got '99"),
+        ("stages.pretrain.batch=0", "batch must be more than 0, not 0"),
+        ("stages.pretrain.steps=-1", "steps must be at least 1, not -1"),
+        ("stages.pretrain.epochs=1e300", "epochs must be at most 1000000"),
+        ("stages.pretrain.data.0.repeat=1e18", "repeat must be more than 0 and at most 1000000"),
+        ("stages.pretrain.lrs={connector: -1}", "lrs: connector must be more than 0, not -1.0"),
+        ("stages.finetune.lora.alpha=0", "alpha must be more than 0"),
+        ("stages.pretrain.missing_pictures=skip", "missing_pictures: 'skip' is not one of refuse, leave_out"),
+        ("stages.pretrain.data.².path=x", "stages.pretrain.data has 2 entries"),
+        ("seed=-1", "seed must be at least 0"),
+        ("seed=[!!timestamp 2024-99-99]", "the value is not valid YAML"),
+        ("seed=[!!int x]", "the value is not valid YAML"),
+        ("seed=" + "[" * 5000, "the value is not valid YAML"),
+        ("model.options={a: &x {b: *x}}", "the value is not valid YAML"),
+        ("output=\0", "output '.x00' is not the name of a folder"),
         ("seed", "seed: expected key=value"),
         ("seed=[", "the value is not valid YAML"),
     ],
@@ -186,6 +204,10 @@ def test_changes_behind_the_recipe(tmp_path: Path) -> None:
 def test_a_wrong_change_is_named(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(FoveateError, match=message.replace("[", r"\[")):
         load_recipe(write(tmp_path, SMALL), [change])
+
+
+# Each list holds the one before it ten times.
+LAUGHS = "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -196,16 +218,36 @@ def test_a_wrong_change_is_named(tmp_path: Path, change: str, message: str) -> N
         (SMALL + "output: y\n", "'output' is given twice"),
         (SMALL.replace("output: runs/x", ""), "r.yaml: 'output' is missing"),
         (SMALL.replace("pretrain:", "a/b:"), "stage 'a/b': use only letters"),
+        (SMALL.encode("utf-16"), "r.yaml is not UTF-8 at byte 0: save it as UTF-8"),
+        (SMALL.replace("1e-3", "!!float .nan"), "stages.pretrain: lr: expected number, got nan"),
+        (SMALL.replace("1e-3", "!!int " + "9" * 5000), "r.yaml is not a YAML file"),
+        (SMALL.replace("1e-3", "!!timestamp 2024-99-99"), "r.yaml is not a YAML file: month must be in"),
+        ("{" * 5000, "r.yaml is not a YAML file: it is nested too deeply"),
+        ("a: &a {b: *a}", "r.yaml is not a YAML file: it "),
+        ("a: \0", "r.yaml is not a YAML file: unacceptable character"),
+        (LAUGHS, "r.yaml is not a YAML file: it holds more than 100000 values"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(FoveateError, match=message):
-        load_recipe(write(tmp_path, text))
+def test_a_wrong_file_is_named(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FoveateError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mark_of_the_byte_order_changes_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    plain = load_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.encode())
+    assert load_recipe(path) == plain
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match=r"no recipe at .*none\.yaml: give a YAML file, or"):
         load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(FoveateError, match="x{200} cannot be read: File name too long"):
+        load_recipe("x" * 300)
 
 
 def test_a_name_is_a_recipe_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

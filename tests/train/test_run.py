@@ -132,6 +132,51 @@ class Unplugged(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.parametrize("lora", [None, {"on": ["language_model.model"], "rank": 4, "alpha": 8.0}])
+def test_a_run_killed_after_its_last_step_takes_no_more(tmp_path: Path, lora: Any) -> None:
+    """Killed by `kill -9` when the last checkpoint is complete, and the model is not written yet."""
+    data = write_toy_data(tmp_path / "toy", 36)
+    trains = ["connector"] if lora else ["connector", "language_model"]
+    settings = {"steps": 3, "schedule": "constant", "save_steps": 3, "lora": lora}
+    recipe = write_recipe(tmp_path, {"all": stage(trains, data, **settings)})
+    dying = (
+        "import os, signal, sys, foveate.train.run as run\n"
+        "run._save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.train(sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", dying, str(recipe)], env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL
+    last = newest_checkpoint(tmp_path / "run" / "stages" / "all")
+    assert last is not None and last.name == "checkpoint-3" and not (tmp_path / "run" / "model").exists()
+    train(recipe)
+    train(recipe, [f"output={tmp_path / 'whole'}"])
+    assert losses(tmp_path / "run", "all") == losses(tmp_path / "whole", "all")
+    assert same(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
+
+
+def other_answer(folder: Path) -> None:
+    path = folder / "toy" / "toy.json"
+    path.write_text(path.read_text().replace("red", "blue").replace("green", "red"))
+
+
+def other_size(folder: Path) -> None:
+    for path in (folder / "toy" / "pictures").iterdir():
+        picture(200, 50).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(other_answer, "toy.json"), (other_size, "the pictures that are found, or their sizes")]
+)
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, spoil: Any, what: str) -> None:
+    data = write_toy_data(tmp_path / "toy", 16)
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, epochs=4)}, method="anyres")
+    with pytest.raises(InterruptedError):
+        train(recipe, console=Console(file=Unplugged(), width=200))
+    spoil(tmp_path)
+    with pytest.raises(FoveateError, match=f"stages.all: .*{what} changed since the run in .* began"):
+        train(recipe)
+
+
 def test_a_stage_with_adapters_goes_on(tmp_path: Path) -> None:
     """Adapters, their optimizer and the random numbers of their dropout come back."""
     data = write_toy_data(tmp_path / "toy", 16)
@@ -234,6 +279,31 @@ def test_long_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(FoveateError, match="all 12 samples are longer than max_length 8; raise it"):
         train(recipe, ["stages.all.max_length=8"])
+
+
+def test_missing_pictures_are_counted_and_may_be_left_out(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 24)
+    pictures = tmp_path / "toy" / "pictures"
+    for i in (1, 3, 6, 8):
+        (pictures / f"{i:05d}.png").unlink()
+    (pictures / "00007.png").write_bytes(b"no picture")
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1)})
+    with pytest.raises(FoveateError) as error:
+        train(recipe)
+    said = str(error.value)
+    assert said.startswith("stages.all: 5 of 24 samples have pictures that are missing or broken: ")
+    assert all(f"(id {i:05d})" in said for i in (1, 3, 6)) and "(id 00007)" not in said
+    assert "; ... (missing_pictures=leave_out" in said and "\n" not in said
+    output = io.StringIO()
+    train(recipe, ["stages.all.missing_pictures=leave_out"], console=Console(file=output, width=200))
+    assert "19 samples of up to" in output.getvalue()
+    assert ", 5 left out because their pictures are missing" in output.getvalue()
+    for path in pictures.iterdir():
+        path.unlink()
+    records = [r for r in json.loads(data.read_text()) if "image" in r]
+    data.write_text(json.dumps(records))
+    with pytest.raises(FoveateError, match="no sample has its pictures; check images"):
+        train(recipe, ["stages.all.missing_pictures=leave_out", f"output={tmp_path / 'none'}"])
 
 
 def broken(folder: Path) -> None:

@@ -29,6 +29,10 @@ IGNORED = -100  # label of tokens without loss
 SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # keys of an item's pictures
 
 
+class UnreadablePicture(FoveateError):
+    """A picture of a sample is missing, or its size cannot be read."""
+
+
 class Samples(Dataset[dict[str, Tensor]]):
     """Records of one or more data files as model inputs.
 
@@ -76,12 +80,13 @@ class Samples(Dataset[dict[str, Tensor]]):
         text and its pictures' sizes.
 
         Counts its longest lesson; 0 if the method can make no lesson of it.
+        Raises `UnreadablePicture` if a picture is missing or its size cannot be read.
         """
         with self._named(index) as (lessons, problems):
             return max(map(self._tokens, lessons), default=0), problems
 
     def _tokens(self, messages: Sequence[dict[str, Any]]) -> int:
-        sizes = [p.size if isinstance(p, Cut) else read_size(p) for p in pictures_of(messages)]
+        sizes = [p.size if isinstance(p, Cut) else size_of(p) for p in pictures_of(messages)]
         plans = [self.processor.image_processor.plan(*size) for size in sizes]
         return len(self.processor.prompt(messages, plans, learn=True).ids)
 
@@ -100,18 +105,48 @@ class Samples(Dataset[dict[str, Tensor]]):
         source, regions = self.sources[number], self.regions[number]
         try:
             messages = source.messages(record)
+            _refuse_half_characters(messages)
             known = regions.of(record, source.id(record)) if regions is not None else {}
             method, size = self.processor.image_processor.planner(), _size_of_first(messages)
             problems = [f"record {record}, {what}" for what in _problems(messages, size, known)]
             yield method.lessons(messages, size, known), problems
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"{source.where(record)}: {error}") from None
         except FoveateError as error:
             raise FoveateError(f"{source.where(record)}: {error}") from None
+
+
+def size_of(picture: str | bytes) -> Size:
+    """The size of a sample's picture, a path or bytes. Raises `UnreadablePicture`."""
+    try:
+        if isinstance(picture, bytes):
+            image = read_picture(picture)
+            return Size(image.height, image.width)
+        return read_size(picture)
+    except FoveateError as error:
+        raise UnreadablePicture(str(error)) from None
+    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        raise UnreadablePicture(f"no picture at {picture!r:.200}") from None
 
 
 def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
     """The size of a conversation's first picture."""
     pictures = pictures_of(messages)
-    return cache(partial(read_size, *pictures[:1]))
+    return cache(partial(size_of, *pictures[:1]))
+
+
+def _refuse_half_characters(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `FoveateError` if a text has half of a character, with which tokenizers fail."""
+    for message in messages:
+        for part in message["content"]:
+            try:
+                part.get("text", "").encode()
+            except UnicodeEncodeError as error:
+                half = part["text"][error.start]
+                raise FoveateError(
+                    f"a text of the {message['role']} has half of a character, {half!a} at place {error.start}: "
+                    "write the whole one"
+                ) from None
 
 
 def _problems(
@@ -203,4 +238,5 @@ def errors_of_workers() -> Iterator[None]:
     try:
         yield
     except FoveateError as error:
-        raise FoveateError(str(error).rpartition("foveate.errors.FoveateError: ")[2].strip()) from None
+        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise FoveateError(str(error).rpartition(kind)[2].strip()) from None

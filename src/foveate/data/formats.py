@@ -6,6 +6,11 @@ Two kinds of record, in a JSON list (`.json`) or one a line (`.jsonl`):
     messages  {"messages": [{"role", "content": text or parts}], "images": paths}
               parts are {"type": "text", "text"} and {"type": "image", "image": path}
 
+Either kind may give its pictures as `image` or `images`, and a first turn as `system`. A picture is a path, a
+`file://` or a `data:` URL; a part may name it `url`, `path` or `base64`, too. A turn with `"loss": false` or
+`"weight": 0` is shown and not learnt. Fields that would be dropped although they are part of the sample
+(videos, tools, misspelt names of the fields above) are errors; any other field is ignored.
+
 In a user's text, `<image>` stands for the next path in `image` or `images`; so does a part {"type": "image"}
 without a path. As in LLaVA's own training, a single picture moves to the front of its message, and a first
 turn by the assistant is dropped.
@@ -13,19 +18,45 @@ turn by the assistant is dropped.
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 
 from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN
+from foveate.model.text import checked_part, decoded, kind_of
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 BLANKS = " \t\r\n"
+TURNS = ("conversations", "messages")
+PICTURES = ("image", "images")
+# What cannot be learnt, and what a chat template would write but nothing here renders.
+UNREAD = ("video", "videos", "audio", "audios", "tools", "functions")
+UNREAD_IN_TURNS = ("video", "videos", "audio", "audios", "image", "images", "tool_calls", "function_call")
+# Other people's names for the fields that are read, beside misspelt ones.
+ALIASES = {
+    "conversations": ("conversation", "dialog", "dialogue", "chat", "turns"),
+    "image": ("picture", "pictures", "img", "imgs", "photo", "image_path", "image_paths", "image_file"),
+    "system": ("system_prompt", "system_message"),
+}
+LEARNT = ("loss", "weight")  # of a turn
+UNLEARNT = ("train", "learn", "mask", "loss_mask", "loss_weight", "train_on_turn", "weights")
+LONGEST_PATH = 4096  # characters; longer ones are pictures in base64
+HUGE = "has a number of thousands of digits: write it as a text"
+SHOWN = 80  # characters of an id in messages
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+HOW_TO_CONVERT = {
+    ".parquet": "from_parquet",
+    ".csv": "from_csv",
+    ".arrow": "from_file",
+}
 
 
 @dataclass(frozen=True)
@@ -69,9 +100,15 @@ class Conversations:
 
     def _record(self, index: int) -> Any:
         start, end = (int(n) for n in self.spans[index])
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return json.loads(file.read(end - start))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                record = json.loads(file.read(end - start))
+        except (OSError, ValueError, RecursionError):
+            record = None
+        if not isinstance(record, Mapping):
+            raise FoveateError(f"{self.path} has changed since it was checked: start again")
+        return record
 
 
 def read_conversations(
@@ -88,13 +125,9 @@ def read_conversations(
         FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no records;
             the message names the record.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FoveateError(f"no data file at {path}")
-    if path.suffix not in (".json", ".jsonl"):
-        raise FoveateError(f"{path} must end in .json (a list of records) or .jsonl (one record a line)")
+    path = _data_file(path)
     folder = Path(images) if images is not None else path.parent
-    if not folder.is_dir():
+    if not _is(folder, Path.is_dir):
         raise FoveateError(f"{path}: there is no folder {folder} for its pictures")
     spans, pictures = [], []
     for start, end, place, record in _lines(path) if path.suffix == ".jsonl" else _items(path):
@@ -111,26 +144,61 @@ def read_conversations(
     )
 
 
+def _data_file(given: str | Path) -> Path:
+    """The path of a data file. Raises `FoveateError` if it cannot be one."""
+    path = Path(given)
+    if _is(path, Path.is_dir):
+        raise FoveateError(f"{path} is a folder: name the .json or .jsonl file in it")
+    if not _is(path, Path.is_file):
+        raise FoveateError(f"no data file at {path}")
+    if path.suffix not in (".json", ".jsonl"):
+        read = HOW_TO_CONVERT.get(path.suffix.lower())
+        hint = ""
+        if read is not None:
+            made = path.with_suffix(".jsonl").name
+            hint = f"; convert it with datasets.Dataset.{read}({path.name!r}).to_json({made!r})"
+        raise FoveateError(
+            f"{path} must end in .json (a list of records) or .jsonl (one record a line){hint}"
+        )
+    try:
+        with path.open("rb") as file:
+            first = file.read(4)
+    except OSError as error:
+        raise FoveateError(f"{path} cannot be read: {error.strerror}") from None
+    if first[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in first:
+        raise FoveateError(f"{path} is not UTF-8 but looks like UTF-16: save it as UTF-8")
+    return path
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
+
+
 def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
     """A record of either kind as messages whose contents are lists of parts; picture paths start at `images`.
 
+    A picture is a path, or bytes if the record holds it. Turns that are not learnt have "loss": False.
     Raises `FoveateError` that says what is wrong with the record, without naming the record.
     """
     if not isinstance(record, Mapping):
         raise FoveateError("a record must be a JSON object")
-    if "conversations" in record:
-        turns = [(_role(turn, "from"), turn.get("value")) for turn in _objects(record, "conversations")]
-        paths = record.get("image")
-    elif "messages" in record:
-        turns = [(_role(turn, "role"), turn.get("content")) for turn in _objects(record, "messages")]
-        paths = record.get("images")
-    else:
-        raise FoveateError("it has neither 'conversations' (LLaVA) nor 'messages'")
-    given = [paths] if isinstance(paths, str) else paths or []
-    if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
-        raise FoveateError("its pictures must be given as a path or a list of paths")
-    contents = [(role, _parts(role, content)) for role, content in turns]
-    places = [part for _, parts in contents for part in parts if part["type"] == "image"]
+    kind, given = _turns_key(record), _given_pictures(record)
+    _refuse_unread(record, UNREAD, "it")
+    role, text = ("from", "value") if kind == "conversations" else ("role", "content")
+    turns = [(_role(turn, role), turn.get(text), _learnt(turn, role)) for turn in _objects(record, kind)]
+    if record.get("system"):
+        if not isinstance(record["system"], str):
+            raise FoveateError(f"'system' must be a text, not {kind_of(record['system'])}")
+        if turns[0][0] == "system":
+            raise FoveateError("it has 'system' and a first turn by the system: keep one of them")
+        turns.insert(0, ("system", record["system"], True))
+    contents = [(role, _parts(role, content), learnt) for role, content, learnt in turns]
+    places = [part for _, parts, _ in contents for part in parts if part["type"] == "image"]
+    shown = bool(given) or any(part["image"] is not None for part in places)
+    _refuse_near_misses(record, shown, contents[0][0] == "system")
     open_places = [part for part in places if part["image"] is None]
     if len(open_places) != len(given):
         raise FoveateError(
@@ -139,11 +207,74 @@ def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
     for part, path in zip(open_places, given, strict=True):
         part["image"] = path
     for part in places:
-        part["image"] = str(images / part["image"])
+        part["image"] = _located(part["image"], images)
     if contents[0][0] == "assistant":
         contents = contents[1:]
     _check_turns(contents)
-    return [{"role": role, "content": parts} for role, parts in contents]
+    return [
+        {"role": role, "content": parts, **({} if learnt else {"loss": False})}
+        for role, parts, learnt in contents
+    ]
+
+
+def _turns_key(record: Mapping[str, Any]) -> str:
+    """Which field has a record's turns."""
+    found = [key for key in TURNS if record.get(key) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FoveateError("it has 'conversations' and 'messages': keep one of them")
+    null = [key for key in TURNS if key in record]
+    if null:
+        raise FoveateError(f"{null[0]!r} must be a list of turns, not null")
+    near = _near(record, TURNS)
+    hint = f"; did you mean {near[1]!r} by {near[0]!r}?" if near else ""
+    raise FoveateError(f"it has neither 'conversations' (LLaVA) nor 'messages'{hint}")
+
+
+def _given_pictures(record: Mapping[str, Any]) -> list[str]:
+    """The pictures of a record's own field, for the `<image>` of its texts."""
+    found = [key for key in PICTURES if record.get(key) is not None]
+    if len(found) > 1 and record["image"] != record["images"]:
+        raise FoveateError("it has 'image' and 'images': keep one of them")
+    if not found:
+        return []
+    given = record[found[0]]
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
+        raise FoveateError(f"{found[0]!r}: its pictures must be given as a path or a list of paths")
+    if not all(path.strip() for path in given):
+        raise FoveateError(f"{found[0]!r} is an empty text: give a path, or leave the field out")
+    return given
+
+
+def _refuse_unread(place: Mapping[str, Any], names: Iterable[str], whose: str) -> None:
+    """Raises `FoveateError` if a record or turn has a field whose content would be dropped."""
+    for name in names:
+        if place.get(name):
+            what = "pictures go beside the turns or in parts" if name in PICTURES else "only text and pictures"
+            how = f"{what}: move it there" if name in PICTURES else f"{what} are learnt: leave the record out"
+            raise FoveateError(f"{whose} has {name!r}, which is not read; {how}")
+
+
+def _refuse_near_misses(record: Mapping[str, Any], pictures: bool, system: bool) -> None:
+    """Raises `FoveateError` if a field that would be ignored looks like one that the record lacks."""
+    near = _near(record, (() if pictures else PICTURES) + (() if system else ("system",)))
+    if near:
+        raise FoveateError(f"it has {near[0]!r}, which is not read; did you mean {near[1]!r}?")
+
+
+def _near(record: Mapping[str, Any], wanted: Iterable[str]) -> tuple[str, str] | None:
+    """A field of a record with a name like a wanted one, and that; empty fields do not count."""
+    known = {name: name for name in wanted}
+    known |= {alias: name for name in known for alias in ALIASES.get(name, ())}
+    for key, value in record.items():
+        if key in (*TURNS, *PICTURES, "system") or value in (None, "", [], {}):
+            continue
+        found = difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.85)
+        if found:
+            return key, known[found[0]]
+    return None
 
 
 def _objects(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -156,8 +287,30 @@ def _objects(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 def _role(turn: Mapping[str, Any], key: str) -> str:
     role = turn.get(key)
     if not isinstance(role, str) or role not in ROLES:
-        raise FoveateError(f"{key!r} of a turn is {role!r}: choose one of {', '.join(ROLES)}")
+        raise FoveateError(f"{key!r} of a turn is {role!r:.80}: choose one of {', '.join(ROLES)}")
     return ROLES[role]
+
+
+def _learnt(turn: Mapping[str, Any], key: str) -> bool:
+    """Whether a turn is learnt, as its `loss` or `weight` says; by default the assistant's are."""
+    _refuse_unread(turn, UNREAD_IN_TURNS, "a turn")
+    assistant, said = _role(turn, key) == "assistant", set()
+    for name in UNLEARNT:
+        if turn.get(name) is not None:
+            raise FoveateError(f"a turn has {name!r}, which is not read: write \"loss\": true or false")
+    for name in LEARNT:
+        value = turn.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            wanted = "true or false" if name == "loss" else "0 or 1"
+            raise FoveateError(f"{name!r} of a turn is {value!r:.80}: give {wanted}")
+        if value and not assistant:
+            raise FoveateError(f"{name!r} of a turn is {value!r}, but only the assistant's turns are learnt")
+        said.add(bool(value))
+    if len(said) > 1:
+        raise FoveateError("'loss' and 'weight' of a turn disagree: keep one of them")
+    return not assistant or said != {False}
 
 
 def _parts(role: str, content: Any) -> list[dict[str, Any]]:
@@ -167,17 +320,43 @@ def _parts(role: str, content: Any) -> list[dict[str, Any]]:
         raise FoveateError("a turn's content must be a text or a list of parts")
     parts: list[dict[str, Any]] = []
     for piece in pieces:
-        if piece.get("type") == "image" and isinstance(piece.get("image"), (str, type(None))):
-            parts.append({"type": "image", "image": piece.get("image")})
-        elif piece.get("type") == "text" and isinstance(piece.get("text"), str):
-            parts += _split(piece["text"])
+        part = checked_part(piece)
+        if part["type"] == "text":
+            parts += _split(part["text"])
+        elif isinstance(part.get("image"), (str, bytes, type(None))) and part.get("image") != "":
+            parts.append({"type": "image", "image": part.get("image")})
         else:
-            raise FoveateError('a part must be {"type": "text", "text"} or {"type": "image", "image"}')
+            raise FoveateError("a part must give its picture as a path")
     if role != "user" and any(part["type"] == "image" for part in parts):
         raise FoveateError(
             f"there is a picture or {IMAGE_TOKEN} in a turn of the {role}: only the user shows pictures"
         )
     return parts
+
+
+def _located(picture: str | bytes, images: Path) -> str | bytes:
+    """A picture's path, from the folder of pictures on, or its bytes. Raises `FoveateError` for others."""
+    if isinstance(picture, bytes):
+        return picture
+    scheme = picture[:8].partition(":")[0].lower()
+    if scheme == "data":
+        head, comma, body = picture.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise FoveateError(f"{picture[:60]!r} is not a picture: a data: URL needs ;base64, and its data")
+        return decoded(body, "a data: URL")
+    if scheme in ("http", "https"):
+        raise FoveateError(f"{picture[:200]} is not fetched in training: download it and give its path")
+    if len(picture) > LONGEST_PATH:
+        raise FoveateError(
+            f"a picture's path has {len(picture)} characters; a picture in base64 starts with "
+            "data:image/png;base64,"
+        )
+    if scheme == "file":
+        parts = urlsplit(picture)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise FoveateError(f"{picture[:200]}: write file:/// before an absolute path")
+        return url2pathname(parts.path)
+    return str(images / picture)
 
 
 def _split(text: str) -> list[dict[str, Any]]:
@@ -197,16 +376,23 @@ def _split(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _check_turns(contents: list[tuple[str, list[dict[str, Any]]]]) -> None:
+def _check_turns(contents: list[tuple[str, list[dict[str, Any]], bool]]) -> None:
     turns = contents[1:] if contents and contents[0][0] == "system" else contents
-    for i, (role, _) in enumerate(turns):
+    for i, (role, _, _) in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if role != expected:
             raise FoveateError(
                 f"turn {i + 1} is by the {role}, not the {expected}: user and assistant must alternate"
             )
-    if not any(part["text"].strip() for role, parts in turns if role == "assistant" for part in parts):
+    answers = [
+        learnt
+        for role, parts, learnt in turns
+        if role == "assistant" and any(part["text"].strip() for part in parts)
+    ]
+    if not answers:
         raise FoveateError("it has no answer by the assistant, so there is nothing to learn")
+    if not any(answers):
+        raise FoveateError("no answer of it is learnt, as 'loss' or 'weight' say: leave the record out")
 
 
 def _without_prompt(message: dict[str, Any]) -> dict[str, Any]:
@@ -215,8 +401,11 @@ def _without_prompt(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: Path, place: str, record: Any) -> str:
-    has_id = isinstance(record, Mapping) and "id" in record
-    return f"{path} {place}" + (f" (id {record['id']})" if has_id else "")
+    has_id = isinstance(record, Mapping) and isinstance(record.get("id"), (str, int, float))
+    if not has_id:
+        return f"{path} {place}"
+    name = str(record["id"]).encode("utf-8", "backslashreplace").decode()
+    return f"{path} {place} (id {name if len(name) <= SHOWN else name[:SHOWN] + '...'})"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
@@ -224,8 +413,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield start, start + len(line), f"line {number}", _parse(line, f"{path} line {number}")
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if content.strip():
+                if start == 0 and content.lstrip().startswith(b"["):
+                    raise FoveateError(f"{path} line {number} begins a JSON list: give the file the ending .json")
+                where = f"{path} line {number}"
+                yield start + len(line) - len(content), start + len(line), f"line {number}", _parse(content, where)
             start += len(line)
 
 
@@ -233,7 +426,7 @@ def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
     """Records of a JSON list, parsed one at a time: all together they would take several times the memory."""
     text = path.read_bytes().decode("latin-1")  # a character a byte: positions are byte offsets
     decoder = json.JSONDecoder()
-    position = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
+    position = _skip(text, 3 if text.startswith(BYTE_ORDER_MARK.decode("latin-1")) else 0)
     if text[position : position + 1] != "[":
         raise FoveateError(
             f"{path} should hold a JSON list of records; one record a line goes in a .jsonl file"
@@ -247,6 +440,8 @@ def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
             record, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise FoveateError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+        except ValueError:
+            raise FoveateError(f"{path} sample {index} {HUGE}") from None
         except RecursionError:
             raise FoveateError(f"{path} sample {index} is nested too deeply to be a record") from None
         source = text[position:end]
@@ -272,8 +467,13 @@ def _skip(text: str, position: int) -> int:
 
 def _parse(source: bytes, where: str) -> Any:
     try:
-        return json.loads(source)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FoveateError(f"{where} is not valid JSON: {error}") from None
+        return json.loads(source.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise FoveateError(f"{where} is not UTF-8 at byte {error.start}: save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at character {error.pos + 1}"
+        raise FoveateError(f"{where} is not valid JSON: {place}; a record takes one line") from None
+    except ValueError:
+        raise FoveateError(f"{where} {HUGE}") from None
     except RecursionError:
         raise FoveateError(f"{where} is nested too deeply to be a record") from None

@@ -50,7 +50,11 @@ class Regions:
     def __init__(self, path: str | Path) -> None:
         """Reads and checks a file. Raises `FoveateError` if it is missing, of another kind or empty."""
         self.path = Path(path)
-        if not self.path.is_file():
+        try:
+            found = self.path.is_file()
+        except OSError:  # a name that is too long, say
+            found = False
+        if not found:
             raise FoveateError(f"no file of regions at {self.path}")
         if self.path.suffix not in (".json", ".jsonl"):
             raise FoveateError(f"{self.path} must end in .json (keys with params) or .jsonl (one box a line)")

@@ -96,6 +96,9 @@ class Experiment:
             raise FoveateError(f"batch must be from 1 to {scenes}, the scale's pictures, not {self.batch}")
         if not self.seeds:
             raise FoveateError("name at least one seed, for example --seeds 0")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            wrong = next(seed for seed in self.seeds if not 0 <= seed < 2**32)
+            raise FoveateError(f"seeds must be at least 0 and below 2^32, not {wrong}")
         if not self.variants:
             raise FoveateError("name at least one method, for example --methods llava")
 

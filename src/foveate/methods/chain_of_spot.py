@@ -237,10 +237,12 @@ class ChainOfSpot(Method):
         opening = [dict(m) for m in messages if m["role"] == "system"]
         turns = [m for m in messages if m["role"] != "system"]
         asked = [_words(m) for m in turns[::2]]
-        answers = [_words(m) for m in turns[1::2]]
-        pairs = list(zip(asked, answers, strict=False))
+        answers = [(_words(m), bool(m.get("loss", True))) for m in turns[1::2]]
+        pairs = [(question, *answer) for question, answer in zip(asked, answers, strict=False)]
         picture, made = size(), []
         for k, box in self.regions_for(len(pairs), picture, regions).items():
+            if not pairs[k][2]:  # an answer that is not learnt is no lesson
+                continue
             made.append(opening + self._lesson(shown[0]["image"], picture, box, pairs, k))
         return made
 
@@ -298,9 +300,10 @@ class ChainOfSpot(Method):
         return text
 
     def _lesson(
-        self, path: Any, picture: Size, box: Box, pairs: Sequence[tuple[str, str]], k: int
+        self, path: Any, picture: Size, box: Box, pairs: Sequence[tuple[str, str, bool]], k: int
     ) -> list[dict[str, Any]]:
-        wording, (question, answer) = WORDINGS[self.options.wording], pairs[k]
+        """`pairs`: question, answer, and whether the answer is learnt."""
+        wording, (question, answer, _) = WORDINGS[self.options.wording], pairs[k]
         where = self._written(box, picture)
         if self.options.crop == "padded":
             if self.options.extend:  # else any size, as the authors do, down to a line of padding
@@ -326,8 +329,9 @@ class ChainOfSpot(Method):
             _said("assistant", answer),
         ]
         if self.options.others == "append":
-            for i, (asked, replied) in enumerate(pair for j, pair in enumerate(pairs) if j != k):
-                lesson += [_said("user", asked if i else FURTHER + asked), _said("assistant", replied)]
+            for i, (asked, replied, learnt) in enumerate(pair for j, pair in enumerate(pairs) if j != k):
+                said = _said("assistant", replied) | ({} if learnt else {"loss": False})
+                lesson += [_said("user", asked if i else FURTHER + asked), said]
         return lesson
 
 

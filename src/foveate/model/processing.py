@@ -363,8 +363,8 @@ class FoveateProcessor(ProcessorMixin):
         Args:
             messages: contents are texts or lists of parts.
             plans: of the pictures, in their order; by default those of the pictures in the messages.
-            learn: whether its answers are to be learnt. If not, the prompt ends where the model continues,
-                and earlier answers are text like any other.
+            learn: whether its answers are to be learnt, but for messages with "loss": False. If not, the
+                prompt ends where the model continues, and earlier answers are text like any other.
 
         Raises:
             FoveateError: an invalid message, a picture that cannot be read, a template that does not write
@@ -379,6 +379,7 @@ class FoveateProcessor(ProcessorMixin):
         if learn:
             names = self.tokenizer.special_tokens_map
             spans = upstream.marked_answers(self.chat_template, without_pictures(messages), **names)
+            spans = _learnt(spans, [m for m in messages if m["role"] == "assistant"])
         bos = self.tokenizer.bos_token
         short, learnt = self._tokens(text, spans, bos is None or not text.startswith(bos))
         if short.count(self.image_token_id) != len(plans):
@@ -468,6 +469,21 @@ class FoveateProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+def _learnt(
+    spans: Sequence[tuple[int, int]], answers: Sequence[Mapping[str, Any]]
+) -> Sequence[tuple[int, int]]:
+    """The spans of the answers that are learnt, of one span for each answer."""
+    learnt = [answer.get("loss", True) for answer in answers]
+    if all(learnt):
+        return spans
+    if len(spans) != len(answers):
+        raise FoveateError(
+            f"the chat template marks {len(spans)} texts for {len(answers)} answers, so that one alone cannot be "
+            "left unlearnt: name another template"
+        )
+    return [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
 
 
 def padded_queries(rows: Iterable[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -30,7 +31,10 @@ def chat_template(name: str) -> str:
 
 
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies messages with every content as a list of parts. Raises `FoveateError` for invalid ones."""
+    """Copies messages with every content as a list of parts, as `checked_part` returns them.
+
+    Raises `FoveateError` for invalid ones.
+    """
     if not messages:
         raise FoveateError("the conversation is empty: give at least one message")
     normal = []
@@ -41,13 +45,18 @@ def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         given = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(given, (list, tuple)):
             raise FoveateError(f"a message's content must be a text or a list of parts, not {given!r}")
-        normal.append({**message, "content": [_part(part) for part in given]})
+        normal.append({**message, "content": [checked_part(part) for part in given]})
     return normal
 
 
-def _part(part: Any) -> dict[str, Any]:
-    """A copy of a message's part; a picture, however it is named, as `image`."""
+def checked_part(part: Any) -> dict[str, Any]:
+    """A copy of a message's part; a picture, however it is named, as `image`.
+
+    Raises `FoveateError` for other parts, and for those of which something would be dropped.
+    """
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in ("text", "image") and isinstance(part.get("text"), str) and any(map(part.get, SOURCES)):
+        raise FoveateError("a part of a message has a text and a picture: make a part of each")
     if kind == "text" and isinstance(part.get("text"), str):
         return dict(part)
     if kind != "image":
@@ -72,6 +81,20 @@ def _shown(part: Any) -> str:
     if isinstance(part, Mapping) and "type" in part:
         return f"of type {part['type']!r}" + (" without a text" if part["type"] == "text" else "")
     return f"{part!r:.60}"
+
+
+def decoded(text: Any, field: str) -> bytes:
+    """The bytes of a picture in base64. Raises `FoveateError` that names the field."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (AttributeError, ValueError):
+        raise FoveateError(f"{field} is not a picture in base64") from None
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words for messages."""
+    names = {str: "a text", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
 def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from foveate.data.dataset import Samples, errors_of_workers
+from foveate.data.dataset import Samples, UnreadablePicture, errors_of_workers
 from foveate.data.formats import Conversations, read_conversations
 from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
@@ -24,6 +27,8 @@ from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage
 
+NAMED = 3  # samples without their pictures that are named; all are counted
+SAMPLES = "samples"  # in the fingerprints of data, beside the files
 FEW = 2000  # samples that one process measures itself: starting workers would take longer
 MARKED = re.compile(r"{%-?\s*generation\b")  # marks the assistant's text in a chat template
 
@@ -42,6 +47,8 @@ class Prepared:
         lengths: (S,) tokens of each sample.
         left_out: number of samples that are too long.
         useless: number of samples that the method cannot make a lesson of.
+        missing: number of samples whose pictures are missing or cannot be read.
+        data: fingerprints of the files, by their paths, and of the samples that are used.
         accumulation: micro-batches per optimizer step on each device.
     """
 
@@ -54,6 +61,8 @@ class Prepared:
     lengths: np.ndarray
     left_out: int
     useless: int
+    missing: int
+    data: dict[str, str]
     accumulation: int
 
 
@@ -82,11 +91,13 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
             f"{devices} devices; change one of them"
         )
     _check_regions(stage, where, model)
-    samples, lengths, left_out, useless = _samples(stage, recipe.seed, processor)
-    if not len(samples):
+    found = _samples(stage, where, recipe.seed, processor)
+    if not len(found.samples):
         raise FoveateError(
-            f"{where}: all {left_out} samples are longer than max_length {stage.max_length}; raise it"
-            if left_out
+            f"{where}: all {found.left_out} samples are longer than max_length {stage.max_length}; raise it"
+            if found.left_out
+            else f"{where}: no sample has its pictures; check images"
+            if found.missing
             else f"{where}: no sample has a known region; check the files of regions"
         )
     return Prepared(
@@ -95,10 +106,12 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         options=model.method.describe_options(),
         processor=processor,
         skeleton=model,
-        samples=samples,
-        lengths=lengths,
-        left_out=left_out,
-        useless=useless,
+        samples=found.samples,
+        lengths=found.lengths,
+        left_out=found.left_out,
+        useless=found.useless,
+        missing=found.missing,
+        data=_fingerprints(stage, found),
         accumulation=stage.batch // (stage.micro_batch * devices),
     )
 
@@ -117,8 +130,18 @@ def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGenerat
             )
 
 
-def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samples, np.ndarray, int, int]:
-    """The stage's samples, their lengths, and the numbers left out as too long and as useless."""
+class _Found(NamedTuple):
+    """A stage's samples, their lengths, and the numbers left out, as `Prepared` describes them."""
+
+    samples: Samples
+    lengths: np.ndarray
+    left_out: int
+    useless: int
+    missing: int
+
+
+def _samples(stage: Stage, where: str, seed: int, processor: FoveateProcessor) -> _Found:
+    """Reads and measures the stage's data."""
     files: list[Conversations] = []
     counts: list[int] = []
     for source in stage.data:
@@ -128,10 +151,18 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
         [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]
     )
     regions = [None if source.regions is None else Regions(source.regions) for source in stage.data]
-    lengths, problems = _measure(Samples(files, every, processor, regions), stage.workers)
+    measured = _measure(Samples(files, every, processor, regions), stage.workers)
+    lengths = measured.lengths
+    if measured.unreadable and stage.missing_pictures == "refuse":
+        some = "; ".join(measured.unreadable[:NAMED])
+        raise FoveateError(
+            f"{where}: {len(measured.unreadable)} of {len(every)} samples have pictures that are missing or "
+            f"broken: {some}{'; ...' if len(measured.unreadable) > NAMED else ''} (missing_pictures=leave_out "
+            "trains without these samples)"
+        )
     for i, (file, known) in enumerate(zip(files, regions, strict=True)):
         if known is not None:
-            known.leave_out([*problems[i], *known.beyond(len(file))])
+            known.leave_out([*measured.problems[i], *known.beyond(len(file))])
     rng = np.random.default_rng(seed)
     starts = np.cumsum([0, *counts])
     chosen = np.concatenate(
@@ -140,14 +171,46 @@ def _samples(stage: Stage, seed: int, processor: FoveateProcessor) -> tuple[Samp
             for start, count, source in zip(starts, counts, stage.data, strict=False)
         ]
     )
-    useful = chosen[lengths[chosen] > 0]
+    readable = chosen[lengths[chosen] >= 0]
+    useful = readable[lengths[readable] > 0]
     kept = useful[lengths[useful] <= stage.max_length]
-    samples = Samples(files, every[kept], processor, regions, seed)
-    return samples, lengths[kept], len(useful) - len(kept), len(chosen) - len(useful)
+    return _Found(
+        samples=Samples(files, every[kept], processor, regions, seed),
+        lengths=lengths[kept],
+        left_out=len(useful) - len(kept),
+        useless=len(readable) - len(useful),
+        missing=len(chosen) - len(readable),
+    )
 
 
-class _Measures(Dataset[tuple[int, int, list[str]]]):
-    """Index, length and problems of every `step`-th sample from `first` on: one process's share."""
+def _fingerprints(stage: Stage, found: _Found) -> dict[str, str]:
+    """Of the text of the stage's files, and of which samples are used and how long they are.
+
+    Lengths change with the sizes of pictures; their pixels are not read.
+    """
+    named = [name for source in stage.data for name in (source.path, source.regions) if name is not None]
+    prints = {}
+    for name in named:
+        digest = hashlib.sha256()
+        with Path(name).open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        prints[name] = digest.hexdigest()
+    used = np.concatenate([found.samples.records, found.lengths[:, None]], axis=1)
+    return {**prints, SAMPLES: hashlib.sha256(used.astype("<i8").tobytes()).hexdigest()}
+
+
+def changed_data(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What differs between two runs' `Prepared.data`; None if nothing does."""
+    names = [name for name in {**before, **now} if name != SAMPLES]
+    found = next((name for name in names if before.get(name) != now.get(name)), None)
+    if found is None and before.get(SAMPLES) != now.get(SAMPLES):
+        return "the pictures that are found, or their sizes"
+    return found
+
+
+class _Measures(Dataset[tuple[int, int, list[str], str]]):
+    """Index, length, problems of regions, and of pictures, of every `step`-th sample from `first` on."""
 
     def __init__(self, samples: Samples, first: int, step: int) -> None:
         self.samples, self.mine = samples, range(first, len(samples), step)
@@ -155,12 +218,24 @@ class _Measures(Dataset[tuple[int, int, list[str]]]):
     def __len__(self) -> int:
         return len(self.mine)
 
-    def __getitem__(self, index: int) -> tuple[int, int, list[str]]:
-        return self.mine[index], *self.samples.measure(self.mine[index])
+    def __getitem__(self, index: int) -> tuple[int, int, list[str], str]:
+        try:
+            return self.mine[index], *self.samples.measure(self.mine[index]), ""
+        except UnreadablePicture as error:
+            return self.mine[index], -1, [], str(error)
 
 
-def _measure(samples: Samples, workers: int) -> tuple[np.ndarray, list[list[str]]]:
-    """Tokens of every sample, (S,); per source the problems of its regions. The processes share the work."""
+class _Measured(NamedTuple):
+    """Tokens of every sample, (S,), -1 without its pictures; per source the problems of its regions; the
+    problems of pictures."""
+
+    lengths: np.ndarray
+    problems: list[list[str]]
+    unreadable: list[str]
+
+
+def _measure(samples: Samples, workers: int) -> _Measured:
+    """Measures all samples. The processes share the work."""
     processes = PartialState()
     mine = _Measures(samples, processes.process_index, processes.num_processes)
     loader = DataLoader(mine, batch_size=64, collate_fn=list, num_workers=workers if len(mine) > FEW else 0)
@@ -168,7 +243,9 @@ def _measure(samples: Samples, workers: int) -> tuple[np.ndarray, list[list[str]
         measured = [one for batch in loader for one in batch]
     lengths = np.zeros(len(samples), dtype=np.int64)
     problems: list[list[str]] = [[] for _ in samples.sources]
-    for index, length, wrong in sorted(gather_object(measured)):
+    unreadable: list[str] = []
+    for index, length, wrong, picture in sorted(gather_object(measured)):
         lengths[index] = length
         problems[samples.records[index, 0]] += wrong
-    return lengths, problems
+        unreadable += [picture] if picture else []
+    return _Measured(lengths, problems, unreadable)

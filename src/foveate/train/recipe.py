@@ -18,6 +18,7 @@ from foveate.options import NULLS, Plain, build_options
 from foveate.shipped import find
 from foveate.written import read_pair, read_yaml
 
+MOST = 1_000_000  # epochs, and repeats of a file
 # Settings that do not affect the result: a resumed run may change them.
 WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
 
@@ -64,8 +65,8 @@ class DataFile:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise FoveateError(f"limit must be at least 1, not {self.limit}")
-        if self.repeat <= 0:
-            raise FoveateError(f"repeat must be more than 0, not {self.repeat}")
+        if not 0 < self.repeat <= MOST:
+            raise FoveateError(f"repeat must be more than 0 and at most {MOST}, not {self.repeat}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Lora:
             raise FoveateError("'on' names no module: list those whose linear layers get adapters")
         if self.rank < 1:
             raise FoveateError(f"rank must be at least 1, not {self.rank}")
+        if self.alpha <= 0:
+            raise FoveateError(f"alpha must be more than 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise FoveateError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
@@ -109,6 +112,7 @@ class Stage:
     batch: int = 128  # samples per optimizer step, over all devices
     micro_batch: int = 8  # samples at a time on one device
     max_length: int = 2048  # text and visual tokens of a sample; longer samples are left out
+    missing_pictures: Literal["refuse", "leave_out"] = "refuse"  # what happens to samples without theirs
     group_by: Literal["modality", "none"] = "modality"  # batches alike in pictures or none, and in length
     bf16: bool = True  # compute in bfloat16 (autocast)
     checkpoint_activations: bool = False  # less memory, a third more compute
@@ -126,6 +130,8 @@ class Stage:
         for name in ("lr", "epochs", "batch", "micro_batch", "max_length", "save_steps", "log_steps"):
             if getattr(self, name) <= 0:
                 raise FoveateError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if self.epochs > MOST:
+            raise FoveateError(f"epochs must be at most {MOST}, not {self.epochs}")
         for name in ("weight_decay", "max_grad_norm", "workers"):
             if getattr(self, name) < 0:
                 raise FoveateError(f"{name} must not be negative, but is {getattr(self, name)}")
@@ -133,6 +139,9 @@ class Stage:
             raise FoveateError(f"steps must be at least 1, not {self.steps}")
         if not 0 <= self.warmup_ratio < 1:
             raise FoveateError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        for name, rate in self.lrs.items():
+            if rate <= 0:
+                raise FoveateError(f"lrs: {name} must be more than 0, not {rate}; freezes leaves a module out")
         if self.batch % self.micro_batch:
             raise FoveateError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
 
@@ -149,6 +158,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.output:
             raise FoveateError("output is empty: name the folder of the run")
+        if not self.output.isprintable():
+            raise FoveateError(f"output {self.output!a:.200} is not the name of a folder")
         if not 0 <= self.seed < 2**32:
             raise FoveateError(f"seed must be at least 0 and below 2^32, not {self.seed}")
         if not self.stages:
@@ -212,7 +223,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _step(place: Any, key: str, parent: str, override: str, may_add: bool) -> Any:
     if isinstance(place, list):
-        if not key.isdigit() or int(key) >= len(place):
+        if not key.isdecimal() or int(key) >= len(place):
             raise FoveateError(f"{override}: {parent} has {len(place)} entries, 0 to {len(place) - 1}")
         inner = place[int(key)]
     elif key in place:

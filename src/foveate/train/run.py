@@ -1,6 +1,7 @@
 """Follows a recipe: checks all of it, then trains stage after stage, resuming an earlier run.
 
     <output>/recipe.yaml                        the recipe with its changes and all defaults
+    <output>/stages/<stage>/data.json           fingerprints of the stage's data
     <output>/stages/<stage>/checkpoint-N/       to resume from; deleted when the stage is done
     <output>/stages/<stage>/tensorboard/        loss, learning rate, gradient norm
     <output>/stages/<stage>/trainer_state.json  the same numbers, as transformers' Trainer keeps them
@@ -12,6 +13,7 @@ A model folder gets its name only once it is completely written: it marks the st
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -67,7 +69,10 @@ def train(
 
     recipe = typed(recipe)
     output = Path(recipe.output)
-    _check_output(recipe, resume)
+    try:
+        _check_output(recipe, resume)
+    except OSError as error:
+        raise FoveateError(f"output {str(output)[:200]}: {error.strerror}") from error
     processes = _processes()
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
@@ -79,6 +84,8 @@ def train(
 
     with console.status("checking model and data"):
         stages = [prepare(recipe, name) for name in names]
+        for stage in stages:
+            _refuse_changed_data(recipe, stage)
         if dry_run:
             find_weights(recipe.model)
         model = None if dry_run else _start(recipe, stages[0])
@@ -125,7 +132,7 @@ def _check_output(recipe: Recipe, resume: bool | None) -> None:
         raise FoveateError(f"{output} holds a run already: choose another output, or resume that run")
     try:
         before = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         before = None
     if not isinstance(before, dict):
         raise FoveateError(f"{found} is broken: choose another output, or delete that run")
@@ -158,6 +165,29 @@ def _write_recipe(recipe: Recipe) -> None:
     write(Path(recipe.output) / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
 
 
+def _refuse_changed_data(recipe: Recipe, prepared: Prepared) -> None:
+    """Raises `FoveateError` if a stage's checkpoint was trained on other data."""
+    from foveate.train.prepare import changed_data
+    from foveate.train.trainer import newest_checkpoint
+
+    folder = _folder(recipe, prepared.name)
+    if newest_checkpoint(folder) is None:
+        return
+    noted = folder / "data.json"
+    try:
+        before = json.loads(noted.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict):
+        raise FoveateError(f"{noted} is missing or broken: choose another output, or delete {folder}")
+    changed = changed_data(before, prepared.data)
+    if changed:
+        raise FoveateError(
+            f"stages.{prepared.name}: {changed} changed since the run in {recipe.output} began: choose another "
+            f"output, undo that, or delete {folder}"
+        )
+
+
 def _folder(recipe: Recipe, name: str) -> Path:
     return Path(recipe.output) / "stages" / name
 
@@ -171,9 +201,11 @@ def _result(recipe: Recipe, name: str) -> Path:
 def _train_stage(
     recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration, console: Console
 ) -> None:
+    from accelerate import PartialState
+
     from foveate.data.dataset import errors_of_workers
     from foveate.train.parts import add_adapters, merge_adapters, select
-    from foveate.train.trainer import newest_checkpoint
+    from foveate.train.trainer import load_checkpoint, newest_checkpoint, trained
 
     stage, where = prepared.stage, f"stages.{prepared.name}"
     if stage.lora is not None:
@@ -183,9 +215,16 @@ def _train_stage(
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
+    if PartialState().is_main_process:
+        folder = _folder(recipe, prepared.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "data.json", json.dumps(prepared.data, indent=1))
     trainer = _trainer(recipe, prepared, model, console)
-    with errors_of_workers():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and trained(checkpoint):  # one more step would follow otherwise
+        load_checkpoint(trainer, checkpoint)
+    else:
+        with errors_of_workers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stage.lora is not None:
         merge_adapters(model)
     model.stop_at(prepared.processor.answer_end())
@@ -230,6 +269,8 @@ def _amounts(prepared: Prepared) -> str:
     left_out = f", {prepared.left_out} longer ones left out" if prepared.left_out else ""
     if prepared.useless:
         left_out += f", {prepared.useless} left out because their regions are unknown"
+    if prepared.missing:
+        left_out += f", {prepared.missing} left out because their pictures are missing"
     regions = "".join(f"{r.report()}\n" for r in prepared.samples.regions if r is not None)
     return (
         f"{regions}"

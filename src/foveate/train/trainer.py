@@ -10,8 +10,10 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from foveate.data.dataset import Samples
 from foveate.data.sampling import EpochSampler
@@ -97,6 +99,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint to resume from; None if there is no complete one."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def trained(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the stage's last step."""
+    state = _state(checkpoint)
+    return state.global_step >= state.max_steps > 0
+
+
+def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
+    """Gives a Trainer's model the weights of a checkpoint, and the Trainer its losses."""
+    for weights in sorted(checkpoint.glob("*.safetensors")):
+        trainer.model.load_state_dict(load_file(weights), strict=False)
+    trainer.state = _state(checkpoint)
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 class Report(TrainerCallback):
