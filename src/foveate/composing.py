@@ -103,6 +103,7 @@ def compose(
     processor = FoveateProcessor(
         image_processor_for(config, preprocessor or found), tokenizer, chat_template=chat_template(template)
     )
+    processor.check_end(template)
     for token in (tokenizer.eos_token_id, processor.answer_end()):
         model.stop_at(token)
     from foveate.ask.foveate import Foveate

@@ -23,3 +23,8 @@ def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
 def exact(x: Tensor) -> torch.autocast:
     """A context without autocast, for full precision on the device of `x`."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The number format of a module's first floating parameter: quantised weights are whole numbers."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())

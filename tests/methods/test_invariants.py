@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor, nn
 
 from foveate import Foveate, FoveateForConditionalGeneration, FoveateProcessor
 from foveate.picture.geometry import Box, Size, ViewPlan
+from foveate.train.parts import add_adapters, merge_adapters, select
+from foveate.train.recipe import DataFile, Lora, Stage
 from tests.methods.conftest import LOOKS, READ_LAST, fresh
 from tests.support import chat, gap, greedy, largest_gap, picture, pictures, right_padded, rows
 
@@ -320,3 +323,65 @@ def test_no_layer_behind_the_selected_one(method: str, tiny: Tiny) -> None:
     layers = [m for m in model.vision_tower.modules() if type(m).__name__ == "CLIPEncoderLayer"]
     assert len(layers) == config.num_hidden_layers - (method not in READ_LAST)
     assert not any("post_layernorm" in name for name, _ in model.vision_tower.named_parameters())
+
+
+def test_adapters_on_every_linear_layer_learn_and_merge(method: str) -> None:
+    """A layer that is read instead of called has an adapter without a gradient, and other merged outputs."""
+    model, processor = fresh(method).model, fresh(method).processor
+    batch = training_batch(processor)
+    stage = Stage(
+        trains=[],
+        data=[DataFile("x.json")],
+        lr=1e-3,
+        lora=Lora(on=["vision_tower", "connector", "language_model"], rank=2, alpha=2.0, dropout=0.0),
+    )
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    add_adapters(model, stage, "s")
+    select(model, stage, "s")
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * linear and all(p.requires_grad for p in adapters.values())
+    torch.manual_seed(0)
+    for name, p in adapters.items():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    model(**batch).loss.backward()
+    assert [name for name, p in adapters.items() if p.grad is None or not p.grad.any()] == []
+    with torch.no_grad():
+        adapted = model(**batch).logits
+        merge_adapters(model)
+        assert not [module for module in model.modules() if isinstance(module, LoraLayer)]
+        assert gap(model(**batch).logits, adapted) < CLOSE
+
+
+class Rounded(nn.Linear):
+    """A linear layer of 8-bit weights, which only its own `forward` can read."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        weight = layer.weight.detach()
+        self.scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = layer.bias
+        del self.in_features, self.out_features
+
+    def real(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.real().to(x), self.bias)
+
+
+@torch.no_grad()
+def test_linear_layers_may_be_quantised(method: str) -> None:
+    """The same outputs as with the rounded weights in ordinary layers."""
+    made = fresh(method)
+    batch = prepare(made.processor, chats())
+    expected = copy.deepcopy(made.model)
+    for name, layer in list(made.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            rounded = Rounded(layer)
+            setattr(made.model.get_submodule(parent), child, rounded)
+            expected.get_submodule(name).weight.copy_(rounded.real())
+    assert gap(made.model(**batch).logits, expected(**batch).logits) < CLOSE
+    assert greedy(made.model, batch) == greedy(expected, batch)

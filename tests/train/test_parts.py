@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from foveate import FoveateError
+from foveate import FoveateError, load
+from foveate.composing import compose
 from foveate.data.dataset import Collator, Samples
 from foveate.data.formats import read_conversations
 from foveate.data.toy import write_toy_data
-from foveate.tiny import tiny_model
+from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
 from foveate.train.parts import add_adapters, learning_rate, matches, merge_adapters, parts, select
 from foveate.train.recipe import DataFile, Lora, Stage
 
@@ -147,3 +149,59 @@ def test_adapters_train_alone_and_merge_exactly(toy: Path) -> None:
         if ".layers." in name and name.startswith("language_model.") and "norm" not in name
     }
     assert changed == layers | {name for name in before if name.startswith("connector.")}
+
+
+def tied() -> Any:
+    """A model whose LLM's head is its embedding."""
+    text = tiny_text(tie_word_embeddings=True)
+    return compose(tiny_vision(), text, tokenizer=tiny_tokenizer())
+
+
+HEAD, TABLE = "language_model.lm_head", "language_model.model.embed_tokens"
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["weights", "skeleton"])
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (make([HEAD]), f"s: trains: '{HEAD}' shares its weights with {TABLE}: name that, for both"),
+        (make(["*.lm_head"]), f"s: trains: '[*].lm_head' shares its weights with {TABLE}"),
+        (make(["language_model"], freezes=[HEAD]), f"s: freezes: '{HEAD}' shares its weights with {TABLE}"),
+        (make(["language_model"], lrs={HEAD: 1.0}), f"s: lrs: '{HEAD}' shares its weights with {TABLE}"),
+        (
+            make([], lora=Lora(on=[HEAD])),
+            f"s: lora.on: {HEAD} shares its weights with the embedding, so that an adapter on it cannot",
+        ),
+        (make([], lora=Lora(on=["connector", HEAD])), f"s: lora.on: {HEAD} shares its weights"),
+    ],
+)
+def test_a_tied_head_is_named(stage: Stage, message: str, meta: bool) -> None:
+    with torch.device("meta") if meta else nullcontext():
+        model = tied().model
+    with pytest.raises(FoveateError, match=message):
+        if stage.lora is not None:
+            add_adapters(model, stage, "s")
+        select(model, stage, "s")
+
+
+def test_adapters_on_an_llm_leave_out_its_tied_head(toy: Path, tmp_path: Path) -> None:
+    foveate = tied()
+    inputs = batch(toy, foveate.processor)
+    stage = make([], lora=Lora(on=["language_model"], rank=4, alpha=8.0, dropout=0.0))
+    before = foveate.model.get_input_embeddings().weight.clone()
+    add_adapters(foveate.model, stage, "s")
+    select(foveate.model, stage, "s")
+    assert not any("lora_" in name for name, _ in foveate.model.language_model.lm_head.named_parameters())
+    with torch.no_grad():
+        for name, p in foveate.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+        adapted = foveate.model(**inputs).logits
+        merge_adapters(foveate.model)
+        assert (foveate.model(**inputs).logits - adapted).abs().max() < 1e-4
+    assert torch.equal(foveate.model.get_input_embeddings().weight, before)
+    foveate.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", device="cpu", dtype="float32").model
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    with torch.no_grad():
+        assert (loaded(**inputs).logits - adapted).abs().max() < 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import foveate
 from foveate import FoveateError, FoveateForConditionalGeneration
+from foveate.composing import compose
 from foveate.data.toy import write_toy_data
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
@@ -381,6 +384,67 @@ def test_the_command_ends_with_a_sentence_and_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "2 <image> in its texts for 1 pictures" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+MARKS = ("<|im_end|>", "<|eot_id|>")
+UNENDED = (  # chat templates with the answer marked, and the end of it missing, outside, or of several tokens
+    ("", "the chat template writes nothing behind an answer at which it would stop"),
+    ("{% endgeneration %}</s>", "leaves the end of an answer, '</s>', outside of what it marks"),
+    ("###END{% endgeneration %}", "ends answers with '###END', which is not one token of this LLM but 6"),
+)
+
+
+def without(tokenizer: Any, marks: tuple[str, ...]) -> Any:
+    """The tokenizer without some special tokens: it splits their texts into bytes."""
+    kept = [t for t in tokenizer.extra_special_tokens if t not in marks]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in marks]
+    state["model"]["vocab"] = {t: i for t, i in state["model"]["vocab"].items() if t not in marks}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=kept,
+    )
+
+
+@pytest.mark.parametrize(("template", "mark"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+def test_an_end_mark_that_is_not_one_token_is_refused(tmp_path: Path, template: str, mark: str) -> None:
+    lacking = without(tiny_tokenizer(), MARKS)
+    message = f"the chat template {template} ends answers with '{re.escape(mark)}', which is not one token"
+    with pytest.raises(FoveateError, match=message):
+        compose(tiny_vision(), tiny_text(), tokenizer=lacking, template=template)
+    made = compose(tiny_vision(), tiny_text(), tokenizer=lacking)
+    made.save(tmp_path / "model")
+    with pytest.raises(FoveateError, match=f"^{message}.*: name another template, such as vicuna_v1"):
+        foveate.load(tmp_path / "model", template=template)
+    data = write_toy_data(tmp_path / "toy", 8)
+    spec = {"tiny": False, "method": None, "load": str(tmp_path / "model")}
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1)}, **{**spec, "template": template})
+    with pytest.raises(FoveateError, match=message):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+    tiny_model().save(tmp_path / "other")
+    asked = foveate.load(tmp_path / "other", template=template)
+    assert asked.processor.tokenizer.convert_tokens_to_ids(mark) in asked.model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(("end", "message"), UNENDED)
+def test_an_end_that_is_never_learnt_is_refused(tmp_path: Path, end: str, message: str) -> None:
+    tiny_model().save(tmp_path / "model")
+    end = end if "endgeneration" in end else end + "{% endgeneration %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}\nA:{% generation %}{{ m['content'][0]['text'] }}"
+        + end
+        + "{% else %}\nQ:{% for p in m['content'] %}{{ p['text'] or '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    data = write_toy_data(tmp_path / "toy", 8)
+    spec = {"tiny": False, "method": None, "load": str(tmp_path / "model"), "template": None}
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1)}, **spec)
+    with pytest.raises(FoveateError, match=f"stages.all: .*{message}"):
+        train(recipe)
 
 
 def test_a_dry_run_shows_what_would_train_and_writes_nothing(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def load(
         max_positions=max_positions,
         dtype=number_format,
     )
+    if template is not None:
+        network.stop_at(processor.answer_end())
     return Foveate(network.to(device).eval(), processor)
 
 

@@ -371,6 +371,7 @@ class CoroiConnector(Connector):
         self.tower, self.options = tower, options
         self.sides = [tower.grid.height // scale for scale in options.scales]  # of windows, in tokens
         self.projector = mlp_projector(widths.vision, widths.text)
+        self.width = widths.text
         self.question = nn.Linear(widths.text, widths.vision)
         nn.init.zeros_(self.question.bias)  # a random bias would drown small embeddings
         # A list of one: saved models name its weights so.
@@ -471,7 +472,7 @@ class CoroiConnector(Connector):
     def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
         """U in the tower's width (P, 1, T, C), and its mask (P, 1, T)."""
         if query is None or not query.mask.shape[1]:  # nothing to read, but other ranks wait for gradients
-            nothing = self.question(low.new_zeros(len(low), 1, 1, self.question.in_features))
+            nothing = self.question(low.new_zeros(len(low), 1, 1, self.width))
             return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
         return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
 

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.errors import FoveateError
-from foveate.layers import mlp_projector
+from foveate.layers import dtype_of, mlp_projector
 from foveate.methods.base import (
     Connector,
     Method,
@@ -281,7 +281,7 @@ class DualTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(V, 3, R, R) -> (V, N, C)"""
-        pixels = pixel_values.to(dtype=next(self.parameters()).dtype)
+        pixels = pixel_values.to(dtype=dtype_of(self))
         pair = self.pair_of(pixels)
         high: Tensor | None = None
         tokens: Tensor | None = None

@@ -202,10 +202,8 @@ class QueryFormer(nn.Module):
         query = self.query_norm(self.queries[None]) + self.positions  # (1, Q, C), shared by all views
         value = self.feature_norm(features)
         key = value + self.source_positions()
-        w_q, w_k, w_v = self.project_in.weight.chunk(3)
-        b_q, b_k, b_v = self.project_in.bias.chunk(3)
-        query = self._split(F.linear(query, w_q, b_q))  # (1, heads, Q, C / heads)
-        key, value = self._split(F.linear(key, w_k, b_k)), self._split(F.linear(value, w_v, b_v))
+        parts = (self.project_in(x).chunk(3, -1)[i] for i, x in enumerate((query, key, value)))
+        query, key, value = map(self._split, parts)  # (1 or V, heads, Q or N, C / heads)
         read = F.scaled_dot_product_attention(query.expand(len(features), -1, -1, -1), key, value)
         return self.output_norm(self.project_out(read.transpose(1, 2).flatten(2)))
 

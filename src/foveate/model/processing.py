@@ -289,6 +289,7 @@ class FoveateProcessor(ProcessorMixin):
             processor = cls._of_released(released)
         if template is not None:
             processor.chat_template = chat_template(template)
+            processor.check_end(template)
         images = processor.image_processor
         images.options = merged(method_class(images.method).Options, images.options, options)
         return processor
@@ -459,12 +460,58 @@ class FoveateProcessor(ProcessorMixin):
             raise FoveateError(f"the chat template is broken: {error}; name another template") from error
 
     def answer_end(self) -> int | None:
-        """The special token with which the chat template ends an answer; None if it uses none."""
-        messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-        prompt = self.prompt(messages, learn=True)
-        last = [token for token, answer in zip(prompt.ids, prompt.answers, strict=True) if answer][-1]
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        return last if last in special else None
+        """The token with which the chat template ends an answer; None if it ends it with a line break at most."""
+        mark = self._end_mark()
+        ids = self.tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
+        if not ids or ids[0] == self.tokenizer.unk_token_id:
+            return None
+        return ids[0] if len(ids) == 1 or ids[0] in self.tokenizer.all_special_ids else None
+
+    def check_end(self, template: str | None = None) -> None:
+        """Raises `FoveateError` if the chat template ends an answer with no mark, or one that is not one token.
+
+        A model would learn or be shown such a mark, but `generate` could never stop at it. `plain`, for
+        captions alone, needs none.
+
+        Args:
+            template: its name, if it has one.
+        """
+        mark = self._end_mark()
+        if not mark and self.chat_template != chat_template("plain"):
+            raise FoveateError(
+                f"{self._template(template)} writes nothing behind an answer at which it would stop: name another "
+                f"one of {', '.join(TEMPLATES)}, and a tokenizer with an eos_token"
+            )
+        if mark and self.answer_end() is None:
+            count = len(self.tokenizer(mark, add_special_tokens=False)["input_ids"])
+            raise FoveateError(
+                f"{self._template(template)} ends answers with {mark!r:.60}, which is not one token "
+                f"of this LLM but {count}, so that no answer would stop: name another template, such as vicuna_v1, "
+                "or add the mark to the tokenizer as a special token"
+            )
+
+    def check_learnt_end(self, template: str | None = None) -> None:
+        """As `check_end`, also for a mark that is not among the assistant's text that training learns."""
+        self.check_end(template)
+        mark, end = self._end_mark(), self.answer_end()
+        answer = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        prompt = self.prompt(answer, learn=True)
+        if mark and end not in [t for t, learnt in zip(prompt.ids, prompt.answers, strict=True) if learnt]:
+            raise FoveateError(
+                f"{self._template(template)} leaves the end of an answer, {mark!r:.60}, outside of what it marks as "
+                "the assistant's text, so that no answer would stop: move it inside, or name another template"
+            )
+
+    def _template(self, name: str | None) -> str:
+        return "the chat template" if name is None else f"the chat template {name}"
+
+    def _end_mark(self) -> str:
+        """What the chat template writes between an answer and the next question or the end, without blanks."""
+        words = ("the question", "the answer")
+        messages = [
+            {"role": role, "content": word} for role, word in zip(("user", "assistant"), words, strict=True)
+        ]
+        return self.apply_chat_template(messages).rpartition(words[1])[2].strip()
 
     @property
     def model_input_names(self) -> list[str]:

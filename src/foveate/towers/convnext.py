@@ -64,6 +64,7 @@ class ConvNextBlock(nn.Module):
             self.add_module(name, module)
         scale = dict(layer.named_parameters(recurse=False)).get("layer_scale_parameter")
         self.register_parameter("layer_scale_parameter", scale)  # none in ConvNeXtV2
+        self.wide = self.pwconv1.out_features  # read here: the layer may be replaced by one without it
 
     def forward(self, features: Tensor) -> Tensor:
         """(V, C, h, w) -> (V, C, h, w)"""
@@ -71,7 +72,7 @@ class ConvNextBlock(nn.Module):
         if normalises or torch.is_grad_enabled():
             return features + self._update(self.dwconv(features), normalises).permute(0, 3, 1, 2)
         views, _, height, width = features.shape
-        rows = max(WIDE // (views * width * self.pwconv1.out_features), 1)
+        rows = max(WIDE // (views * width * self.wide), 1)
         changed: Tensor | None = None
         for top in range(0, height, rows):
             below = min(top + rows, height)

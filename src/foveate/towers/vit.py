@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from foveate.errors import FoveateError
+from foveate.layers import dtype_of
 from foveate.upstream import changes
 
 # Towers that are built only up to the selected layer: model type -> name of the norm after the last layer,
@@ -65,7 +66,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(V, 3, h, w) -> (V, N, C), class and register tokens dropped."""
-        pixel_values = pixel_values.to(dtype=next(self.parameters()).dtype)
+        pixel_values = pixel_values.to(dtype=dtype_of(self))
         if torch.is_grad_enabled() or pixel_values.device.type != "cpu":
             return self.encode(pixel_values)
         view = 4 * self.model.config.hidden_size * self.patches * pixel_values.element_size()  # bytes
@@ -107,7 +108,8 @@ class PatchEmbeddings(nn.Module):
         super().__init__()
         self.patch_embedding = patch_embedding
         self.position_embedding = position_embedding
-        self.class_rows = self.position_embedding.num_embeddings - patches
+        self.rows = self.position_embedding.num_embeddings
+        self.class_rows = self.rows - patches
         self.cached: tuple[Any, Tensor] | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -117,11 +119,11 @@ class PatchEmbeddings(nn.Module):
 
     def positions(self, side: int) -> Tensor:
         """(N, C) for a grid of `side` rows."""
-        table = self.position_embedding.weight
-        if torch.is_grad_enabled() and table.requires_grad:  # in training it changes with every step
+        tables = list(self.position_embedding.parameters())
+        if torch.is_grad_enabled() and any(p.requires_grad for p in tables):  # it changes with every step
             self.cached = None  # fused optimizers change it without increasing its version
             return self._resampled(side)
-        state = (side, changes(table), table.data_ptr(), table.dtype, table.device)
+        state = (side, *((changes(p), p.data_ptr(), p.dtype, p.device) for p in tables))
         cached = self.cached  # read once: another thread may replace it
         if cached is None or cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
@@ -129,7 +131,8 @@ class PatchEmbeddings(nn.Module):
         return cached[1]
 
     def _resampled(self, side: int) -> Tensor:
-        rows = self.position_embedding.weight[self.class_rows :]  # (n, C)
+        device = next(self.position_embedding.parameters()).device
+        rows = self.position_embedding(torch.arange(self.class_rows, self.rows, device=device))  # (n, C)
         if len(rows) == side**2:
             return rows
         resampled = F.interpolate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -36,9 +36,11 @@ def select(model: nn.Module, stage: Stage, where: str) -> None:
     Raises `FoveateError` if a pattern matches nothing or nothing trains.
     """
     names = {_plain(name): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    tied = {_plain(name): _plain(other) for name, other in tied_names(model).items()}
     for key, patterns in (("trains", stage.trains), ("freezes", stage.freezes), ("lrs", stage.lrs)):
         for pattern in patterns:
             if not any(matches(name, pattern) for name in names):
+                _refuse_tied(tied, pattern, f"{where}: {key}")
                 raise _unmatched(model, pattern, f"{where}: {key}")
     for name, parameter in names.items():
         wanted = any(matches(name, pattern) for pattern in stage.trains)
@@ -69,11 +71,46 @@ def parts(model: nn.Module, stage: Stage) -> list[Part]:
     return rows
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one under a second name -> that one, such as an LLM's tied head."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            found[name] = first[id(parameter)]
+    return found
+
+
+def _refuse_tied(tied: Mapping[str, str], pattern: str, where: str) -> None:
+    """Raises `FoveateError` if a pattern names only parameters that have another name."""
+    for name, other in tied.items():
+        if matches(name, pattern):
+            raise FoveateError(
+                f"{where}: {pattern!r} shares its weights with {other.rpartition('.')[0]}: name that, for both"
+            )
+
+
 def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
-    """Names of the linear layers that get adapters. Raises `FoveateError` if a pattern matches none."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Names of the linear layers that get adapters. Raises `FoveateError` if a pattern matches none.
+
+    Left out are those whose weight another module reads, too: an LLM's head that is tied to its embedding,
+    which a merge would change, and what torch's attention reads without calling it.
+    """
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    tied = tied_names(model)
+    shared = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    inner = {
+        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    layers = [name for name in every if name not in shared | inner]
     for pattern in lora.on:
         if not any(matches(name, pattern) for name in layers):
+            for name in every:
+                if matches(name, pattern):
+                    why = "shares its weights with the embedding" if name in shared else "is read, not called"
+                    raise FoveateError(
+                        f"{where}: lora.on: {name} {why}, so that an adapter on it cannot be merged: leave it out"
+                    )
             raise _unmatched(model, pattern, f"{where}: lora.on")
     return [name for name in layers if any(matches(name, pattern) for pattern in lora.on)]
 

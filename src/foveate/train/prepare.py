@@ -84,6 +84,10 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
             f"{where}: {recipe.model.load} has no chat template that marks the assistant's text; "
             f"set template to one of {', '.join(TEMPLATES)}"
         )
+    try:
+        processor.check_learnt_end(stage.template or recipe.model.template)
+    except FoveateError as error:
+        raise FoveateError(f"{where}: {error}") from None
     devices = PartialState().num_processes
     if stage.batch % (stage.micro_batch * devices):
         raise FoveateError(
