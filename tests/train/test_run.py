@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -129,8 +130,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: P
 class Unplugged(io.StringIO):
     """Output that fails at a word, and with it the run."""
 
+    def __init__(self, word: str = "step 5 of") -> None:
+        super().__init__()
+        self.word = word
+
     def write(self, text: str) -> int:
-        if "step 5 of" in text:
+        if self.word in text:
             raise InterruptedError
         return super().write(text)
 
@@ -204,6 +209,45 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
     train(write_recipe(tmp_path, {"all": stage(trains, data, steps=8)}, method=method, options=options))
     found = losses(tmp_path / "run", "all")
     assert found[-1] < found[0] - 1
+
+
+SMALL_STEPS = {"bf16": True, "lr": 2e-5, "steps": 3, "schedule": "constant", "warmup_ratio": 0.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_is_exact_in_a_model_of_bfloat16(method: str, tmp_path: Path) -> None:
+    """Steps too small for bfloat16 add up; what is frozen stays in it; the folder is in it."""
+    data = write_toy_data(tmp_path / "toy", 12)
+    trains = ["connector", "language_model.model.layers.0"]
+    adapters = {"on": ["vision_tower", "language_model.model.layers.1"], "rank": 2, "alpha": 4.0}
+    more = {**SMALL_STEPS, "save_steps": 2, "lora": adapters}
+    options = {**TINY_OPTIONS.get(method, {}), **({"region_from": "centre"} if method == "chain_of_spot" else {})}
+    recipe = write_recipe(
+        tmp_path, {"all": stage(trains, data, **more)}, method=method, options=options, dtype="bfloat16"
+    )
+    with pytest.raises(InterruptedError):
+        train(recipe, console=Console(file=Unplugged("step 3 of"), width=200))
+    checkpoint = newest_checkpoint(tmp_path / "run" / "stages" / "all")
+    assert checkpoint is not None
+    start = {name: p.bfloat16() for name, p in tiny_model(method, options, seed=42).model.state_dict().items()}
+    kept = {name.replace(".base_layer", ""): p for name, p in load_file(checkpoint / "model.safetensors").items()}
+    learnt = [n for n in kept if n.startswith(tuple(trains)) and not n.endswith(".positions")]
+    assert sum(float(kept[n].ne(start[n].float()).float().mean()) for n in learnt) / len(learnt) > 0.8
+    frozen = [name for name, p in kept.items() if p.dtype == torch.bfloat16]
+    assert frozen and not {*learnt, *(name for name in kept if "lora_" in name)} & {*frozen}
+    assert all(torch.equal(kept[name], start[name]) for name in frozen)
+    train(recipe)
+    assert {p.dtype for name, p in weights(tmp_path / "run" / "model").items() if "position" not in name} == {
+        torch.bfloat16
+    }
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bfloat16_weights_need_bfloat16_arithmetic(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "toy", 4)
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data)}, dtype="bfloat16")
+    with pytest.raises(FoveateError, match="stages.all: model.dtype bfloat16 .*: set bf16 to true, or model.dtype"):
+        train(recipe)
 
 
 def test_options_change_for_one_stage(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from foveate.errors import FoveateError
@@ -134,13 +135,35 @@ def add_adapters(model: nn.Module, stage: Stage, where: str) -> None:
     inject_adapter_in_model(config, model)
 
 
+def train_exactly(model: nn.Module) -> None:
+    """Makes what trains float32, in place: steps of fine-tuning are smaller than what bfloat16 can hold.
+
+    So are frozen norms and biases, which are small, and which not every device computes with inputs of another
+    format. Frozen weights stay as they are; autocast computes with both.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (parameter.requires_grad or parameter.dim() < 2):
+            parameter.data = parameter.data.float()
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives every parameter the number format in which a model is saved, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def merge_adapters(model: nn.Module) -> None:
-    """Merges every adapter into its layer's weight and removes it, in place."""
+    """Merges every adapter into its layer's weight, rounding once, and removes it, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            before = weight.dtype
+            weight.data = weight.data.float()
             module.merge()
+            weight.data = weight.data.to(before)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
 

@@ -75,6 +75,11 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
     stage, where = recipe.stages[name], f"stages.{name}"
     if stage.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise FoveateError(f"{where}: this GPU cannot compute in bfloat16; set bf16 to false")
+    if recipe.model.dtype == "bfloat16" and not stage.bf16:
+        raise FoveateError(
+            f"{where}: model.dtype bfloat16 keeps frozen weights in bfloat16, with which float32 cannot be "
+            "computed: set bf16 to true, or model.dtype to float32"
+        )
     model, processor = skeleton(recipe.model, stage_options(recipe.model, stage.options), stage.template)
     if stage.lora is not None:
         add_adapters(model, stage, where)

@@ -36,7 +36,7 @@ class ModelSpec:
     options: dict[str, Any] = field(default_factory=dict)  # of the method
     template: str | None = None  # chat template; with `load`, by default the folder's own
     vision_feature_layer: int = -2  # hidden state of the tower that is used, -1 the last; not with `load`
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in memory
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights in memory, and as saved
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
     def __post_init__(self) -> None:

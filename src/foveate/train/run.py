@@ -204,13 +204,15 @@ def _train_stage(
     from accelerate import PartialState
 
     from foveate.data.dataset import errors_of_workers
-    from foveate.train.parts import add_adapters, merge_adapters, select
+    from foveate.devices import DTYPES
+    from foveate.train.parts import add_adapters, merge_adapters, round_weights, select, train_exactly
     from foveate.train.trainer import load_checkpoint, newest_checkpoint, trained
 
     stage, where = prepared.stage, f"stages.{prepared.name}"
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)
+    train_exactly(model)
     _show(prepared, model, console)
     checkpoint = newest_checkpoint(_folder(recipe, prepared.name))
     if checkpoint:
@@ -227,6 +229,7 @@ def _train_stage(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stage.lora is not None:
         merge_adapters(model)
+    round_weights(model, DTYPES[recipe.model.dtype])
     model.stop_at(prepared.processor.answer_end())
     _save(recipe, prepared, trainer)
 
@@ -290,7 +293,7 @@ def _trainer(
 
     from foveate.data.dataset import Collator
     from foveate.data.sampling import EpochSampler
-    from foveate.train.trainer import Epochs, Report, SafeCheckpoints, StageTrainer
+    from foveate.train.trainer import Epochs, EveryGradient, Report, SafeCheckpoints, StageTrainer
 
     stage, folder = prepared.stage, _folder(recipe, prepared.name)
     sampler = EpochSampler(
@@ -333,6 +336,7 @@ def _trainer(
         data_collator=Collator(prepared.processor.tokenizer.pad_token_id),
         callbacks=[
             Epochs(sampler, prepared.samples),
+            EveryGradient(),
             SafeCheckpoints(),
             TensorBoardCallback(writer),
             Report(console, prepared.name),

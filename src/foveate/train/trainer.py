@@ -65,6 +65,18 @@ class StageTrainer(Trainer):
         return self.optimizer
 
 
+class EveryGradient(TrainerCallback):
+    """Gives what trains and got no gradient in a step a gradient of zero, as it has on several devices.
+
+    The optimizer would leave it out otherwise, and the result would depend on the number of devices.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
 class Epochs(TrainerCallback):
     """Gives sampler and samples the epoch.
 
