@@ -35,6 +35,17 @@ def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Pa
     order = np.array(list(EpochSampler(np.zeros(12), pictures, 2, "none", seed=42)))
     seen = (pictures[order] > 0).reshape(STEPS, 2)  # (step, process)
     assert (seen[:, 0] != seen[:, 1]).any(), "no step has a picture on one process and only text on the other"
+    done = on_two(recipe)
+    assert "micro-batch 1, accumulation 1, devices 2" in done.stdout
+    assert done.stdout.count("stage all") == 1
+    alone = tmp_path / "alone"
+    train(recipe, [f"output={alone}"])
+    assert losses(tmp_path / "run", "all") == pytest.approx(losses(alone, "all"), abs=1e-4)
+    assert furthest(tmp_path / "run", alone) < 1e-5
+
+
+def on_two(recipe: Path) -> subprocess.CompletedProcess[str]:
+    """Trains on two processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "foveate", "train", str(recipe)],
@@ -44,10 +55,35 @@ def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Pa
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "micro-batch 1, accumulation 1, devices 2" in done.stdout
-    assert done.stdout.count("stage all") == 1
+    return done
+
+
+def furthest(one: Path, other: Path) -> float:
+    """The largest difference between the weights of two runs."""
+    a, b = weights(one / "model"), weights(other / "model")
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"),
+    [
+        ("llava", ["connector", "language_model"]),
+        pytest.param("llava", ["connector"], marks=pytest.mark.slow),
+        pytest.param("coroi", ["vision_tower", "connector", "language_model"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_texts_moves_what_it_moves_on_one(method: str, trains: list[str], tmp_path: Path) -> None:
+    """Steps with pictures, with text alone, and with pictures again: momentum and decay are the same."""
+    data = write_toy_data(tmp_path / "toy", 12)
+    settings = {"batch": 2, "micro_batch": 1, "lr": 1e-3, "weight_decay": 0.1, "schedule": "constant"}
+    recipe = write_recipe(tmp_path, {"all": stage(trains, data, **settings)}, method=method)
+    pictures = read_conversations(data).pictures
+    lengths = np.zeros(12)  # they sort within steps alone
+    order = np.array(list(EpochSampler(lengths, pictures, 2, "modality", seed=42))).reshape(STEPS, 2)
+    texts = (pictures[order] == 0).all(1)
+    assert texts.sum() == 1 and 0 < texts.argmax() < STEPS - 1, "no step of texts lies between others"
+    on_two(recipe)
     alone = tmp_path / "alone"
     train(recipe, [f"output={alone}"])
     assert losses(tmp_path / "run", "all") == pytest.approx(losses(alone, "all"), abs=1e-4)
-    two, one = weights(tmp_path / "run" / "model"), weights(alone / "model")
-    assert max(float((two[key] - one[key]).abs().max()) for key in one) < 1e-5
+    assert furthest(tmp_path / "run", alone) < 1e-5
