@@ -71,7 +71,7 @@ def talk(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("method", ["llava", "anyres"])
+@pytest.mark.parametrize("method", ["llava", "anyres", "slime"])
 def test_only_answers_are_learnt(talk: Path, method: str, template: str) -> None:
     data, end = samples(talk, method, template), END[template]
     start = " " if template in ("vicuna_v1", "mistral") else ""  # where the prompt ends in "ASSISTANT:"
@@ -104,7 +104,9 @@ def test_half_of_a_character_is_refused(talk: Path) -> None:
     records = json.loads(talk.read_text())
     records[1]["conversations"][0]["value"] = "So \ud83d"
     talk.write_text(json.dumps(records))
-    with pytest.raises(FoveateError, match=r"sample 1: a text of the user has half of a character, '.ud83d' at"):
+    with pytest.raises(
+        FoveateError, match=r"sample 1: a text of the user has half of a character, '.ud83d' at"
+    ):
         samples(talk).measure(1)
 
 

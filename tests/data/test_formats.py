@@ -118,7 +118,9 @@ def test_a_first_turn_by_the_assistant_is_dropped(write: Write) -> None:
 
 GOOD = llava("Hello", "Hi")
 SHOWN = llava("<image>\nWhat?", "That.")
-TALK = {"messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "That."}]}
+TALK = {
+    "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "That."}]
+}
 
 
 @pytest.mark.parametrize("record", [SHOWN, TALK], ids=["llava", "messages"])
@@ -132,7 +134,10 @@ def test_either_kind_takes_either_key(
 
 
 def test_a_system_text_is_the_first_turn(write: Write) -> None:
-    for record in (llava("Hello", "Hi", system="Be brief."), {**TALK, "image": "1.png", "system": "Be brief."}):
+    for record in (
+        llava("Hello", "Hi", system="Be brief."),
+        {**TALK, "image": "1.png", "system": "Be brief."},
+    ):
         messages = read_conversations(write("a.json", [record])).messages(0)
         assert [m["role"] for m in messages] == ["system", "user", "assistant"]
         assert messages[0]["content"] == [text("Be brief.")]
@@ -140,7 +145,9 @@ def test_a_system_text_is_the_first_turn(write: Write) -> None:
     assert [m["role"] for m in empty] == ["user", "assistant"]
 
 
-@pytest.mark.parametrize(("name", "no", "yes"), [("loss", False, True), ("weight", 0, 1), ("weight", 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "no", "yes"), [("loss", False, True), ("weight", 0, 1), ("weight", 0.0, 1.0)]
+)
 def test_turns_without_loss_are_marked(write: Write, name: str, no: Any, yes: Any) -> None:
     record = llava("Hello", "Hi", "Bye", "See you")
     record["conversations"][0][name] = record["conversations"][1][name] = no
@@ -297,9 +304,21 @@ def test_a_wrong_record_is_named(write: Write, name: str, place: str, record: An
         ("a.jsonl", json.dumps(GOOD) + "\n\n{", "a.jsonl line 3 is not valid JSON"),
         ("a.jsonl", "\n", "holds no samples"),
         ("a.csv", "x", r"must end in .json .* or .jsonl"),
-        ("a.parquet", "x", r"convert it with datasets.Dataset.from_parquet\('a.parquet'\).to_json\('a.jsonl'\)"),
-        ("a.jsonl", json.dumps([GOOD], indent=1), "a.jsonl line 1 begins a JSON list: give the file the ending"),
-        ("a.jsonl", json.dumps(GOOD, indent=1), "a.jsonl line 1 is not valid JSON: .*a record takes one line"),
+        (
+            "a.parquet",
+            "x",
+            r"convert it with datasets.Dataset.from_parquet\('a.parquet'\).to_json\('a.jsonl'\)",
+        ),
+        (
+            "a.jsonl",
+            json.dumps([GOOD], indent=1),
+            "a.jsonl line 1 begins a JSON list: give the file the ending",
+        ),
+        (
+            "a.jsonl",
+            json.dumps(GOOD, indent=1),
+            "a.jsonl line 1 is not valid JSON: .*a record takes one line",
+        ),
         ("a.json", json.dumps([GOOD]).encode("utf-16"), "is not UTF-8 but looks like UTF-16"),
         ("a.jsonl", json.dumps(GOOD).encode("utf-16-le"), "is not UTF-8 but looks like UTF-16"),
         ("a.jsonl", b'{"id": "\xff"}', "a.jsonl line 1 is not UTF-8 at byte 8"),

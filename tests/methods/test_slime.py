@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 import foveate
 from foveate import Foveate, FoveateError, FoveateForConditionalGeneration
@@ -31,6 +32,7 @@ from foveate.train.models import typed
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from foveate.upstream import CACHE
+from tests.methods.conftest import fresh
 from tests.methods.slime_release import released_names, write_release
 from tests.methods.test_invariants import CLOSE, prepare
 from tests.methods.test_seams import VISION, calls
@@ -606,3 +608,28 @@ def test_a_connector_of_single_stages(tmp_path: Path) -> None:
     torch.save({k: t for k, t in projector.items() if "ln_q" not in k}, stage_folder / "mm_projector.bin")
     with pytest.raises(FoveateError, match=r"lacks connector\.adapter\.former\.query_norm"):
         composed()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("through", ["arguments", "configuration"])
+def test_bounds_on_the_length_count_the_whole_prompt(through: str) -> None:
+    """Dropped tokens count as asked: the output, which has them, is as long as `max_length` says."""
+    made = fresh("slime", gamma=0.5)
+    chat_ = [chat("What is it?", picture(200, 90))]
+    inputs = dict(
+        made.processor.apply_chat_template(
+            chat_, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    )
+    length = inputs["input_ids"].shape[1]
+    kept = made.model.get_image_features(
+        **{k: inputs[k] for k in ("pixel_values", "image_sizes", "query_ids", "query_mask")}
+    ).kept
+    assert kept is not None and not kept[0].all()
+    bounds = {"max_length": length + 7, "min_length": length + 7, "do_sample": False}
+    given = (
+        bounds
+        if through == "arguments"
+        else {"generation_config": GenerationConfig(**bounds, eos_token_id=2)}
+    )
+    assert made.model.generate(**inputs, **given).shape[1] == length + 7

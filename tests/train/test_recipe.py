@@ -246,7 +246,7 @@ def test_a_mark_of_the_byte_order_changes_nothing(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match=r"no recipe at .*none\.yaml: give a YAML file, or"):
         load_recipe(tmp_path / "none.yaml")
-    with pytest.raises(FoveateError, match="x{200} cannot be read: File name too long"):
+    with pytest.raises(FoveateError, match=r"x{200} cannot be read: File name too long"):
         load_recipe("x" * 300)
 
 

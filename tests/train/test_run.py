@@ -173,7 +173,8 @@ def other_size(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "what"), [(other_answer, "toy.json"), (other_size, "the pictures that are found, or their sizes")]
+    ("spoil", "what"),
+    [(other_answer, "toy.json"), (other_size, "the pictures that are found, or their sizes")],
 )
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, spoil: Any, what: str) -> None:
     data = write_toy_data(tmp_path / "toy", 16)
@@ -221,7 +222,7 @@ def test_what_trains_is_exact_in_a_model_of_bfloat16(method: str, tmp_path: Path
     trains = ["connector", "language_model.model.layers.0"]
     adapters = {"on": ["vision_tower", "language_model.model.layers.1"], "rank": 2, "alpha": 4.0}
     more = {**SMALL_STEPS, "save_steps": 2, "lora": adapters}
-    options = {**TINY_OPTIONS.get(method, {}), **({"region_from": "centre"} if method == "chain_of_spot" else {})}
+    options = {"region_from": "centre"} if method == "chain_of_spot" else {}
     recipe = write_recipe(
         tmp_path, {"all": stage(trains, data, **more)}, method=method, options=options, dtype="bfloat16"
     )
@@ -229,8 +230,12 @@ def test_what_trains_is_exact_in_a_model_of_bfloat16(method: str, tmp_path: Path
         train(recipe, console=Console(file=Unplugged("step 3 of"), width=200))
     checkpoint = newest_checkpoint(tmp_path / "run" / "stages" / "all")
     assert checkpoint is not None
-    start = {name: p.bfloat16() for name, p in tiny_model(method, options, seed=42).model.state_dict().items()}
-    kept = {name.replace(".base_layer", ""): p for name, p in load_file(checkpoint / "model.safetensors").items()}
+    start = {
+        name: p.bfloat16() for name, p in tiny_model(method, options, seed=42).model.state_dict().items()
+    }
+    kept = {
+        name.replace(".base_layer", ""): p for name, p in load_file(checkpoint / "model.safetensors").items()
+    }
     learnt = [n for n in kept if n.startswith(tuple(trains)) and not n.endswith(".positions")]
     assert sum(float(kept[n].ne(start[n].float()).float().mean()) for n in learnt) / len(learnt) > 0.8
     frozen = [name for name, p in kept.items() if p.dtype == torch.bfloat16]
@@ -246,7 +251,9 @@ def test_what_trains_is_exact_in_a_model_of_bfloat16(method: str, tmp_path: Path
 def test_bfloat16_weights_need_bfloat16_arithmetic(tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "toy", 4)
     recipe = write_recipe(tmp_path, {"all": stage(["connector"], data)}, dtype="bfloat16")
-    with pytest.raises(FoveateError, match="stages.all: model.dtype bfloat16 .*: set bf16 to true, or model.dtype"):
+    with pytest.raises(
+        FoveateError, match=r"stages.all: model.dtype bfloat16 .*: set bf16 to true, or model.dtype"
+    ):
         train(recipe)
 
 
@@ -351,6 +358,28 @@ def test_missing_pictures_are_counted_and_may_be_left_out(tmp_path: Path) -> Non
     data.write_text(json.dumps(records))
     with pytest.raises(FoveateError, match="no sample has its pictures; check images"):
         train(recipe, ["stages.all.missing_pictures=leave_out", f"output={tmp_path / 'none'}"])
+
+
+def test_samples_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
+    made = compose(
+        tiny_vision(), tiny_text(max_position_embeddings=270), "anyres", tokenizer=tiny_tokenizer()
+    )
+    made.save(tmp_path / "model")
+    data = write_toy_data(tmp_path / "toy", 12)
+    spec = {"tiny": False, "method": None, "template": None, "load": str(tmp_path / "model")}
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1)}, **spec)
+    with pytest.raises(
+        FoveateError, match=r"^stages.all: \d+ of 12 samples are longer than the LLM's 270"
+    ) as error:
+        train(recipe)
+    said = str(error.value)
+    longest = re.search(r"the longest has (\d+) tokens: max_length=270 leaves them out", said)
+    assert longest is not None and f"model.max_positions={longest[1]} lets them through" in said
+    train(recipe, ["stages.all.max_length=270"], dry_run=True)
+    train(recipe, [f"model.max_positions={longest[1]}"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["max_positions"] == int(
+        longest[1]
+    )
 
 
 def broken(folder: Path) -> None:
@@ -466,7 +495,9 @@ def test_an_end_mark_that_is_not_one_token_is_refused(tmp_path: Path, template: 
         foveate.load(tmp_path / "model", template=template)
     data = write_toy_data(tmp_path / "toy", 8)
     spec = {"tiny": False, "method": None, "load": str(tmp_path / "model")}
-    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, steps=1)}, **{**spec, "template": template})
+    recipe = write_recipe(
+        tmp_path, {"all": stage(["connector"], data, steps=1)}, **{**spec, "template": template}
+    )
     with pytest.raises(FoveateError, match=message):
         train(recipe)
     assert not (tmp_path / "run").exists()
@@ -480,9 +511,11 @@ def test_an_end_that_is_never_learnt_is_refused(tmp_path: Path, end: str, messag
     tiny_model().save(tmp_path / "model")
     end = end if "endgeneration" in end else end + "{% endgeneration %}"
     (tmp_path / "model" / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}\nA:{% generation %}{{ m['content'][0]['text'] }}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}\nA:"
+        "{% generation %}{{ m['content'][0]['text'] }}"
         + end
-        + "{% else %}\nQ:{% for p in m['content'] %}{{ p['text'] or '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+        + "{% else %}\nQ:{% for p in m['content'] %}{{ p['text'] or '<image>' }}{% endfor %}"
+        "{% endif %}{% endfor %}"
     )
     data = write_toy_data(tmp_path / "toy", 8)
     spec = {"tiny": False, "method": None, "load": str(tmp_path / "model"), "template": None}

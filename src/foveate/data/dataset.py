@@ -144,8 +144,8 @@ def _refuse_half_characters(messages: Sequence[Mapping[str, Any]]) -> None:
             except UnicodeEncodeError as error:
                 half = part["text"][error.start]
                 raise FoveateError(
-                    f"a text of the {message['role']} has half of a character, {half!a} at place {error.start}: "
-                    "write the whole one"
+                    f"a text of the {message['role']} has half of a character, {half!a} at place "
+                    f"{error.start}: write the whole one"
                 ) from None
 
 

@@ -252,7 +252,9 @@ def _refuse_unread(place: Mapping[str, Any], names: Iterable[str], whose: str) -
     """Raises `FoveateError` if a record or turn has a field whose content would be dropped."""
     for name in names:
         if place.get(name):
-            what = "pictures go beside the turns or in parts" if name in PICTURES else "only text and pictures"
+            what = (
+                "pictures go beside the turns or in parts" if name in PICTURES else "only text and pictures"
+            )
             how = f"{what}: move it there" if name in PICTURES else f"{what} are learnt: leave the record out"
             raise FoveateError(f"{whose} has {name!r}, which is not read; {how}")
 
@@ -297,7 +299,7 @@ def _learnt(turn: Mapping[str, Any], key: str) -> bool:
     assistant, said = _role(turn, key) == "assistant", set()
     for name in UNLEARNT:
         if turn.get(name) is not None:
-            raise FoveateError(f"a turn has {name!r}, which is not read: write \"loss\": true or false")
+            raise FoveateError(f'a turn has {name!r}, which is not read: write "loss": true or false')
     for name in LEARNT:
         value = turn.get(name)
         if value is None:
@@ -416,9 +418,16 @@ def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
             content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if content.strip():
                 if start == 0 and content.lstrip().startswith(b"["):
-                    raise FoveateError(f"{path} line {number} begins a JSON list: give the file the ending .json")
+                    raise FoveateError(
+                        f"{path} line {number} begins a JSON list: give the file the ending .json"
+                    )
                 where = f"{path} line {number}"
-                yield start + len(line) - len(content), start + len(line), f"line {number}", _parse(content, where)
+                yield (
+                    start + len(line) - len(content),
+                    start + len(line),
+                    f"line {number}",
+                    _parse(content, where),
+                )
             start += len(line)
 
 

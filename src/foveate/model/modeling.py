@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -408,6 +409,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ]
         image.kept = None
         kwargs |= {"input_ids": short, "attention_mask": mask}
+        self._count_dropped(kwargs, prompt.shape[1] - short.shape[1])
         output = self._write(kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         copies = len(sequences) // len(prompt)
@@ -457,6 +459,21 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if input_ids is not None:
                 visual = input_ids == self.config.image_token_id
         check_lengths(lengths, self.positions, visual)
+
+    def _count_dropped(self, kwargs: dict[str, Any], dropped: int) -> None:
+        """Lowers bounds on the whole sequence, in place, by the tokens that left it: the output has them."""
+        given = kwargs.get("generation_config")
+        settings = copy.deepcopy(given or self.generation_config)
+        for name in ("max_length", "min_length"):
+            bound = kwargs.get(name, settings.to_dict().get(name))
+            if not bound:
+                continue
+            lower = max(bound - dropped, 0)
+            if name in kwargs or given is None:
+                kwargs[name] = lower
+            else:
+                setattr(settings, name, lower)
+                kwargs["generation_config"] = settings
 
     def _no_keywords(self) -> FoveateError:
         return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")

@@ -460,7 +460,7 @@ class FoveateProcessor(ProcessorMixin):
             raise FoveateError(f"the chat template is broken: {error}; name another template") from error
 
     def answer_end(self) -> int | None:
-        """The token with which the chat template ends an answer; None if it ends it with a line break at most."""
+        """The token with which the chat template ends an answer; None if it ends it with blanks at most."""
         mark = self._end_mark()
         ids = self.tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
         if not ids or ids[0] == self.tokenizer.unk_token_id:
@@ -468,7 +468,7 @@ class FoveateProcessor(ProcessorMixin):
         return ids[0] if len(ids) == 1 or ids[0] in self.tokenizer.all_special_ids else None
 
     def check_end(self, template: str | None = None) -> None:
-        """Raises `FoveateError` if the chat template ends an answer with no mark, or one that is not one token.
+        """Raises `FoveateError` if the chat template ends an answer with no mark, or one of several tokens.
 
         A model would learn or be shown such a mark, but `generate` could never stop at it. `plain`, for
         captions alone, needs none.
@@ -479,15 +479,15 @@ class FoveateProcessor(ProcessorMixin):
         mark = self._end_mark()
         if not mark and self.chat_template != chat_template("plain"):
             raise FoveateError(
-                f"{self._template(template)} writes nothing behind an answer at which it would stop: name another "
-                f"one of {', '.join(TEMPLATES)}, and a tokenizer with an eos_token"
+                f"{self._template(template)} writes nothing behind an answer at which it would stop: name "
+                f"another one of {', '.join(TEMPLATES)}, and a tokenizer with an eos_token"
             )
         if mark and self.answer_end() is None:
             count = len(self.tokenizer(mark, add_special_tokens=False)["input_ids"])
             raise FoveateError(
                 f"{self._template(template)} ends answers with {mark!r:.60}, which is not one token "
-                f"of this LLM but {count}, so that no answer would stop: name another template, such as vicuna_v1, "
-                "or add the mark to the tokenizer as a special token"
+                f"of this LLM but {count}, so that no answer would stop: name another template, such as "
+                "vicuna_v1, or add the mark to the tokenizer as a special token"
             )
 
     def check_learnt_end(self, template: str | None = None) -> None:
@@ -498,15 +498,16 @@ class FoveateProcessor(ProcessorMixin):
         prompt = self.prompt(answer, learn=True)
         if mark and end not in [t for t, learnt in zip(prompt.ids, prompt.answers, strict=True) if learnt]:
             raise FoveateError(
-                f"{self._template(template)} leaves the end of an answer, {mark!r:.60}, outside of what it marks as "
-                "the assistant's text, so that no answer would stop: move it inside, or name another template"
+                f"{self._template(template)} leaves the end of an answer, {mark!r:.60}, outside of what it "
+                "marks as the assistant's text, so that no answer would stop: move it inside, or "
+                "name another template"
             )
 
     def _template(self, name: str | None) -> str:
         return "the chat template" if name is None else f"the chat template {name}"
 
     def _end_mark(self) -> str:
-        """What the chat template writes between an answer and the next question or the end, without blanks."""
+        """What the chat template writes behind the last answer, without blanks."""
         words = ("the question", "the answer")
         messages = [
             {"role": role, "content": word} for role, word in zip(("user", "assistant"), words, strict=True)
@@ -518,17 +519,15 @@ class FoveateProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
 
-def _learnt(
-    spans: Sequence[tuple[int, int]], answers: Sequence[Mapping[str, Any]]
-) -> Sequence[tuple[int, int]]:
+def _learnt(spans: list[tuple[int, int]], answers: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """The spans of the answers that are learnt, of one span for each answer."""
     learnt = [answer.get("loss", True) for answer in answers]
     if all(learnt):
         return spans
     if len(spans) != len(answers):
         raise FoveateError(
-            f"the chat template marks {len(spans)} texts for {len(answers)} answers, so that one alone cannot be "
-            "left unlearnt: name another template"
+            f"the chat template marks {len(spans)} texts for {len(answers)} answers, so that one alone "
+            "cannot be left unlearnt: name another template"
         )
     return [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
 

@@ -55,13 +55,13 @@ def checked_part(part: Any) -> dict[str, Any]:
     Raises `FoveateError` for other parts, and for those of which something would be dropped.
     """
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("text", "image") and isinstance(part.get("text"), str) and any(map(part.get, SOURCES)):
-        raise FoveateError("a part of a message has a text and a picture: make a part of each")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return dict(part)
-    if kind != "image":
+    if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
         raise FoveateError(f"a part of a message must be {PARTS}, not {_shown(part)}")
     named = [key for key in SOURCES if part.get(key) is not None]
+    if part.get("text") is not None and (named or kind == "image"):
+        raise FoveateError("a part of a message has a text and a picture: make a part of each")
+    if kind == "text":
+        return dict(part)
     if len(named) > 1:
         raise FoveateError(f"a picture of a message is given twice, as {' and '.join(named)}: give one")
     made = {key: value for key, value in part.items() if key not in SOURCES}
@@ -98,7 +98,7 @@ def kind_of(value: Any) -> str:
 
 
 def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The pictures of a conversation, as its messages give them."""
+    """The pictures of a conversation, as its messages give them. Raises `FoveateError` if one is missing."""
     parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
     if not all("image" in part for part in parts):
         raise FoveateError(f"a message has a picture's place without the picture: give {PARTS}")

@@ -77,7 +77,7 @@ def skeleton(
                 template=template,
                 options=options,
             )
-            return _with_attention(FoveateForConditionalGeneration(config), spec), processor
+            return _with_settings(FoveateForConditionalGeneration(config), spec), processor
         if spec.tiny:
             made = _tiny(spec, options, 0, template)
         else:
@@ -93,7 +93,7 @@ def skeleton(
                 vision_feature_layer=spec.vision_feature_layer,
                 preprocessor=checkpoints.read_preprocessor(vision),
             )
-    return _with_attention(made.model, spec), made.processor
+    return _with_settings(made.model, spec), made.processor
 
 
 def find_weights(spec: ModelSpec) -> None:
@@ -121,7 +121,7 @@ def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditi
             vision_feature_layer=spec.vision_feature_layer,
             dtype=DTYPES[spec.dtype],
         ).model
-    return _with_attention(model, spec)
+    return _with_settings(model, spec)
 
 
 def load_model(
@@ -135,7 +135,7 @@ def load_model(
         options=dict(options),
         dtype=DTYPES[spec.dtype],
     )
-    return _with_attention(model, spec)
+    return _with_settings(model, spec)
 
 
 def _tiny(spec: ModelSpec, options: Mapping[str, Any], seed: int, template: str | None) -> Any:
@@ -143,9 +143,11 @@ def _tiny(spec: ModelSpec, options: Mapping[str, Any], seed: int, template: str 
     return tiny_model(spec.method, options, seed, template or spec.template or DEFAULT_TEMPLATE)
 
 
-def _with_attention(
+def _with_settings(
     model: FoveateForConditionalGeneration, spec: ModelSpec
 ) -> FoveateForConditionalGeneration:
+    if spec.max_positions is not None:
+        model.config.max_positions = spec.max_positions
     try:
         model.set_attn_implementation(spec.attention)
     except (ImportError, ValueError) as error:

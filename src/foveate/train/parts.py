@@ -73,7 +73,7 @@ def parts(model: nn.Module, stage: Stage) -> list[Part]:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one under a second name -> that one, such as an LLM's tied head."""
+    """Second names of parameters -> the first, for example of an LLM's tied head."""
     first: dict[int, str] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -87,7 +87,8 @@ def _refuse_tied(tied: Mapping[str, str], pattern: str, where: str) -> None:
     for name, other in tied.items():
         if matches(name, pattern):
             raise FoveateError(
-                f"{where}: {pattern!r} shares its weights with {other.rpartition('.')[0]}: name that, for both"
+                f"{where}: {pattern!r} shares its weights with {other.rpartition('.')[0]}: "
+                "name that, for both"
             )
 
 
@@ -101,7 +102,9 @@ def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
     tied = tied_names(model)
     shared = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
     inner = {
-        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+        f"{name}.out_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
     }
     layers = [name for name in every if name not in shared | inner]
     for pattern in lora.on:
@@ -110,7 +113,8 @@ def linear_layers(model: nn.Module, lora: Lora, where: str) -> list[str]:
                 if matches(name, pattern):
                     why = "shares its weights with the embedding" if name in shared else "is read, not called"
                     raise FoveateError(
-                        f"{where}: lora.on: {name} {why}, so that an adapter on it cannot be merged: leave it out"
+                        f"{where}: lora.on: {name} {why}, so that an adapter on it cannot be "
+                        "merged: leave it out"
                     )
             raise _unmatched(model, pattern, f"{where}: lora.on")
     return [name for name in layers if any(matches(name, pattern) for pattern in lora.on)]
@@ -138,8 +142,8 @@ def add_adapters(model: nn.Module, stage: Stage, where: str) -> None:
 def train_exactly(model: nn.Module) -> None:
     """Makes what trains float32, in place: steps of fine-tuning are smaller than what bfloat16 can hold.
 
-    So are frozen norms and biases, which are small, and which not every device computes with inputs of another
-    format. Frozen weights stay as they are; autocast computes with both.
+    So are frozen norms and biases, which are small, and which not every device computes with inputs of
+    another format. Frozen weights stay as they are; autocast computes with both.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and (parameter.requires_grad or parameter.dim() < 2):

@@ -21,6 +21,7 @@ from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
 from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.model.positions import positions_of
 from foveate.model.processing import FoveateProcessor
 from foveate.model.text import TEMPLATES
 from foveate.train.models import skeleton, stage_options
@@ -109,6 +110,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
             if found.missing
             else f"{where}: no sample has a known region; check the files of regions"
         )
+    _check_positions(found, where, model)
     return Prepared(
         name=name,
         stage=stage,
@@ -123,6 +125,19 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         data=_fingerprints(stage, found),
         accumulation=stage.batch // (stage.micro_batch * devices),
     )
+
+
+def _check_positions(found: _Found, where: str, model: FoveateForConditionalGeneration) -> None:
+    """Raises `FoveateError` if a sample is longer than the LLM's positions, with what makes it fit."""
+    positions, longest = positions_of(model.config), int(found.lengths.max())
+    if positions is not None and longest > positions:
+        count = int((found.lengths > positions).sum())
+        raise FoveateError(
+            f"{where}: {count} of {len(found.lengths)} samples are longer than the LLM's {positions} "
+            f"positions, the longest has {longest} tokens: max_length={positions} leaves them out, the "
+            f"option max_visual_tokens shortens them, and model.max_positions={longest} lets them through, for an "
+            "LLM that reads beyond its positions"
+        )
 
 
 def _check_regions(stage: Stage, where: str, model: FoveateForConditionalGeneration) -> None:
@@ -163,10 +178,11 @@ def _samples(stage: Stage, where: str, seed: int, processor: FoveateProcessor) -
     measured = _measure(Samples(files, every, processor, regions), stage.workers)
     lengths = measured.lengths
     if measured.unreadable and stage.missing_pictures == "refuse":
-        some = "; ".join(measured.unreadable[:NAMED])
+        more = ["..."] if len(measured.unreadable) > NAMED else []
+        some = "; ".join(measured.unreadable[:NAMED] + more)
         raise FoveateError(
             f"{where}: {len(measured.unreadable)} of {len(every)} samples have pictures that are missing or "
-            f"broken: {some}{'; ...' if len(measured.unreadable) > NAMED else ''} (missing_pictures=leave_out "
+            f"broken: {some} (missing_pictures=leave_out "
             "trains without these samples)"
         )
     for i, (file, known) in enumerate(zip(files, regions, strict=True)):

@@ -37,6 +37,7 @@ class ModelSpec:
     template: str | None = None  # chat template; with `load`, by default the folder's own
     vision_feature_layer: int = -2  # hidden state of the tower that is used, -1 the last; not with `load`
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights in memory, and as saved
+    max_positions: int | None = None  # longest text, for an LLM that reads beyond its own positions
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class ModelSpec:
             raise FoveateError("vision and text belong together: give both")
         if self.load is None and self.method is None:
             raise FoveateError("'method' is missing: name the method that connects vision and text")
+        if self.max_positions is not None and self.max_positions < 1:
+            raise FoveateError(f"max_positions must be at least 1, not {self.max_positions}")
         if self.load is None and self.vision_tower is not None:
             raise FoveateError("vision_tower belongs to load: give the tower as vision")
 
@@ -141,7 +144,9 @@ class Stage:
             raise FoveateError(f"warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
         for name, rate in self.lrs.items():
             if rate <= 0:
-                raise FoveateError(f"lrs: {name} must be more than 0, not {rate}; freezes leaves a module out")
+                raise FoveateError(
+                    f"lrs: {name} must be more than 0, not {rate}; freezes leaves a module out"
+                )
         if self.batch % self.micro_batch:
             raise FoveateError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
 

@@ -183,8 +183,8 @@ def _refuse_changed_data(recipe: Recipe, prepared: Prepared) -> None:
     changed = changed_data(before, prepared.data)
     if changed:
         raise FoveateError(
-            f"stages.{prepared.name}: {changed} changed since the run in {recipe.output} began: choose another "
-            f"output, undo that, or delete {folder}"
+            f"stages.{prepared.name}: {changed} changed since the run in {recipe.output} began: choose "
+            f"another output, undo that, or delete {folder}"
         )
 
 
