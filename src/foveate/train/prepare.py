@@ -135,8 +135,8 @@ def _check_positions(found: _Found, where: str, model: FoveateForConditionalGene
         raise FoveateError(
             f"{where}: {count} of {len(found.lengths)} samples are longer than the LLM's {positions} "
             f"positions, the longest has {longest} tokens: max_length={positions} leaves them out, the "
-            f"option max_visual_tokens shortens them, and model.max_positions={longest} lets them through, for an "
-            "LLM that reads beyond its positions"
+            f"option max_visual_tokens shortens them, and model.max_positions={longest} lets them through, "
+            "for an LLM that reads beyond its positions"
         )
 
 
