@@ -345,7 +345,7 @@ def _located(picture: str | bytes, images: Path) -> str | bytes:
         head, comma, body = picture.partition(",")
         if not comma or not head.endswith(";base64"):
             raise FoveateError(f"{picture[:60]!r} is not a picture: a data: URL needs ;base64, and its data")
-        return decoded(body, "a data: URL")
+        return decoded(body)
     if scheme in ("http", "https"):
         raise FoveateError(f"{picture[:200]} is not fetched in training: download it and give its path")
     if len(picture) > LONGEST_PATH:

@@ -83,12 +83,12 @@ def _shown(part: Any) -> str:
     return f"{part!r:.60}"
 
 
-def decoded(text: Any, field: str) -> bytes:
-    """The bytes of a picture in base64. Raises `FoveateError` that names the field."""
+def decoded(text: str) -> bytes:
+    """The bytes of a picture in base64. Raises `FoveateError`."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except (AttributeError, ValueError):
-        raise FoveateError(f"{field} is not a picture in base64") from None
+    except ValueError:
+        raise FoveateError(f"{text[:20]!r} is not a picture in base64") from None
 
 
 def kind_of(value: Any) -> str:
