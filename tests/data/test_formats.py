@@ -275,7 +275,10 @@ MISTAKES = [
     ({"conversations": [{"from": "bot", "value": "x"}]}, "'from' of a turn is 'bot': choose one of"),
     ({"conversations": [{"from": "human"}]}, "a turn's content must be a text"),
     ({"conversations": GOOD["conversations"][:1] * 2}, "turn 2 is by the user, not the assistant"),
-    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of a message must be .*, not of type .video."),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        "a part of a message must be .*, not of type .video.",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "1 <image> in its texts for 0 pictures",
