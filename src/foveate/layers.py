@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
@@ -18,6 +19,18 @@ def mlp_projector(vision: int, text: int, depth: int = 2) -> nn.Sequential:
         layers += [nn.GELU()] if i else []
         layers += [nn.Linear(wide_in, wide_out)]
     return nn.Sequential(*layers)
+
+
+def projected(layer: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """The i-th of a layer's equal parts, of the i-th input: several projections held by one linear layer.
+
+    Only those parts are computed, unless the layer is more than a linear one: adapters and quantised weights
+    need to be called.
+    """
+    if type(layer) is not nn.Linear:
+        return [layer(x).chunk(len(inputs), -1)[i] for i, x in enumerate(inputs)]
+    weights, biases = layer.weight.chunk(len(inputs)), layer.bias.chunk(len(inputs))
+    return [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
 
 
 def exact(x: Tensor) -> torch.autocast:

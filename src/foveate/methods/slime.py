@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.layers import exact, mlp_projector
+from foveate.layers import exact, mlp_projector, projected
 from foveate.methods.base import (
     Connector,
     Method,
@@ -202,7 +202,7 @@ class QueryFormer(nn.Module):
         query = self.query_norm(self.queries[None]) + self.positions  # (1, Q, C), shared by all views
         value = self.feature_norm(features)
         key = value + self.source_positions()
-        parts = (self.project_in(x).chunk(3, -1)[i] for i, x in enumerate((query, key, value)))
+        parts = projected(self.project_in, query, key, value)
         query, key, value = map(self._split, parts)  # (1 or V, heads, Q or N, C / heads)
         read = F.scaled_dot_product_attention(query.expand(len(features), -1, -1, -1), key, value)
         return self.output_norm(self.project_out(read.transpose(1, 2).flatten(2)))
