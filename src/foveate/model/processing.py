@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
-from foveate import upstream
 from foveate.errors import FoveateError
 from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.model import checkpoints
+from foveate.model.rendering import check_template, marked_answers
 from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
@@ -378,7 +377,7 @@ class FoveateProcessor(ProcessorMixin):
         spans = []
         if learn:
             names = self.tokenizer.special_tokens_map
-            spans = upstream.marked_answers(self.chat_template, without_pictures(messages), **names)
+            spans = marked_answers(self.chat_template, without_pictures(messages), **names)
         bos = self.tokenizer.bos_token
         short, learnt = self._tokens(text, spans, bos is None or not text.startswith(bos))
         if short.count(self.image_token_id) != len(plans):
@@ -452,10 +451,8 @@ class FoveateProcessor(ProcessorMixin):
                 "the model's folder has no chat_template.jinja: name the template that it was trained with, "
                 f"one of {', '.join(TEMPLATES)}"
             )
-        try:
-            return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
-        except TemplateError as error:
-            raise FoveateError(f"the chat template is broken: {error}; name another template") from error
+        check_template(self, conversations, kwargs)
+        return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
 
     def answer_end(self) -> int | None:
         """The special token with which the chat template ends an answer; None if it uses none."""

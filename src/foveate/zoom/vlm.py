@@ -15,6 +15,7 @@ from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError, check_text, missing_extra, report_keys
 from foveate.model.config import FoveateConfig
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.rendering import check_template
 from foveate.picture.geometry import Size
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
@@ -138,6 +139,7 @@ class VLM:
         Raises `FoveateError` for pictures and texts that the processor does not accept, and for more than
         the LLM has positions for.
         """
+        check_template(self.processor, conversations, {"add_generation_prompt": True})
         try:
             inputs = self.processor.apply_chat_template(
                 list(conversations),
