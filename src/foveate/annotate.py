@@ -497,6 +497,8 @@ def annotate_data(
     out: str | Path,
     *,
     model: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
     images: str | Path | None = None,
     split: str = "train",
     rule: RegionRule | None = None,
@@ -515,6 +517,8 @@ def annotate_data(
         data: `.json` or `.jsonl` of conversations, or a dataset of the `datasets` library.
         out: `.jsonl` file for the boxes.
         model: as for `VLM.load`.
+        revision: as for `VLM.load`.
+        subfolder: as for `VLM.load`.
         images: folder that picture paths start from; by default the file's own.
         split: of a dataset.
         rule: how relevance becomes a region.
@@ -539,7 +543,7 @@ def annotate_data(
     if device is None and "LOCAL_RANK" in os.environ and choose_device() == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     detect = None if detector is None else load_detector(detector, device or choose_device())
-    vlm = VLM.load(model, device, dtype)
+    vlm = VLM.load(model, device, dtype, revision=revision, subfolder=subfolder)
     settings = Settings(
         data=str(data),
         fingerprint=source.fingerprint,

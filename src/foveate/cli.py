@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
@@ -42,6 +43,10 @@ app.add_typer(lab, name="lab")
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")
 ]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the model on the hub; by default main.")
+]
+Subfolder = Annotated[str, typer.Option(help="The folder inside the model's that holds it.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best available.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; by default one that suits the device.")
@@ -86,6 +91,8 @@ def ask(
     max_new_tokens: NewTokens = 256,
     device: Device = None,
     dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -101,7 +108,7 @@ def ask(
     image = read_picture(picture, _limits(max_pixels, allow_private))
     if out is not None:
         drawing_path(out)  # before the model loads
-    foveate = _load(model, device, dtype, vision_tower, method, template, option)
+    foveate = _load(model, revision, subfolder, device, dtype, vision_tower, method, template, option)
     console = Console()
     live = not as_json and _can_stream(foveate)
     answers = []
@@ -132,6 +139,8 @@ def chat(
     max_new_tokens: NewTokens = 256,
     device: Device = None,
     dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -143,7 +152,7 @@ def chat(
     from foveate.picture.reading import read_picture
 
     image = read_picture(picture, _limits(max_pixels, allow_private))
-    foveate = _load(model, device, dtype, vision_tower, method, template, option)
+    foveate = _load(model, revision, subfolder, device, dtype, vision_tower, method, template, option)
     from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
 
@@ -174,6 +183,8 @@ def inspect(
         str | None, typer.Option(help="A method's name, or all; by default all, or that of --model.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id whose shapes are used.")] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     text_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Length of the text around the picture.")
     ] = 64,
@@ -193,10 +204,15 @@ def inspect(
     _quiet()
     from foveate.methods import EVERY, method_class, usable_methods
 
-    if method is None and model is not None:
+    config = None
+    if model is not None:
         from foveate.model.checkpoints import read_config
+        from foveate.model.folders import Hub
 
-        method = read_config(model).method
+        config = read_config(model, hub=Hub(revision, subfolder))
+        method = method or config.method
+    elif revision is not None or subfolder:
+        raise FoveateError("--revision and --subfolder belong to --model: give one")
     if method in (None, EVERY):
         kinds, problems = usable_methods()
         for problem in problems:
@@ -205,7 +221,7 @@ def inspect(
         kinds = {method: method_class(method)}
     rows: dict[str, Any] = {}
     for name, kind in kinds.items():
-        pricer = _pricer(name, model, _given(option))
+        pricer = _pricer(name, config, _given(option))
         rows[name] = {"title": kind.title, **pricer.price(size, text_tokens).to_dict()}
         turns = pricer.turns(size, text_tokens)
         if len(turns) > 1:
@@ -250,6 +266,8 @@ def compose(
     out: Annotated[Path, typer.Argument(help="The new model's folder.")],
     vision: Annotated[str | None, typer.Option(help="Vision tower: folder or hub id.")] = None,
     text: Annotated[str | None, typer.Option(help="Causal LM: folder or hub id.")] = None,
+    vision_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of --vision.")] = None,
+    text_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of --text.")] = None,
     method: Annotated[
         str | None, typer.Option(help="A method's name; by default llava, or that of --connector.")
     ] = None,
@@ -272,6 +290,8 @@ def compose(
         )
     if tiny == bool(vision or text) or bool(vision) != bool(text):
         raise FoveateError("give --vision and --text, or --tiny alone")
+    if tiny and (vision_revision or text_revision):
+        raise FoveateError("--vision-revision and --text-revision belong to --vision and --text")
     with new_folder(out) as part:
         if tiny:
             from foveate.methods import DEFAULT
@@ -282,7 +302,16 @@ def compose(
             from foveate.composing import compose as compose_parts
 
             assert vision is not None and text is not None
-            made = compose_parts(vision, text, method, _given(option), connector=connector, template=template)
+            made = compose_parts(
+                vision,
+                text,
+                method,
+                _given(option),
+                connector=connector,
+                template=template,
+                vision_revision=vision_revision,
+                text_revision=text_revision,
+            )
         _save(made, part)
     Console().print(f"model written to {out}")
 
@@ -291,6 +320,8 @@ def compose(
 def convert(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a released checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The new folder, in Foveate's own layout.")],
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -299,7 +330,10 @@ def convert(
 ) -> None:
     """Rewrite a released checkpoint in Foveate's own layout."""
     with new_folder(out) as part:
-        _save(_load(model, "cpu", dtype or "float32", vision_tower, method, template, option), part)
+        made = _load(
+            model, revision, subfolder, "cpu", dtype or "float32", vision_tower, method, template, option
+        )
+        _save(made, part)
     Console().print(f"model written to {out}")
 
 
@@ -332,6 +366,8 @@ def annotate(
         Path, typer.Option(help="Boxes, one question a line: .jsonl. The authors' format beside it.")
     ],
     model: Model = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
     images: Annotated[Path | None, typer.Option(help="Folder that picture paths start from.")] = None,
     split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
     batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
@@ -369,6 +405,8 @@ def annotate(
         data,
         out,
         model=model,
+        revision=revision,
+        subfolder=subfolder,
         images=images,
         split=split,
         rule=rule,
@@ -419,6 +457,8 @@ def _print_error(sentence: str) -> None:
 
 def _load(
     model: str | None,
+    revision: str | None,
+    subfolder: str,
     device: str | None,
     dtype: str | None,
     tower: str | None,
@@ -439,6 +479,8 @@ def _load(
         method=method,
         template=template,
         options=_given(option),
+        revision=revision,
+        subfolder=subfolder,
     )
 
 
@@ -464,15 +506,13 @@ def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
-def _pricer(method: str, model: str | None, options: dict[str, Any]) -> Any:
+def _pricer(method: str, given: Any, options: dict[str, Any]) -> Any:
     from foveate.methods import method_class
     from foveate.model.cost import Pricer, reference_config
 
-    if model is None:
+    if given is None:
         return Pricer(reference_config(method, merged(method_class(method).Options, {}, options)))
-    from foveate.model.checkpoints import read_config
-
-    config = read_config(model)
+    config = copy.deepcopy(given)
     if config.method != method:
         config.method, config.options = method, {}
     config.options = merged(method_class(method).Options, config.options, options)

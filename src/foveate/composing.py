@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from foveate.errors import FoveateError, report_keys
+from foveate.errors import FoveateError, one_sentence, report_keys
 from foveate.methods import DEFAULT, method_class
 from foveate.model import checkpoints
+from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
+from foveate.model.folders import Hub, local_folder
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, image_processor_for
 from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
@@ -40,6 +42,9 @@ def compose(
     vision_feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
     preprocessor: Mapping[str, Any] | None = None,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    **hub: Any,
 ) -> Foveate:
     """Builds a model with pretrained (or, from a configuration, random) parts and a fresh connector.
 
@@ -55,11 +60,17 @@ def compose(
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
         dtype: of all weights.
         preprocessor: mean and std of the tower, if `vision` is not a folder or id.
+        vision_revision: branch, tag or commit of `vision` on the hub.
+        text_revision: the same of `text`.
+        **hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `foveate.load`, for all.
 
     Raises:
         FoveateError: parts that are missing or do not fit.
     """
-    stage = None if connector is None else checkpoints.stage_files(connector)
+    place = Hub.of(hub, "compose")
+    if place != place.parts():
+        raise FoveateError("compose takes two models: give vision_revision or text_revision")
+    stage = None if connector is None else checkpoints.stage_files(connector, place)
     if stage is not None:
         if method not in (None, stage.released.method):
             raise FoveateError(f"method is {method}, but {connector} was made for {stage.released.method}")
@@ -68,13 +79,14 @@ def compose(
     kind = method_class(method)  # checked before any weights are read
     options = merged(kind.Options, {} if stage is None else stage.options, options)
     build_options(kind.Options, options, where=f"options of method {kind.title}")
-    vision_config, tower, found = _vision(vision, dtype)
-    text_config, language_model = _text(text, dtype)
+    vision_config, tower, found = _vision(vision, dtype, replace(place, revision=vision_revision))
+    text_config, language_model = _text(text, dtype, replace(place, revision=text_revision))
     vision_config.name_or_path = text_config.name_or_path = ""  # a saved model must not hold local paths
     if tokenizer is None:
         if not isinstance(text, (str, Path)):
             raise FoveateError("compose needs a tokenizer if text is not a folder or a hub id")
-        tokenizer, image_token_id = load_tokenizer(checkpoints.local_folder(text))
+        folder, _ = with_base(text, replace(place, revision=text_revision))
+        tokenizer, image_token_id = load_tokenizer(folder)
     else:
         image_token_id = prepare_tokenizer(tokenizer)
     text_config.vocab_size = max(text_config.vocab_size, image_token_id + 1)
@@ -91,7 +103,7 @@ def compose(
     model = FoveateForConditionalGeneration(config).to(dtype)
     if model.device.type != "meta":
         own = model.method.tower_weights
-        weights = None if own is None else checkpoints.read_tensors(checkpoints.local_folder(own))
+        weights = None if own is None else checkpoints.read_tensors(local_folder(own, place))
         model.method.fill_tower(model.vision_tower, tower, weights)
     if stage is not None:
         checkpoints.fill_connector(model, stage)
@@ -111,24 +123,29 @@ def compose(
     return Foveate(model.eval(), processor)
 
 
-def _vision(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None, Mapping[str, Any]]:
+def _vision(
+    part: Part, dtype: torch.dtype, hub: Hub
+) -> tuple[Any, PreTrainedModel | None, Mapping[str, Any]]:
     if isinstance(part, PreTrainedModel):
         return copy.deepcopy(part.config), part, {}
     if isinstance(part, PreTrainedConfig):
         return copy.deepcopy(part), None, {}
-    folder = checkpoints.local_folder(part)
+    folder = local_folder(part, hub)
     config = checkpoints.vision_config_of(folder)
-    kind = type(AutoModel.from_config(config, trust_remote_code=False))
+    with one_sentence(f"{folder}: its config.json is of no tower that can be built"):
+        kind = type(AutoModel.from_config(config, trust_remote_code=False))
     return config, _pretrained(kind, folder, config, dtype), checkpoints.read_preprocessor(folder)
 
 
-def _text(part: Part, dtype: torch.dtype) -> tuple[Any, PreTrainedModel | None]:
+def _text(part: Part, dtype: torch.dtype, hub: Hub) -> tuple[Any, PreTrainedModel | None]:
     if isinstance(part, PreTrainedModel):
         return copy.deepcopy(part.config), part
     if isinstance(part, PreTrainedConfig):
         return copy.deepcopy(part), None
-    folder = checkpoints.local_folder(part)
+    folder, adapter = with_base(part, hub)
     model = _pretrained(AutoModelForCausalLM, folder, checkpoints.config_of(folder), dtype)
+    if adapter is not None:
+        model = merge(model, adapter, checkpoints.read_files)
     return copy.deepcopy(model.config), model
 
 
@@ -136,12 +153,10 @@ def _pretrained(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.
     """A part with its weights. Raises `FoveateError` if they are missing or broken."""
     checkpoints.weight_files(folder)
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
-    try:
+    with one_sentence(f"the weights in {folder} cannot be read"):
         model, info = kind.from_pretrained(
             folder, config=config, dtype=dtype, trust_remote_code=False, **options
         )
-    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
-        raise FoveateError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
     # a pooling head is never read, and many towers are released without one
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     mismatched = [key for key, *_ in info["mismatched_keys"]]

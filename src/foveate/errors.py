@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +55,35 @@ def check_text(text: object, what: str) -> None:
         raise FoveateError(
             f"{what} is not text at character {error.start}: half of a pair of surrogates"
         ) from None
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turns whatever another package raises for files that make no sense into a `FoveateError`.
+
+    Missing packages and lack of memory stay as they are; so do errors that a version of transformers which
+    was not tested may cause.
+
+    Args:
+        what: the sentence's beginning, with the file's or folder's name.
+    """
+    from foveate.versions import MOVED, untested
+
+    try:
+        yield
+    except (FoveateError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, MOVED) and untested()):
+            raise
+        raise FoveateError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def report_keys(

@@ -17,14 +17,17 @@ transformers looks them up by name in our classes; they are tested there too:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from types import FunctionType
 from typing import Any
 
+from jinja2 import Environment, Template
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # The LLM's key and value cache is called `past_key_values` up to transformers 5.23 and `cache` after it: the
@@ -59,21 +62,31 @@ def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any
     return {**config.update(**rest), "generation_config": config}
 
 
-# The character spans of a template's `generation` blocks; public functions give a mask of tokens only.
-def marked_answers(
-    template: str, messages: Sequence[Mapping[str, Any]], **names: Any
-) -> list[tuple[int, int]]:
-    """Start and end, in characters, of the answers in a chat template's text.
+# The environment of chat templates, with transformers' own filters, is made where a template is compiled.
+def template_environment() -> Environment:
+    """The environment in which transformers renders chat templates; not to be changed."""
+    return chat_template_utils._compile_jinja_template("").environment
+
+
+# `render_jinja_template` gets its template from `_compile_jinja_template`; spans of the `generation` blocks
+# come from it alone, as public functions give a mask of tokens only.
+def rendered(
+    compiled: Callable[[str], Template], conversations: Sequence[Any], template: str, **names: Any
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Texts of conversations as transformers renders them, with a template that `compiled` makes.
 
     Args:
+        compiled: Jinja source -> template of `template_environment` or one that does the same.
+        conversations: lists of messages.
         template: Jinja source.
-        messages: one conversation.
-        **names: further variables of the template.
+        **names: further variables of the template; `return_assistant_tokens_mask` asks for the second result.
+
+    Returns:
+        The texts; and start and end, in characters, of the answers in each.
     """
-    _, ((*spans,),) = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=True, **names
-    )
-    return spans
+    known = {**vars(chat_template_utils), "_compile_jinja_template": compiled}
+    render = FunctionType(render_jinja_template.__code__, known, argdefs=render_jinja_template.__defaults__)
+    return render(conversations, chat_template=template, **names)
 
 
 def settings_of(default: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:

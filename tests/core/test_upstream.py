@@ -28,6 +28,7 @@ from foveate import upstream
 from foveate.model import registration
 from foveate.model.cost import FlopCounter
 from foveate.model.modeling import EncodedPictures, FoveateOutput
+from foveate.model.rendering import marked_answers
 from foveate.tiny import tiny_model, tiny_text
 from foveate.zoom.vlm import _loads_by_itself
 from tests.support import chat, checkpoint_activations, gap, picture
@@ -67,8 +68,22 @@ def test_a_template_s_marks_are_spans_of_its_text() -> None:
     said = [
         {"role": role, "content": word} for role, word in zip(roles, ("Why?", "So.", "", "No"), strict=True)
     ]
-    spans = upstream.marked_answers(template, said, end="|")
+    spans = marked_answers(template, said, end="|")
     assert ["Why?So.|No|"[start:end] for start, end in spans] == ["So.|", "No|"]
+
+
+def test_templates_are_rendered_with_the_one_that_is_given() -> None:
+    """In an environment of transformers: without its filter the JSON would have `\\u00e9`."""
+    made = []
+
+    def compiled(source: str) -> Any:
+        made.append(source)
+        return upstream.template_environment().from_string(source + "{{ ['é']|tojson }}")
+
+    said = [{"role": "user", "content": "Why?"}]
+    texts, _ = upstream.rendered(compiled, [said, said], "{{ messages[0].content }}")
+    assert texts == ['Why?["é"]'] * 2
+    assert made == ["{{ messages[0].content }}"]
 
 
 def test_cache_keys_and_values(read: Any) -> None:

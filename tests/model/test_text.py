@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from foveate import FoveateError, FoveateProcessor, upstream
+from foveate import FoveateError, FoveateProcessor
+from foveate.model.rendering import marked_answers
 from foveate.model.text import (
     TEMPLATES,
     answers_in,
@@ -181,7 +182,7 @@ def test_answers_are_found_in_a_text(processor: FoveateProcessor, first: int, co
     messages = normalise_messages(TOLD[first : 1 + count])
     text = processor.apply_chat_template(messages)
     names = processor.tokenizer.special_tokens_map
-    marked = upstream.marked_answers(processor.chat_template, messages, **names)
+    marked = marked_answers(processor.chat_template, messages, **names)
     assert len(marked) == count // 2
     found = answers_in(text, processor.apply_chat_template)
     assert found == ([] if name_of(processor) in ("plain", "bare") else marked)

@@ -16,6 +16,7 @@ from foveate.ask.engine import MEMORY, Engine
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError
 from foveate.files import changed_folder
+from foveate.model.folders import Hub, found
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import ViewPlan
@@ -38,12 +39,14 @@ def load(
     options: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
     limits: Limits = LIMITS,
+    **hub: Any,
 ) -> Foveate:
     """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
 
     Args:
-        model: folder or Hugging Face hub id; by default the embedded model, which has learnt the lab's
-            coloured shapes and signs with letters, digits and words on them, and nothing else.
+        model: folder or Hugging Face hub id, also of a LoRA adapter; by default the embedded model, which
+            has learnt the lab's coloured shapes and signs with letters, digits and words on them, and nothing
+            else.
         device: by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what is fast and safe on the device.
         vision_tower: folder or hub id of the vision tower, for original LLaVA checkpoints that keep it apart.
@@ -52,27 +55,29 @@ def load(
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
         max_positions: the longest conversation in tokens; by default what the LLM has positions for.
         limits: on the pictures that are read.
+        **hub: as in transformers, `revision`, a branch, tag or commit; `subfolder`; `token`; `cache_dir`;
+            `local_files_only`; `force_download`. The last four also count for a tower that is kept apart.
 
     Returns:
         The model; `device` and `dtype` show what was chosen.
 
     Raises:
-        FoveateError: no such folder, unknown layout, missing weights or tokenizer, wrong options.
+        FoveateError: no such folder or revision, unknown layout, missing weights or tokenizer, wrong options.
     """
+    place = Hub.of(hub, "load")
     device = usable_device(device)
     number_format = usable_dtype(dtype, device)
     model = EMBEDDED if model is None else model
-    processor = FoveateProcessor.from_pretrained(
-        model, vision_tower=vision_tower, method=method, template=template, options=options
-    )
+    folder = found(model, place)  # once: both come from the same commit
+    given: dict[str, Any] = {"vision_tower": vision_tower, "method": method, **place.parts().arguments()}
+    processor = FoveateProcessor.from_pretrained(folder, template=template, options=options, **given)
     processor.image_processor.limits = limits
     network = FoveateForConditionalGeneration.from_pretrained(
-        model,
-        vision_tower=vision_tower,
-        method=method,
+        folder,
         options=dict(options or {}),
         max_positions=max_positions,
         dtype=number_format,
+        **given,
     )
     if template is not None:
         network.stop_at(processor.answer_end())

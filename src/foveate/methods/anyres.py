@@ -15,6 +15,7 @@ number. We follow the port, whose processor counts the same way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError
-from foveate.layers import mlp_projector
+from foveate.layers import Activation, mlp_projector
 from foveate.methods.base import (
     Connector,
     Method,
@@ -37,7 +38,7 @@ from foveate.methods.base import (
     flat,
     square_grid,
 )
-from foveate.methods.layouts import HF_PROJECTOR, Layout
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, hf_activation, known_projector
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -60,6 +61,7 @@ class AnyResOptions(MethodOptions):
     # Grids to choose from, as rows and columns of tiles: the five of LLaVA-1.6. Empty: the global view alone.
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     projector_depth: int = 2  # linear layers of the projector
+    activation: Activation = "gelu"  # between them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,10 +88,10 @@ def token_sources(plan: ViewPlan, grid: Size) -> np.ndarray:
 
 
 class AnyResConnector(Connector):
-    def __init__(self, widths: Widths, depth: int, grid: Size) -> None:
+    def __init__(self, widths: Widths, depth: int, grid: Size, activation: Activation = "gelu") -> None:
         super().__init__()
         self.grid = grid
-        self.projector = mlp_projector(widths.vision, widths.text, depth)
+        self.projector = mlp_projector(widths.vision, widths.text, depth, activation)
         self.newline = nn.Parameter(torch.randn(widths.text) * widths.text**-0.5)
         self._sources = lru_cache(maxsize=4096)(token_sources)
 
@@ -153,13 +155,43 @@ class AnyRes(Method):
         return [None if s == NEWLINE else places[s] for s in token_sources(plan, self.tower.grid)]
 
     def build_connector(self, widths: Widths) -> AnyResConnector:
-        return AnyResConnector(widths, self.options.projector_depth, self.tower.grid)
+        options = self.options
+        return AnyResConnector(widths, options.projector_depth, self.tower.grid, options.activation)
 
 
 def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     side = config["vision_config"]["image_size"]
     pinpoints = preprocessor.get("image_grid_pinpoints") or config["image_grid_pinpoints"]
-    return {"grids": [[height // side, width // side] for height, width in pinpoints]}
+    grids = [[height // side, width // side] for height, width in pinpoints]
+    return {"grids": grids, **hf_activation(config)}
+
+
+def _original_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' pinpoints are widths and heights, multiples of the tower's side."""
+    pinpoints, merge = config.get("image_grid_pinpoints"), config.get("mm_patch_merge_type")
+    if merge != "spatial_unpad":
+        raise FoveateError(
+            f"config.json: mm_patch_merge_type {merge!r} is not supported, only 'spatial_unpad'"
+        )
+    if not (
+        isinstance(pinpoints, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(_side, pair)) for pair in pinpoints)
+    ):
+        raise FoveateError(
+            "config.json: image_grid_pinpoints should be a list of widths and heights in pixels"
+        )
+    given = preprocessor.get("crop_size") or preprocessor.get("size")
+    if isinstance(given, Mapping):
+        given = given.get("height", given.get("shortest_edge"))
+    side = given if _side(given) else math.gcd(*(n for pair in pinpoints for n in pair))
+    return {
+        "grids": [[height // side, width // side] for width, height in pinpoints],
+        "projector_depth": connector_options(config)["projector_depth"],
+    }
+
+
+def _side(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 AnyRes.layouts = (
@@ -171,6 +203,17 @@ AnyRes.layouts = (
         keys={
             **HF_PROJECTOR,
             r"^(?:model\.)?image_newline$": "connector.newline",
+        },
+    ),
+    Layout(
+        name="liuhaotian/llava-v1.6-*",
+        family="original",
+        recognises=lambda config: known_projector(config) and config.get("image_aspect_ratio") == "anyres",
+        options=_original_options,
+        keys={
+            r"^model\.mm_projector\.(\d)\.": r"connector.projector.\1.",
+            r"^model\.mm_projector\.(weight|bias)$": r"connector.projector.0.\1",
+            r"^model\.image_newline$": "connector.newline",
         },
     ),
 )

@@ -45,7 +45,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.layers import mlp_projector
+from foveate.layers import Activation, mlp_projector
 from foveate.methods.base import (
     IMAGE_TOKEN,
     Connector,
@@ -59,7 +59,7 @@ from foveate.methods.base import (
     Widths,
     flat,
 )
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, hf_activation, known_projector
 from foveate.picture.boxes import Frame, ReadBox, box_format, checked_box, fitted, read_box, write_box
 from foveate.picture.geometry import Box, Size, View, ViewPlan, padded_square, whole
 
@@ -101,6 +101,7 @@ FURTHER = "Now answer the following questions based on the raw image: "  # befor
 class ChainOfSpotOptions(MethodOptions):
     retired: ClassVar[Mapping[str, Any]] = {"least_side": 14, "region_tokens": 64}
     projector_depth: int = 2  # linear layers of the projector
+    activation: Activation = "gelu"  # between them
     wording: Literal["paper", "released"] = "paper"  # of the two instructions
     box_format: str = "unit_xxyy"  # a name in foveate.picture.boxes.BOX_FORMATS
     parser: Literal["strict", "authors"] = "strict"  # what is read as a box
@@ -124,9 +125,9 @@ class ChainOfSpotOptions(MethodOptions):
 
 
 class ChainOfSpotConnector(Connector):
-    def __init__(self, widths: Widths, depth: int) -> None:
+    def __init__(self, widths: Widths, depth: int, activation: Activation = "gelu") -> None:
         super().__init__()
-        self.projector = mlp_projector(widths.vision, widths.text, depth)
+        self.projector = mlp_projector(widths.vision, widths.text, depth, activation)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         return VisualTokens(flat(self.projector(features)))  # (V, N, C) -> (V N, D)
@@ -158,7 +159,7 @@ class ChainOfSpot(Method):
         return ViewPlan(picture, (padded_square(picture, self.tower.image_size),), (view,), self.tower.tokens)
 
     def build_connector(self, widths: Widths) -> ChainOfSpotConnector:
-        return ChainOfSpotConnector(widths, self.options.projector_depth)
+        return ChainOfSpotConnector(widths, self.options.projector_depth, self.options.activation)
 
     # Asking: equations 2 and 3.
 
@@ -431,7 +432,7 @@ ChainOfSpot.layouts = (
         family="hf",
         only_named=True,
         recognises=lambda config: config.get("model_type") == "llava" and "vision_config" in config,
-        options=lambda config, preprocessor: {},
+        options=lambda config, preprocessor: hf_activation(config),
         keys=HF_PROJECTOR,
     ),
     Layout(

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from foveate.errors import FoveateError
+from foveate.layers import Activation
+
 Json: TypeAlias = dict[str, Any]
 
 
@@ -33,6 +36,7 @@ class Layout:
             identify the layout; such layouts are tried before the others.
         only_named: these checkpoints look like another method's: they are read as this method's only if it is
             named.
+        reads: further `mm_*` keys of config.json that `options` reads.
         template: chat template that these checkpoints were trained with; None: their folder's own, and for
             `original` ones that of their LLM.
     """
@@ -48,6 +52,7 @@ class Layout:
     connector_files: tuple[str, ...] = ()
     told_by: str | None = None
     only_named: bool = False
+    reads: tuple[str, ...] = ()
     template: str | None = None
 
 
@@ -68,6 +73,17 @@ HF_PROJECTOR = {  # the two linear layers of transformers' LLaVA classes
     r"^(?:model\.)?multi_modal_projector\.linear_1\.": "connector.projector.0.",
     r"^(?:model\.)?multi_modal_projector\.linear_2\.": "connector.projector.2.",
 }
+# `projector_hidden_act` of transformers' LLaVA classes -> ours; three of them are the same function.
+HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 PROJECTORS = {"linear": 1, "mlp2x_gelu": 2}  # `mm_projector_type` of original checkpoints -> linear layers
 BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never read
 
@@ -75,6 +91,15 @@ BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never 
 def known_projector(config: Mapping[str, Any]) -> bool:
     """Whether an original checkpoint's projector is linear, or linear layers with GELU between."""
     return config.get("mm_projector_type", "linear") in PROJECTORS
+
+
+def hf_activation(config: Mapping[str, Any]) -> Json:
+    """The option of the projector's activation, of checkpoints of transformers' LLaVA classes."""
+    name = config.get("projector_hidden_act", "gelu")
+    if name not in HF_ACTIVATIONS:
+        known = ", ".join(HF_ACTIVATIONS)
+        raise FoveateError(f"config.json: projector_hidden_act {name!r} is not one of {known}")
+    return {"activation": HF_ACTIVATIONS[name]}
 
 
 def connector_options(config: Mapping[str, Any]) -> Json:

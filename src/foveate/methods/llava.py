@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from foveate.layers import mlp_projector
+from foveate.layers import Activation, mlp_projector
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, known_projector
+from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, hf_activation, known_projector
 from foveate.picture.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 
 
@@ -30,12 +30,13 @@ from foveate.picture.geometry import Size, View, ViewPlan, centre_cropped, padde
 class LlavaOptions(MethodOptions):
     fit: Literal["pad", "crop", "squash"] = "pad"  # how a picture becomes a square
     projector_depth: int = 2  # linear layers of the projector
+    activation: Activation = "gelu"  # between them
 
 
 class LlavaConnector(Connector):
-    def __init__(self, widths: Widths, depth: int) -> None:
+    def __init__(self, widths: Widths, depth: int, activation: Activation = "gelu") -> None:
         super().__init__()
-        self.projector = mlp_projector(widths.vision, widths.text, depth)
+        self.projector = mlp_projector(widths.vision, widths.text, depth, activation)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         return VisualTokens(flat(self.projector(features)))  # (V, N, C) -> (V N, D)
@@ -62,13 +63,13 @@ class Llava(Method):
         return ViewPlan(picture, (canvas,), (view,), self.tower.tokens)
 
     def build_connector(self, widths: Widths) -> LlavaConnector:
-        return LlavaConnector(widths, self.options.projector_depth)
+        return LlavaConnector(widths, self.options.projector_depth, self.options.activation)
 
 
 def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    if preprocessor.get("do_pad"):
-        return {"fit": "pad"}
-    return {"fit": "crop" if preprocessor.get("do_center_crop", True) else "squash"}
+    cropped = preprocessor.get("do_center_crop") is not False
+    fit = "pad" if preprocessor.get("do_pad") else "crop" if cropped else "squash"
+    return {"fit": fit, **hf_activation(config)}
 
 
 Llava.layouts = (

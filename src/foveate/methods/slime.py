@@ -549,6 +549,7 @@ Slime.layouts = (
         drops=(r"^model\.mm_projector\.(mean|std)$",),  # for a load-balancing loss that is never used
         optional=(r"^connector\.adapter\.noise$",),
         separator="seperator",
+        reads=("mm_resampler_dim", "mm_resampler_topp", "mm_resampler_temp", "mm_learnable_gated"),
         connector_files=("mm_projector.bin", "sampler.bin"),
     ),
 )

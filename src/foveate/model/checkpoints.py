@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
-from foveate.errors import FoveateError, report_keys
+from foveate.errors import FoveateError, first_line, one_sentence, report_keys
 from foveate.methods import method_class, usable_methods
 from foveate.methods.layouts import Json, Layout, convert_key
+from foveate.model.adapters import with_base
+from foveate.model.folders import HERE, Hub, local_folder, read_json, shown
+from foveate.model.foreign import check_config, check_parts
 from foveate.model.text import load_tokenizer
 
 ORIGINAL_MODEL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -44,52 +46,6 @@ class Released:
         return ORIGINAL_TEMPLATES.get(_original_text_type(self.config), "vicuna_v1")
 
 
-def local_folder(name: str | Path) -> Path:
-    """The folder of a model given as a path or as an id on the Hugging Face hub.
-
-    Raises `FoveateError` if there is neither, or if the folder has no config.json.
-    """
-    folder = Path(name)
-    if not folder.exists():
-        folder = _download(str(name))
-    if not folder.is_dir():
-        raise FoveateError(f"{name} is a file: give the model's folder")
-    if not (folder / "config.json").is_file():
-        raise FoveateError(f"{folder} has no config.json: it is not a model folder")
-    return folder
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FoveateError(f"no model folder at {name}")
-    try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FoveateError(
-            f"no model folder at {name}, and the Hugging Face hub did not give it ({type(error).__name__})"
-        ) from error
-
-
-def read_json(path: Path) -> Json:
-    """A JSON file as a dictionary; {} if the file does not exist. Raises `FoveateError` if broken."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FoveateError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FoveateError(f"{path} should hold a JSON object")
-    return value
-
-
 def read_preprocessor(folder: Path) -> Json:
     """A folder's picture preprocessing, from either file where transformers saves it; or {}."""
     own = read_json(folder / "processor_config.json").get("image_processor", {})
@@ -97,19 +53,20 @@ def read_preprocessor(folder: Path) -> Json:
 
 
 def recognise(
-    folder: Path, vision_tower: str | Path | None = None, method: str | None = None
+    folder: Path, vision_tower: str | Path | None = None, method: str | None = None, hub: Hub = HERE
 ) -> Released | None:
     """The released layout of a folder; None if it is Foveate's own. Raises `FoveateError` if unknown.
 
-    With `method`, only that method's layouts count.
+    With `method`, only that method's layouts count. `hub` says how the tower is looked for.
     """
     config = read_json(folder / "config.json")
+    check_parts(config, str(folder / "config.json"))
     if config.get("model_type") == "foveate":
         if vision_tower is not None:
             raise FoveateError(f"{folder} has its own vision tower: leave out the one given")
         return None
     released = _layout_of(folder, config, method)
-    released.vision_tower = _tower_folder(released, vision_tower)
+    released.vision_tower = _tower_folder(released, vision_tower, hub)
     released.preprocessor = read_preprocessor(folder)
     if not released.preprocessor and released.vision_tower:
         released.preprocessor = read_preprocessor(released.vision_tower)
@@ -135,6 +92,7 @@ def _layout_of(folder: Path, config: Json, named: str | None = None) -> Released
     ]
     for method, layout in alike:
         if _told(folder, layout):
+            check_config(layout, config, str(folder / "config.json"))
             return Released(folder, config, layout, method)
     if alike:
         names = ", ".join(f"{layout.name} (none matches {layout.told_by})" for _, layout in alike)
@@ -167,7 +125,7 @@ def _weight_keys(folder: Path, layout: Layout) -> Iterable[str]:
             with safe_open(path, "np") as file:
                 return list(file.keys())
         if path.is_file():
-            return _read_files(folder, [name])
+            return read_files(folder, [name])
     return ()
 
 
@@ -177,12 +135,17 @@ def _family(config: Json) -> str | None:
     return "original" if "mm_vision_tower" in config else None
 
 
-def _tower_folder(released: Released, given: str | Path | None) -> Path | None:
+def _tower_folder(released: Released, given: str | Path | None, hub: Hub) -> Path | None:
     if given is not None:
-        return local_folder(given)
+        return local_folder(given, hub.parts())
     if released.layout.family == "hf":
         return None
-    return local_folder(released.config["mm_vision_tower"])
+    named = released.config["mm_vision_tower"]
+    if not isinstance(named, str) or not named:
+        raise FoveateError(
+            f"{released.folder / 'config.json'}: mm_vision_tower should name the vision tower, not {named!r}"
+        )
+    return local_folder(named, hub.parts())
 
 
 def _original_text_type(config: Json) -> str:
@@ -197,16 +160,18 @@ def _original_text_type(config: Json) -> str:
 
 def convert_config(released: Released) -> Any:
     """The `FoveateConfig` of a released checkpoint."""
+    config, where = released.config, f"{released.folder}: its config.json or preprocessor cannot be read"
+    with one_sentence(where):
+        return _converted(released, config)
+
+
+def _converted(released: Released, config: Json) -> Any:
     from transformers import CONFIG_MAPPING
 
     from foveate.model.config import FoveateConfig
 
-    config, options = released.config, released.layout.options(released.config, released.preprocessor)
+    options = released.layout.options(config, released.preprocessor)
     if released.layout.family == "hf":
-        if config.get("vision_feature_select_strategy", "default") != "default":
-            raise FoveateError(f"{released.folder}: vision_feature_select_strategy 'full' is not supported")
-        if not isinstance(config.get("vision_feature_layer", -2), int):
-            raise FoveateError(f"{released.folder}: several vision_feature_layer are not supported")
         return FoveateConfig(
             vision_config=config["vision_config"],
             text_config=config["text_config"],
@@ -235,10 +200,15 @@ def convert_config(released: Released) -> Any:
     )
 
 
-def read_config(name: str | Path, vision_tower: str | Path | None = None, method: str | None = None) -> Any:
+def read_config(
+    name: str | Path,
+    vision_tower: str | Path | None = None,
+    method: str | None = None,
+    hub: Hub = HERE,
+) -> Any:
     """The `FoveateConfig` of a model folder or hub id of any known layout, without its weights."""
-    folder = local_folder(name)
-    released = recognise(folder, vision_tower, method)
+    folder, _ = with_base(name, hub)
+    released = recognise(folder, vision_tower, method, hub)
     return own_config(folder, method) if released is None else convert_config(released)
 
 
@@ -247,8 +217,6 @@ def own_config(folder: Path, method: str | None = None) -> Any:
 
     With a `method` other than its own, the options that both have are kept.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     from foveate.model.config import FoveateConfig
 
     path = folder / "config.json"
@@ -259,9 +227,11 @@ def own_config(folder: Path, method: str | None = None) -> Any:
             raise FoveateError(f"{path}: {key!r} is missing or has a wrong type")
     try:
         method_class(given["method"] if method is None else method)
-        config = FoveateConfig.from_pretrained(folder)
-    except (FoveateError, StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FoveateError(f"{path}: {str(error).splitlines()[0]}") from error
+        with one_sentence(str(path)):
+            config = FoveateConfig.from_pretrained(folder)
+    except FoveateError as error:
+        named = str(error).startswith(str(path))
+        raise FoveateError(str(error) if named else f"{path}: {error}") from error
     if not 0 <= config.image_token_id < config.text_config.vocab_size:
         raise FoveateError(f"{path}: 'image_token_id' lies outside the LLM's vocabulary")
     if method not in (None, config.method):
@@ -280,17 +250,17 @@ def config_of(folder: Path) -> Any:
     """A folder's configuration, of a class that transformers has. Raises `FoveateError` with its name."""
     from transformers import AutoConfig
 
+    check_parts(read_json(folder / "config.json"), str(folder / "config.json"))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with one_sentence(f"{folder}: its config.json cannot be read"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except FoveateError as error:
         if "auto_map" in read_json(folder / "config.json"):
             raise FoveateError(
                 f"{folder} is a model of its own Python code, which is not run: choose one that transformers "
                 "has a class for"
             ) from error
-        raise FoveateError(
-            f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise
 
 
 def vision_config_of(folder: Path) -> Any:
@@ -309,10 +279,12 @@ def weight_map(folder: Path) -> dict[str, str]:
     if path is None:
         return {}
     places = read_json(path).get("weight_map")
-    if not (isinstance(places, dict) and all(isinstance(name, str) for name in places.values())):
+    if not (isinstance(places, dict) and places and all(isinstance(name, str) for name in places.values())):
         raise FoveateError(f"{path}: weight_map should say for each tensor which file holds it")
     inside = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
     for name in set(places.values()):
+        if not name.isprintable() or not 0 < len(name) < 256:
+            raise FoveateError(f"{path}: weight_map names {shown(repr(name))}, which is no file")
         if not any((folder / name).resolve().is_relative_to(place) for place in inside):
             raise FoveateError(f"{path}: weight_map names {name!r}, which lies outside the folder")
     return places
@@ -349,16 +321,18 @@ def _check_header(path: Path) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a folder's safetensors or .bin shards, memory-mapped. Never unpickles code."""
-    return _read_files(folder, weight_files(folder))
+    return read_files(folder, weight_files(folder))
 
 
-def _read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
     for name in names:
         path = folder / name
+        if path.suffix == ".safetensors":
+            _check_header(path)
         try:
             if path.suffix == ".safetensors":
                 tensors |= load_file(path)
@@ -367,8 +341,8 @@ def _read_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
                 tensors |= torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except UnpicklingError as error:
             raise FoveateError(f"{path} is broken or holds more than tensors, and was not read") from error
-        except (RuntimeError, EOFError, OSError) as error:
-            raise FoveateError(f"{path} is broken: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+            raise FoveateError(f"{path} is broken: {first_line(error)}") from error
     return tensors
 
 
@@ -392,7 +366,7 @@ def _renamed(
 ) -> dict[str, Any]:
     """Tensors under Foveate's keys. Raises `FoveateError` that names those that have no place."""
     expected = set(expected)
-    unused = {*_tower_keys(config.vision_config)} - expected  # of layers after the selected one
+    unused = unused_keys(config, expected)
     renamed = {}
     unexpected = []
     for key, tensor in tensors.items():
@@ -419,12 +393,12 @@ class StageFiles:
         return self.released.config.get(self.released.layout.separator or "")
 
 
-def stage_files(name: str | Path) -> StageFiles:
+def stage_files(name: str | Path, hub: Hub = HERE) -> StageFiles:
     """Reads a folder with config.json and a layout's connector files, such as mm_projector.bin.
 
     Raises `FoveateError` if none of them is present or one is broken.
     """
-    folder = local_folder(name)
+    folder = local_folder(name, hub)
     config = read_json(folder / "config.json")
     released = _layout_of(folder, config)
     files = released.layout.connector_files
@@ -432,7 +406,7 @@ def stage_files(name: str | Path) -> StageFiles:
     if not found:
         raise FoveateError(f"{folder} has none of the files {', '.join(files) or 'of a connector'}")
     options = released.layout.options(config, read_preprocessor(folder))
-    return StageFiles(released, options, _read_files(folder, found), len(found) == len(files))
+    return StageFiles(released, options, read_files(folder, found), len(found) == len(files))
 
 
 def fill_connector(model: Any, stage: StageFiles) -> None:
@@ -459,6 +433,11 @@ def _part(key: str) -> str:
     return ".".join(key.split(".")[:2])
 
 
+def unused_keys(config: Any, expected: Collection[str]) -> set[str]:
+    """Keys of the tower's layers after the selected one, given those of the model."""
+    return _tower_keys(config.vision_config).difference(expected)
+
+
 def _tower_keys(vision_config: Any) -> set[str]:
     """Keys of a whole vision tower, with all its layers."""
     import torch
@@ -475,7 +454,8 @@ def read_template(folder: Path) -> str | None:
     """A released folder's own chat template."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        with one_sentence(f"the chat template {file} cannot be read"):
+            return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = read_json(folder / name).get("chat_template")
         if isinstance(template, list):  # several named ones, as older tokenizers save them

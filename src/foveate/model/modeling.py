@@ -21,11 +21,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from foveate import upstream
-from foveate.errors import FoveateError, report_keys
+from foveate.errors import FoveateError, one_sentence, report_keys
 from foveate.methods import method_class
 from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
+from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
+from foveate.model.folders import Hub
 from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.options import merged
 from foveate.picture.account import Account
@@ -125,21 +127,24 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Loads Foveate's own folders, and released ones of every known layout.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id.
+            pretrained_model_name_or_path: folder or hub id, also of a LoRA adapter, which is merged into the
+                model that it was trained on.
             vision_tower: folder of the tower, for original checkpoints that keep it apart; by default the one
                 that their config.json names.
             method: another method with the same parameters as the folder's own.
             options: changes to the method's options.
             max_positions: the longest text in tokens, for an LLM that reads beyond its own positions.
-            **kwargs: as for any `PreTrainedModel`.
+            **kwargs: as for any `PreTrainedModel`, with `revision`, `subfolder`, `token`, `cache_dir`,
+                `local_files_only` and `force_download`; the last four also for a tower that is kept apart.
 
         Raises:
-            FoveateError: unknown layout, missing or unexpected keys, no weights.
+            FoveateError: unknown layout, missing or unexpected keys, no weights, no such revision.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
-        folder = checkpoints.local_folder(pretrained_model_name_or_path)
-        released = checkpoints.recognise(folder, vision_tower, method)
+        hub = Hub.taken(kwargs)
+        folder, adapter = with_base(pretrained_model_name_or_path, hub)
+        released = checkpoints.recognise(folder, vision_tower, method, hub)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         given: FoveateConfig | None = kwargs.pop("config", None)
@@ -147,20 +152,26 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = given or checkpoints.own_config(folder, method)
             _change(config, options, max_positions)
             checkpoints.weight_files(folder)
-            model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
+            with one_sentence(f"the model in {folder} cannot be loaded"):
+                model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
             config = given or checkpoints.convert_config(released)
             _change(config, options, max_positions)
-            with torch.device("meta"):
+            with one_sentence(f"the model in {folder} cannot be loaded"), torch.device("meta"):
                 skeleton = cls(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
             model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+                with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
+                    model.generation_config = GenerationConfig.from_pretrained(folder)
         mismatched = [key for key, *_ in info["mismatched_keys"]]
         report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
+        if adapter is not None:
+            layout = None if released is None else released.layout
+            unused = set() if layout is None else checkpoints.unused_keys(config, model.state_dict())
+            model = merge(model, adapter, checkpoints.read_files, layout, unused)
         return (model, info) if with_info else model
 
     def get_input_embeddings(self) -> nn.Module:

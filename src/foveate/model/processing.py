@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 
-from foveate import upstream
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, one_sentence
 from foveate.methods import DEFAULT, method_class
 from foveate.methods.base import Method, TowerGeometry
 from foveate.model import checkpoints
+from foveate.model.adapters import with_base
+from foveate.model.folders import Hub, read_json
+from foveate.model.foreign import check_preprocessor, norms_of
+from foveate.model.rendering import check_template, marked_answers
 from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
@@ -37,6 +39,7 @@ from foveate.picture.limits import LIMITS
 from foveate.picture.reading import bands, read_picture, to_array
 from foveate.versions import names_versions
 
+PROCESSOR = "processor_config.json"
 MOST_PIXELS = 2**27  # of a picture during padding and resizing: 400 MB
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,6 +72,13 @@ class FoveateImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = CLIP_STD,
         **kwargs: Any,
     ) -> None:
+        if not (isinstance(method, str) and type(image_size) is int and type(patch_size) is int):
+            raise FoveateError("image_processor: method should be a name, image_size and patch_size pixels")
+        check_preprocessor(
+            {**kwargs, "image_mean": image_mean, "image_std": image_std}, "image_processor", image_size
+        )
+        if kwargs.get("do_normalize") is False:
+            raise FoveateError("image_processor: do_normalize False is not supported: set mean 0 and std 1")
         super().__init__(**kwargs)
         self.method = method
         self.options = dict(options or {})
@@ -103,6 +113,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         For methods that look at the original pictures, also `source_pixels` (n,), the bytes of all pictures
         (H, W, 3) in order, and `source_norms` (P, 2, 3), mean and standard deviation.
         """
+        self._check_call(kwargs)
         pictures = list(_flat(self.fetch_images(images)))
         plans = [self.plan(picture.height, picture.width) for picture in pictures]
         views = [self.views(picture, plan) for picture, plan in zip(pictures, plans, strict=True)]
@@ -120,6 +131,15 @@ class FoveateImageProcessor(BaseImageProcessor):
                 to_array(picture, out=part.reshape(shape))
             data["source_norms"] = np.stack([self.norms] * len(pictures))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Raises `FoveateError` for arguments of a call that ask for other pixels than the model knows."""
+        check_preprocessor(arguments, "image processor", self.image_size)
+        own = {"image_mean": self.image_mean, "image_std": self.image_std, "do_normalize": True}
+        for key, value in own.items():
+            given = arguments.get(key)
+            if given is not None and (given if key == "do_normalize" else list(given)) != value:
+                raise FoveateError(f"image processor: {key} is the model's own: leave it out of the call")
 
     def views(self, picture: Image.Image, plan: ViewPlan) -> np.ndarray:
         """All views of one picture, normalised: (V, 3, h, w) float32."""
@@ -268,21 +288,27 @@ class FoveateProcessor(ProcessorMixin):
             method: as in the model's `from_pretrained`.
             template: name of a chat template to use instead of the folder's own.
             options: changes to the method's options.
-            **kwargs: as for any processor.
+            **kwargs: as for any processor, with the hub's arguments as in the model's `from_pretrained`.
+
+        A folder of Foveate's own may hold the processor alone.
         """
-        folder = checkpoints.local_folder(pretrained_model_name_or_path)
-        released = checkpoints.recognise(folder, vision_tower, method)
+        hub = Hub.taken(kwargs)
+        folder, _ = with_base(pretrained_model_name_or_path, hub, ("config.json", PROCESSOR))
+        alone = not (folder / "config.json").is_file()
+        released = None if alone else checkpoints.recognise(folder, vision_tower, method, hub)
         if released is None:
-            own = checkpoints.read_json(folder / "processor_config.json").get("image_processor")
+            own = read_json(folder / PROCESSOR).get("image_processor")
             if not isinstance(own, dict):
-                raise FoveateError(f"{folder / 'processor_config.json'} is missing or has no image_processor")
-            config = checkpoints.own_config(folder, method)  # this and the next line also for their errors
-            load_tokenizer(folder)
-            try:
+                raise FoveateError(f"{folder / PROCESSOR} is missing or has no image_processor")
+            if own.get("image_processor_type") != FoveateImageProcessor.__name__:
+                raise FoveateError(f"{folder / PROCESSOR} is not of a processor of Foveate")
+            if alone and method is not None:
+                raise FoveateError(f"{folder} holds a processor alone: leave out the method {method!r}")
+            config = None if alone else checkpoints.own_config(folder, method)  # also for its errors
+            load_tokenizer(folder)  # for its errors
+            with one_sentence(f"{folder}: its processor or chat template cannot be read"):
                 processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FoveateError(f"{folder}: its processor cannot be read: {error}") from error
-            if method is not None:
+            if config is not None and method is not None:
                 processor.image_processor.method = config.method
                 processor.image_processor.options = dict(config.options)
         else:
@@ -302,7 +328,18 @@ class FoveateProcessor(ProcessorMixin):
         template = checkpoints.read_template(released.folder) if released.layout.family == "hf" else None
         if template is None and released.template is not None:
             template = chat_template(released.template)
-        return cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
+        where, side = f"{released.folder}: preprocessor_config.json", config.vision_config.image_size
+        check_preprocessor(released.preprocessor, where, side)
+        read = released.layout.family == "hf" or config.options.get("fit") != "crop"
+        if not read and released.preprocessor.get("do_center_crop") is False:
+            raise FoveateError(f"{where}: do_center_crop False is not supported, only True")
+        made = cls(image_processor_for(config, released.preprocessor), tokenizer, chat_template=template)
+        if made.image_token_id != config.image_token_id:
+            raise FoveateError(
+                f"{released.folder / 'config.json'}: image_token_index {config.image_token_id} is not the "
+                f"tokenizer's {IMAGE_TOKEN}, {made.image_token_id}"
+            )
+        return made
 
     # transformers calls this for each picture of a text, and replaces `<image>` by the result.
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
@@ -379,7 +416,7 @@ class FoveateProcessor(ProcessorMixin):
         spans = []
         if learn:
             names = self.tokenizer.special_tokens_map
-            spans = upstream.marked_answers(self.chat_template, without_pictures(messages), **names)
+            spans = marked_answers(self.chat_template, without_pictures(messages), **names)
             spans = _learnt(spans, [m for m in messages if m["role"] == "assistant"])
         bos = self.tokenizer.bos_token
         short, learnt = self._tokens(text, spans, bos is None or not text.startswith(bos))
@@ -454,10 +491,8 @@ class FoveateProcessor(ProcessorMixin):
                 "the model's folder has no chat_template.jinja: name the template that it was trained with, "
                 f"one of {', '.join(TEMPLATES)}"
             )
-        try:
-            return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
-        except TemplateError as error:
-            raise FoveateError(f"the chat template is broken: {error}; name another template") from error
+        check_template(self, conversations, kwargs)
+        return super().apply_chat_template(conversations if batched else conversations[0], **kwargs)
 
     def answer_end(self) -> int | None:
         """The token with which the chat template ends an answer; None if it ends it with blanks at most."""
@@ -547,13 +582,15 @@ def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = No
     """The image processor that fits a model; mean and std from its tower's preprocessor_config."""
     geometry = TowerGeometry.of(config.vision_config)
     preprocessor = preprocessor or {}
+    check_preprocessor(preprocessor, "preprocessor_config.json")
+    mean, std = norms_of(preprocessor, CLIP_MEAN, CLIP_STD)
     return FoveateImageProcessor(
         method=config.method,
         options=config.options,
         image_size=geometry.image_size,
         patch_size=geometry.patch_size,
-        image_mean=preprocessor.get("image_mean", CLIP_MEAN),
-        image_std=preprocessor.get("image_std", CLIP_STD),
+        image_mean=mean,
+        image_std=std,
     )
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import FoveateError, installed, missing_extra
+from foveate.errors import FoveateError, installed, missing_extra, one_sentence
 from foveate.methods.base import IMAGE_TOKEN
 
 TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
@@ -172,16 +172,14 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        with one_sentence(f"{folder} has no tokenizer that transformers can read"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            prepare_tokenizer(tokenizer)
+    except (FoveateError, ImportError) as error:
         lacking = [package for package in ("sentencepiece", "google.protobuf") if not installed(package)]
         if lacking and any(Path(folder).glob("*.model")):
             raise missing_extra(lacking[0], "original", f"the tokenizer in {folder}") from error
-        if isinstance(error, ImportError):
-            raise
-        raise FoveateError(
-            f"{folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}"
-        ) from error
+        raise
     return tokenizer, prepare_tokenizer(tokenizer)
 
 

@@ -15,6 +15,8 @@ from foveate.devices import DTYPES
 from foveate.errors import FoveateError
 from foveate.methods import method_class
 from foveate.model import checkpoints
+from foveate.model.adapters import with_base
+from foveate.model.folders import HERE, Hub, local_folder
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.model.text import load_tokenizer
@@ -57,8 +59,13 @@ def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
     if spec.load is None:
         assert spec.method is not None
         return spec.method, method_class(spec.method).tiny if spec.tiny else {}
-    config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
+    config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, _hub(spec))
     return config.method, config.options
+
+
+def _hub(spec: ModelSpec) -> Hub:
+    """How the model that a recipe loads is looked for."""
+    return Hub(spec.revision, spec.subfolder)
 
 
 def skeleton(
@@ -68,7 +75,7 @@ def skeleton(
     template = template or spec.template
     with torch.device("meta"):
         if spec.load is not None:
-            config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method)
+            config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, _hub(spec))
             config.options = dict(options)
             processor = FoveateProcessor.from_pretrained(
                 spec.load,
@@ -76,13 +83,15 @@ def skeleton(
                 method=spec.method,
                 template=template,
                 options=options,
+                **_hub(spec).arguments(),
             )
             return _with_settings(FoveateForConditionalGeneration(config), spec), processor
         if spec.tiny:
             made = _tiny(spec, options, 0, template)
         else:
             assert spec.vision is not None and spec.text is not None and spec.method is not None
-            vision, text = checkpoints.local_folder(spec.vision), checkpoints.local_folder(spec.text)
+            vision = local_folder(spec.vision, Hub(spec.vision_revision))
+            text, _ = with_base(spec.text, Hub(spec.text_revision))
             made = compose(
                 checkpoints.vision_config_of(vision),
                 checkpoints.config_of(text),
@@ -98,16 +107,21 @@ def skeleton(
 
 def find_weights(spec: ModelSpec) -> None:
     """Raises `FoveateError` if the files of a recipe's weights are missing or incomplete; reads no tensor."""
-    for name in (spec.load, spec.vision_tower, spec.vision, spec.text):
+    for name, hub in (
+        (spec.load, _hub(spec)),
+        (spec.vision_tower, Hub()),
+        (spec.vision, Hub(spec.vision_revision)),
+        (spec.text, Hub(spec.text_revision)),
+    ):
         if name is not None:
-            checkpoints.weight_files(checkpoints.local_folder(name))
+            checkpoints.weight_files(with_base(name, hub)[0])
 
 
 def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditionalGeneration:
     """The model that the first stage starts from."""
     spec = recipe.model
     if spec.load is not None:
-        model = load_model(spec.load, spec, options, vision_tower=spec.vision_tower)
+        model = load_model(spec.load, spec, options, vision_tower=spec.vision_tower, hub=_hub(spec))
     elif spec.tiny:
         model = _tiny(spec, options, recipe.seed, None).model.to(DTYPES[spec.dtype])
     else:
@@ -120,12 +134,18 @@ def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditi
             options,
             vision_feature_layer=spec.vision_feature_layer,
             dtype=DTYPES[spec.dtype],
+            vision_revision=spec.vision_revision,
+            text_revision=spec.text_revision,
         ).model
     return _with_settings(model, spec)
 
 
 def load_model(
-    folder: str | Path, spec: ModelSpec, options: Mapping[str, Any], vision_tower: str | None = None
+    folder: str | Path,
+    spec: ModelSpec,
+    options: Mapping[str, Any],
+    vision_tower: str | None = None,
+    hub: Hub = HERE,
 ) -> FoveateForConditionalGeneration:
     """A model folder with a stage's options. Raises `FoveateError` if they need other parameters."""
     model = FoveateForConditionalGeneration.from_pretrained(
@@ -134,6 +154,7 @@ def load_model(
         method=spec.method,
         options=dict(options),
         dtype=DTYPES[spec.dtype],
+        **hub.arguments(),
     )
     return _with_settings(model, spec)
 

@@ -28,9 +28,13 @@ class ModelSpec:
     """The model that the first stage starts from: `load`, or `vision` and `text`, or `tiny`."""
 
     load: str | None = None  # model folder or hub id, Foveate's own or a released one
+    revision: str | None = None  # with `load`: branch, tag or commit on the hub
+    subfolder: str = ""  # with `load`: the folder inside the model's that holds it
     vision_tower: str | None = None  # with `load`: tower of an original checkpoint that keeps it apart
     vision: str | None = None  # vision tower, folder or hub id
     text: str | None = None  # causal LM, folder or hub id; its tokenizer is used
+    vision_revision: str | None = None  # branch, tag or commit of `vision` on the hub
+    text_revision: str | None = None  # the same of `text`
     tiny: bool = False  # tiny parts with random weights
     method: str | None = None  # needed unless `load` gives it
     options: dict[str, Any] = field(default_factory=dict)  # of the method
@@ -52,6 +56,10 @@ class ModelSpec:
             raise FoveateError(f"max_positions must be at least 1, not {self.max_positions}")
         if self.load is None and self.vision_tower is not None:
             raise FoveateError("vision_tower belongs to load: give the tower as vision")
+        if self.load is None and (self.revision is not None or self.subfolder):
+            raise FoveateError("revision and subfolder belong to load: give vision_revision or text_revision")
+        if self.vision is None and (self.vision_revision is not None or self.text_revision is not None):
+            raise FoveateError("vision_revision and text_revision belong to vision and text")
 
 
 @dataclass(frozen=True)

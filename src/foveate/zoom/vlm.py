@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -12,12 +12,23 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin, StoppingCriteriaList
 
 from foveate.devices import usable_device, usable_dtype
-from foveate.errors import FoveateError, check_text, missing_extra, report_keys
+from foveate.errors import (
+    FoveateError,
+    check_text,
+    first_line,
+    missing_extra,
+    one_sentence,
+    report_keys,
+)
 from foveate.model.config import FoveateConfig
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.rendering import check_template
 from foveate.picture.geometry import Size
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
+
+if TYPE_CHECKING:
+    from foveate.model.adapters import Adapter
 
 Messages = list[dict[str, Any]]
 PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # needed for the confidence
@@ -70,6 +81,7 @@ class VLM:
         dtype: str | None = None,
         trust_remote_code: bool = False,
         max_positions: int | None = None,
+        **hub: Any,
     ) -> VLM:
         """Loads a folder or hub id that `foveate.load` reads, else any that transformers loads.
 
@@ -82,27 +94,42 @@ class VLM:
             dtype: as for `foveate.load`.
             trust_remote_code: whether Python code in the model's folder may run.
             max_positions: the longest text in tokens; by default what the LLM has positions for.
+            **hub: as for `foveate.load`.
 
         Raises:
             FoveateError: there is no such model, or it is not a VLM.
         """
         from foveate.ask.foveate import load
-        from foveate.model.checkpoints import local_folder, read_json
+        from foveate.model.adapters import with_base
+        from foveate.model.folders import Hub, found, read_json
 
+        place = Hub.of(hub, "VLM.load")
         device = usable_device(device)
         number_format = usable_dtype(dtype, device)
-        folder = None if model is None else local_folder(model)
-        config = {} if folder is None else read_json(folder / "config.json")
+        if model is None:
+            own = load(None, device=device, dtype=number_format, max_positions=max_positions, **hub)
+            return cls(own.model, own.processor)
+        given = found(model, place)
+        folder, adapter = with_base(given, place.parts())
+        config = read_json(folder / "config.json")
         own_code = trust_remote_code and "auto_map" in config
-        if folder is not None and (own_code or _loads_by_itself(config.get("model_type"))):
-            return cls(*_by_transformers(folder, device, number_format, trust_remote_code), max_positions)
+        if own_code or _loads_by_itself(config.get("model_type")):
+            loaded = _by_transformers(folder, adapter, device, number_format, trust_remote_code)
+            return cls(*loaded, max_positions)
         try:
-            own = load(folder, device=device, dtype=number_format, max_positions=max_positions)
+            own = load(
+                given,
+                device=device,
+                dtype=number_format,
+                max_positions=max_positions,
+                **place.parts().arguments(),
+            )
         except FoveateError as refusal:
-            if folder is None or config.get("model_type") != "llava" or "vision_config" not in config:
+            if config.get("model_type") != "llava" or "vision_config" not in config:
                 raise
             try:
-                return cls(*_by_transformers(folder, device, number_format, trust_remote_code), max_positions)
+                loaded = _by_transformers(folder, adapter, device, number_format, trust_remote_code)
+                return cls(*loaded, max_positions)
             except FoveateError as error:
                 raise FoveateError(f"{refusal}; and by transformers: {error}") from error
         return cls(own.model, own.processor)
@@ -138,6 +165,7 @@ class VLM:
         Raises `FoveateError` for pictures and texts that the processor does not accept, and for more than
         the LLM has positions for.
         """
+        check_template(self.processor, conversations, {"add_generation_prompt": True})
         try:
             inputs = self.processor.apply_chat_template(
                 list(conversations),
@@ -227,30 +255,32 @@ def message(*parts: Image.Image | str) -> Messages:
 
 
 def _by_transformers(
-    folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool
+    folder: Path, adapter: Adapter | None, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor of the Auto classes. Raises `FoveateError` with the folder's name."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from foveate.model.checkpoints import weight_map
+    from foveate.model.adapters import merge
+    from foveate.model.checkpoints import read_files, weight_map
 
     weight_map(folder)  # which transformers follows wherever it leads
     try:
-        network, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-        )
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+        with one_sentence(f"{folder} cannot be loaded as a VLM"):
+            network, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
             raise missing_extra("torchvision", "detector", f"the processor in {folder}") from error
-        reason = str(error).strip().partition("\n")[0]
-        raise FoveateError(f"{folder} cannot be loaded as a VLM: {reason}") from error
+        raise FoveateError(f"{folder} cannot be loaded as a VLM: {first_line(error)}") from error
     report_keys(folder, info["missing_keys"], (), [key for key, *_ in info["mismatched_keys"]])
+    if adapter is not None:
+        network = merge(network, adapter, read_files)
     return network.to(device).eval(), processor
 
 
