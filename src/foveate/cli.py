@@ -72,6 +72,12 @@ MaxPixels = Annotated[
 AllowPrivate = Annotated[
     bool, typer.Option("--allow-private", help="Let URLs lead to this machine or a local network.")
 ]
+Positions = Annotated[
+    int | None,
+    typer.Option(
+        "--max-positions", min=1, help="Longest conversation in tokens, for an LLM that reads beyond its own."
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
 
@@ -97,6 +103,7 @@ def ask(
     method: AsMethod = None,
     template: Template = None,
     option: Option = None,
+    max_positions: Positions = None,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
 ) -> None:
@@ -108,7 +115,9 @@ def ask(
     image = read_picture(picture, _limits(max_pixels, allow_private))
     if out is not None:
         drawing_path(out)  # before the model loads
-    foveate = _load(model, revision, subfolder, device, dtype, vision_tower, method, template, option)
+    foveate = _load(
+        model, revision, subfolder, device, dtype, vision_tower, method, template, option, max_positions
+    )
     console = Console()
     live = not as_json and _can_stream(foveate)
     answers = []
@@ -145,6 +154,7 @@ def chat(
     method: AsMethod = None,
     template: Template = None,
     option: Option = None,
+    max_positions: Positions = None,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
 ) -> None:
@@ -152,7 +162,9 @@ def chat(
     from foveate.picture.reading import read_picture
 
     image = read_picture(picture, _limits(max_pixels, allow_private))
-    foveate = _load(model, revision, subfolder, device, dtype, vision_tower, method, template, option)
+    foveate = _load(
+        model, revision, subfolder, device, dtype, vision_tower, method, template, option, max_positions
+    )
     from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
 
@@ -327,13 +339,32 @@ def convert(
     template: Template = None,
     dtype: Dtype = None,
     option: Option = None,
+    max_positions: Positions = None,
+    to: Annotated[
+        Literal["foveate", "hf"],
+        typer.Option(help="The layout: Foveate's own, or that of transformers' own LLaVA classes."),
+    ] = "foveate",
 ) -> None:
-    """Rewrite a released checkpoint in Foveate's own layout."""
+    """Rewrite a checkpoint in Foveate's own layout, or in transformers' for other tools."""
     with new_folder(out) as part:
         made = _load(
-            model, revision, subfolder, "cpu", dtype or "float32", vision_tower, method, template, option
+            model,
+            revision,
+            subfolder,
+            "cpu",
+            dtype or "float32",
+            vision_tower,
+            method,
+            template,
+            option,
+            max_positions,
         )
-        _save(made, part)
+        if to == "hf":
+            from foveate.model.export import write_transformers
+
+            write_transformers(made.model, made.processor, part)
+        else:
+            _save(made, part)
     Console().print(f"model written to {out}")
 
 
@@ -465,6 +496,7 @@ def _load(
     method: str | None,
     template: str | None,
     option: list[str] | None,
+    max_positions: int | None,
 ) -> Foveate:
     _quiet()
     if model is None:
@@ -479,6 +511,7 @@ def _load(
         method=method,
         template=template,
         options=_given(option),
+        max_positions=max_positions,
         revision=revision,
         subfolder=subfolder,
     )

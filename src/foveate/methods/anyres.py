@@ -38,7 +38,15 @@ from foveate.methods.base import (
     flat,
     square_grid,
 )
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, hf_activation, known_projector
+from foveate.methods.layouts import (
+    HF_PROJECTOR,
+    Export,
+    Layout,
+    connector_options,
+    hf_activation,
+    hf_export,
+    known_projector,
+)
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -153,6 +161,27 @@ class AnyRes(Method):
             plan.to_picture(i, box) for i in range(len(plan.views)) for box in square_grid(side, per_view)
         ]
         return [None if s == NEWLINE else places[s] for s in token_sources(plan, self.tower.grid)]
+
+    def export(self) -> Export:
+        options, side = self.options, self.tower.image_size
+        if not options.grids:
+            raise FoveateError("grids: transformers' class needs at least one")
+        if options.max_visual_tokens is not None:
+            raise FoveateError(
+                "max_visual_tokens: transformers' class has no such bound; take out grids instead"
+            )
+        pinpoints = {
+            "image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in options.grids]
+        }
+        return hf_export(
+            "llava_next",
+            "LlavaNextImageProcessorPil",
+            options.projector_depth,
+            options.activation,
+            preprocessor=pinpoints,
+            config=pinpoints,
+            keys={"connector.newline": "image_newline"},
+        )
 
     def build_connector(self, widths: Widths) -> AnyResConnector:
         options = self.options

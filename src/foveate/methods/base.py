@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError, report_keys
-from foveate.methods.layouts import Layout
+from foveate.methods.layouts import Export, Layout
 from foveate.options import Retiring, build_options
 from foveate.picture.account import Account
 from foveate.picture.geometry import Box, Size, ViewPlan
@@ -272,6 +272,10 @@ class Method(ABC):
     @abstractmethod
     def build_connector(self, widths: Widths) -> Connector:
         """A fresh connector."""
+
+    def export(self) -> Export:
+        """How transformers' own class for this method is written. Raises `FoveateError` if it has none."""
+        raise FoveateError(f"transformers has no class of its own for {self.title}: only Foveate reads it")
 
     def account(self, run: Rerun) -> Account:
         """Further details about a picture that need another run of the tower or connector.

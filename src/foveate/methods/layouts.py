@@ -56,6 +56,25 @@ class Layout:
     template: str | None = None
 
 
+@dataclass(frozen=True)
+class Export:
+    """A method's model as one of transformers' own classes.
+
+    Attributes:
+        model_type: of the class.
+        pictures: name of the image processor's class.
+        config: keys of config.json, besides those of tower and LLM.
+        preprocessor: arguments of the image processor, besides the tower's side, mean and deviation.
+        keys: our parameter's name or its beginning -> theirs, besides those of tower and LLM.
+    """
+
+    model_type: str
+    pictures: str
+    config: Json
+    preprocessor: Json
+    keys: Mapping[str, str]
+
+
 FAMILY_KEYS: dict[str, dict[str, str]] = {
     "hf": {
         r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "vision_tower.model.",
@@ -91,6 +110,35 @@ BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$")  # recomputed, never 
 def known_projector(config: Mapping[str, Any]) -> bool:
     """Whether an original checkpoint's projector is linear, or linear layers with GELU between."""
     return config.get("mm_projector_type", "linear") in PROJECTORS
+
+
+def hf_export(
+    model_type: str,
+    pictures: str,
+    depth: int,
+    activation: Activation,
+    preprocessor: Json,
+    config: Json | None = None,
+    keys: Mapping[str, str] | None = None,
+) -> Export:
+    """The export of a method that has the projector of transformers' LLaVA classes.
+
+    Raises `FoveateError` for a projector of another depth.
+    """
+    if depth != 2:
+        raise FoveateError(f"projector_depth {depth}: the projector of transformers' class has 2 layers")
+    name = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == activation)
+    projector = {
+        "connector.projector.0.": "multi_modal_projector.linear_1.",
+        "connector.projector.2.": "multi_modal_projector.linear_2.",
+    }
+    return Export(
+        model_type=model_type,
+        pictures=pictures,
+        config={"projector_hidden_act": name, **(config or {})},
+        preprocessor=preprocessor,
+        keys={**projector, **(keys or {})},
+    )
 
 
 def hf_activation(config: Mapping[str, Any]) -> Json:

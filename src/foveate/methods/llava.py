@@ -22,7 +22,15 @@ from torch import Tensor
 
 from foveate.layers import Activation, mlp_projector
 from foveate.methods.base import Connector, Method, MethodOptions, Query, VisualTokens, Widths, flat
-from foveate.methods.layouts import HF_PROJECTOR, Layout, connector_options, hf_activation, known_projector
+from foveate.methods.layouts import (
+    HF_PROJECTOR,
+    Export,
+    Layout,
+    connector_options,
+    hf_activation,
+    hf_export,
+    known_projector,
+)
 from foveate.picture.geometry import Size, View, ViewPlan, centre_cropped, padded_square, squashed, whole
 
 
@@ -61,6 +69,16 @@ class Llava(Method):
         }[self.options.fit]()
         view = View(0, whole(self.tower.side), "global")
         return ViewPlan(picture, (canvas,), (view,), self.tower.tokens)
+
+    def export(self) -> Export:
+        options, side = self.options, self.tower.image_size
+        pictures = "LlavaImageProcessorPil" if options.fit == "pad" else "CLIPImageProcessorPil"
+        steps: dict[str, dict[str, Any]] = {
+            "pad": {"do_pad": True},
+            "crop": {},
+            "squash": {"do_center_crop": False, "size": {"height": side, "width": side}},
+        }
+        return hf_export("llava", pictures, options.projector_depth, options.activation, steps[options.fit])
 
     def build_connector(self, widths: Widths) -> LlavaConnector:
         return LlavaConnector(widths, self.options.projector_depth, self.options.activation)

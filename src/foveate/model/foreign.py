@@ -15,7 +15,6 @@ from foveate.methods.layouts import Layout
 # Key of config.json -> values that ask for what happens anyway. A key that is missing or null does so, too.
 SAME: dict[str, dict[str, tuple[Any, ...]]] = {
     "hf": {
-        "vision_feature_select_strategy": ("default",),
         "multimodal_projector_bias": (True,),
         "use_image_newline_parameter": (True,),
     },
@@ -41,6 +40,7 @@ SIZES |= {"num_key_value_heads", "head_dim", "image_size", "patch_size", "projec
 TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")  # of generation_config.json
 COUNTS = ("num_beams", "max_length", "max_new_tokens", "num_return_sequences", "top_k")
 MOST_LAYERS, MOST = 2**10, 2**21
+WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 BICUBIC = 3  # Pillow's number
 # Key of a picture preprocessor -> values that ask for what happens anyway.
 PICTURES: dict[str, tuple[Any, ...]] = {
@@ -57,6 +57,8 @@ STEPS = {"do_resize", "do_rescale", "do_convert_rgb", "do_normalize", "do_center
 def check_config(layout: Layout, config: Mapping[str, Any], where: str) -> None:
     """Raises `FoveateError` for a key of config.json that asks for what Foveate does not do."""
     _check(config, SAME[layout.family], where)
+    if layout.family == "hf":
+        _check(config, {"vision_feature_select_strategy": (_every_patch(config),)}, where)
     if layout.family == "original":
         known = {*READ, *WITHOUT_EFFECT, *SAME["original"], *layout.reads}
         for key, value in config.items():
@@ -69,6 +71,13 @@ def check_config(layout: Layout, config: Mapping[str, Any], where: str) -> None:
         layer = config.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
             raise FoveateError(f"{where}: several vision_feature_layer are not supported: {layer!r}")
+
+
+def _every_patch(config: Mapping[str, Any]) -> str:
+    """The value of transformers' classes with which the LLM reads a token for each patch and no other."""
+    tower = config.get("vision_config")
+    kind = tower.get("model_type", "clip_vision_model") if isinstance(tower, Mapping) else None
+    return "full" if kind in WITHOUT_CLASS_TOKEN else "default"
 
 
 def check_preprocessor(values: Mapping[str, Any], where: str, side: int | None = None) -> None:
