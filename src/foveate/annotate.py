@@ -148,7 +148,8 @@ class Annotator:
         for question in batch:
             try:
                 self.vlm.check_question(question.text)
-                read.append(read_picture(self.source.picture(question.record), self.limits))
+                given = self.source.picture(question.record)
+                read.append(read_picture(given, self.limits, self.vlm.transparency))
             except FoveateError as error:
                 read.append(str(error))
         return read

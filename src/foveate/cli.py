@@ -47,6 +47,14 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the model on the hub; by default main.")
 ]
 Subfolder = Annotated[str, typer.Option(help="The folder inside the model's that holds it.")]
+Transparent = Annotated[
+    Literal["white", "bare"] | None,
+    typer.Option(
+        "--transparency",
+        help="What transparent pictures show: white paper, or bare as the authors of released models read "
+        "them; by default the model's own choice.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best available.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; by default one that suits the device.")
@@ -99,6 +107,7 @@ def ask(
     dtype: Dtype = None,
     revision: Revision = None,
     subfolder: Subfolder = "",
+    transparency: Transparent = None,
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -112,12 +121,24 @@ def ask(
         check_text(question, "the question")
     from foveate.picture.reading import drawing_path, read_picture
 
-    image = read_picture(picture, _limits(max_pixels, allow_private))
+    limits = _limits(max_pixels, allow_private)
+    image = read_picture(picture, limits)  # before the model loads
     if out is not None:
         drawing_path(out)  # before the model loads
     foveate = _load(
-        model, revision, subfolder, device, dtype, vision_tower, method, template, option, max_positions
+        model,
+        revision,
+        subfolder,
+        transparency,
+        device,
+        dtype,
+        vision_tower,
+        method,
+        template,
+        option,
+        max_positions,
     )
+    image = read_picture(picture, limits, foveate.processor.image_processor.transparency)
     console = Console()
     live = not as_json and _can_stream(foveate)
     answers = []
@@ -150,6 +171,7 @@ def chat(
     dtype: Dtype = None,
     revision: Revision = None,
     subfolder: Subfolder = "",
+    transparency: Transparent = None,
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -161,10 +183,22 @@ def chat(
     """Talk about a picture, line by line; an empty line or the end of input stops."""
     from foveate.picture.reading import read_picture
 
-    image = read_picture(picture, _limits(max_pixels, allow_private))
+    limits = _limits(max_pixels, allow_private)
+    image = read_picture(picture, limits)  # before the model loads
     foveate = _load(
-        model, revision, subfolder, device, dtype, vision_tower, method, template, option, max_positions
+        model,
+        revision,
+        subfolder,
+        transparency,
+        device,
+        dtype,
+        vision_tower,
+        method,
+        template,
+        option,
+        max_positions,
     )
+    image = read_picture(picture, limits, foveate.processor.image_processor.transparency)
     from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
 
@@ -334,6 +368,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The new folder, in Foveate's own layout.")],
     revision: Revision = None,
     subfolder: Subfolder = "",
+    transparency: Transparent = None,
     vision_tower: Tower = None,
     method: AsMethod = None,
     template: Template = None,
@@ -351,6 +386,7 @@ def convert(
             model,
             revision,
             subfolder,
+            transparency,
             "cpu",
             dtype or "float32",
             vision_tower,
@@ -490,6 +526,7 @@ def _load(
     model: str | None,
     revision: str | None,
     subfolder: str,
+    transparency: Literal["white", "bare"] | None,
     device: str | None,
     dtype: str | None,
     tower: str | None,
@@ -514,6 +551,7 @@ def _load(
         max_positions=max_positions,
         revision=revision,
         subfolder=subfolder,
+        transparency=transparency,
     )
 
 

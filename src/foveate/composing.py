@@ -21,6 +21,7 @@ from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, image_processor_for
 from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
 from foveate.options import build_options, merged
+from foveate.picture.reading import Transparency
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def compose(
     vision_feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
     preprocessor: Mapping[str, Any] | None = None,
+    transparency: Transparency = "white",
     vision_revision: str | None = None,
     text_revision: str | None = None,
     **hub: Any,
@@ -60,6 +62,7 @@ def compose(
         vision_feature_layer: hidden state of the tower that is used, -1 the last.
         dtype: of all weights.
         preprocessor: mean and std of the tower, if `vision` is not a folder or id.
+        transparency: what transparent pictures show: `white`, or `bare` as for `foveate.load`.
         vision_revision: branch, tag or commit of `vision` on the hub.
         text_revision: the same of `text`.
         **hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as for `foveate.load`, for all.
@@ -116,6 +119,7 @@ def compose(
         image_processor_for(config, preprocessor or found), tokenizer, chat_template=chat_template(template)
     )
     processor.check_end(template)
+    processor.image_processor.transparency = transparency
     for token in (tokenizer.eos_token_id, processor.answer_end()):
         model.stop_at(token)
     from foveate.ask.foveate import Foveate

@@ -21,7 +21,7 @@ from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import ViewPlan
 from foveate.picture.limits import LIMITS, Limits
-from foveate.picture.reading import Picture, read_picture
+from foveate.picture.reading import Picture, Transparency
 from foveate.versions import names_versions
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
@@ -39,6 +39,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
     limits: Limits = LIMITS,
+    transparency: Transparency | None = None,
     **hub: Any,
 ) -> Foveate:
     """Loads a model for asking: Foveate's own folder, or a released checkpoint of any known layout.
@@ -55,6 +56,8 @@ def load(
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
         max_positions: the longest conversation in tokens; by default what the LLM has positions for.
         limits: on the pictures that are read.
+        transparency: what transparent pictures show: `white`, laid on white paper, or `bare`, as the authors
+            of released checkpoints read them; by default the folder's own choice, or white.
         **hub: as in transformers, `revision`, a branch, tag or commit; `subfolder`; `token`; `cache_dir`;
             `local_files_only`; `force_download`. The last four also count for a tower that is kept apart.
 
@@ -70,7 +73,9 @@ def load(
     model = EMBEDDED if model is None else model
     folder = found(model, place)  # once: both come from the same commit
     given: dict[str, Any] = {"vision_tower": vision_tower, "method": method, **place.parts().arguments()}
-    processor = FoveateProcessor.from_pretrained(folder, template=template, options=options, **given)
+    processor = FoveateProcessor.from_pretrained(
+        folder, template=template, options=options, transparency=transparency, **given
+    )
     processor.image_processor.limits = limits
     network = FoveateForConditionalGeneration.from_pretrained(
         folder,
@@ -149,14 +154,14 @@ class Foveate:
             raise FoveateError("there are no questions: give pairs of a picture and a question")
         if len(questions) > 1 and generation.get("streamer") is not None:
             raise FoveateError("only one answer can be streamed: ask one question at a time")
-        limits = self.processor.image_processor.limits
-        chats = [Chat(self.engine, read_picture(picture, limits)) for picture, _ in questions]
+        read = self.processor.image_processor.read
+        chats = [Chat(self.engine, read(picture)) for picture, _ in questions]
         generation["max_new_tokens"] = max_new_tokens
         return converse(chats, [question for _, question in questions], Context(), generation)
 
     def chat(self, picture: Picture) -> Chat:
         """A conversation about one picture that remembers what was said."""
-        read = read_picture(picture, self.processor.image_processor.limits)
+        read: Image.Image = self.processor.image_processor.read(picture)
         return Chat(self.engine, read.copy() if read is picture else read)
 
     def save(self, folder: str | Path) -> None:

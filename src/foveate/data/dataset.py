@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
@@ -23,7 +24,7 @@ from foveate.model.processing import FoveateProcessor, padded_queries
 from foveate.model.text import normalise_messages, pictures_of
 from foveate.picture.boxes import checked_box
 from foveate.picture.geometry import Box, Size
-from foveate.picture.reading import read_picture, read_size
+from foveate.picture.reading import read_size
 
 IGNORED = -100  # label of tokens without loss
 SEEN = ("pixel_values", "image_sizes", "source_pixels", "source_norms")  # keys of an item's pictures
@@ -73,7 +74,7 @@ class Samples(Dataset[dict[str, Tensor]]):
             if not lessons:
                 raise FoveateError("nothing can be learnt from it: no region is known")
             drawn = random.Random(f"{self.seed} {self.epoch} {index}").randrange(len(lessons))
-            return encode(self.processor, cut_out(lessons[drawn]))
+            return encode(self.processor, cut_out(lessons[drawn], self.processor.image_processor.read))
 
     def measure(self, index: int) -> tuple[int, list[str]]:
         """An item's number of tokens, visual ones included, and the problems of its regions. Needs only its
@@ -119,14 +120,9 @@ class Samples(Dataset[dict[str, Tensor]]):
 def size_of(picture: str | bytes) -> Size:
     """The size of a sample's picture, a path or bytes. Raises `UnreadablePicture`."""
     try:
-        if isinstance(picture, bytes):
-            image = read_picture(picture)
-            return Size(image.height, image.width)
         return read_size(picture)
     except FoveateError as error:
         raise UnreadablePicture(str(error)) from None
-    except (OSError, ValueError):  # a name that is too long, or holds a zero
-        raise UnreadablePicture(f"no picture at {picture!r:.200}") from None
 
 
 def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
@@ -166,8 +162,10 @@ def _problems(
     return found
 
 
-def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with their `Cut`s cut out; each picture is read once."""
+def cut_out(
+    messages: Sequence[dict[str, Any]], read_one: Callable[[Any], Image.Image]
+) -> list[dict[str, Any]]:
+    """Messages with their `Cut`s cut out; each picture is read once, by `read_one`."""
     read: dict[int, Any] = {}
 
     def resolved(part: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         picture = cut.picture if isinstance(cut, Cut) else cut
         key = id(picture)  # a lesson's cuts hold the same object as the message
         if key not in read:
-            read[key] = read_picture(picture)
+            read[key] = read_one(picture)
         return {**part, "image": cut.make(read[key]) if isinstance(cut, Cut) else read[key]}
 
     return [{**m, "content": [resolved(part) for part in m["content"]]} for m in messages]
@@ -186,8 +184,8 @@ def cut_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def encode(processor: FoveateProcessor, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """One conversation as model inputs with labels, as `Samples` describes them."""
     messages = normalise_messages(messages)
-    pictures = [read_picture(picture) for picture in pictures_of(messages)]
     images = processor.image_processor
+    pictures = [images.read(picture) for picture in pictures_of(messages)]
     prompt = processor.prompt(messages, [images.plan(p.height, p.width) for p in pictures], learn=True)
     ids, answers = torch.tensor(prompt.ids), torch.tensor(prompt.answers)
     encoded = {

@@ -70,7 +70,8 @@ class ConversingStudent(Student):
             picture = Image.fromarray(data.pictures[i])
             lessons += self._lessons(picture, data.questions[i])
             lessons += [_dialogue(picture, [(q.text, q.answer)]) for q in data.captions[i] if captions]
-        batch = self.collate([encode(self.processor, cut_out(lesson)) for lesson in lessons])
+        read = self.processor.image_processor.read
+        batch = self.collate([encode(self.processor, cut_out(lesson, read)) for lesson in lessons])
         return self.model(**batch, use_cache=False).loss
 
     def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
@@ -105,10 +106,10 @@ class ConversingStudent(Student):
 
     def _grade_told(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Whether greedy decoding would give exactly the answers, after the lessons' own first turns."""
-        graded = []
+        graded, read = [], self.processor.image_processor.read
         for i in indices:
             lessons = self._lessons(Image.fromarray(data.pictures[i]), data.questions[i])
-            batch = self.collate([encode(self.processor, cut_out(lesson)) for lesson in lessons])
+            batch = self.collate([encode(self.processor, cut_out(lesson, read)) for lesson in lessons])
             output = self.model(**batch, use_cache=False)
             labels = batch["labels"][:, 1:]  # (B, T - 1)
             wrong = (output.logits[:, :-1].argmax(-1) != labels) & _second_runs(labels != IGNORED)

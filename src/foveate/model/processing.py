@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from foveate.model.text import (
 from foveate.options import merged
 from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
 from foveate.picture.limits import LIMITS
-from foveate.picture.reading import bands, read_picture, to_array
+from foveate.picture.reading import Picture, Transparency, bands, read_picture, to_array
 from foveate.versions import names_versions
 
 PROCESSOR = "processor_config.json"
@@ -55,6 +55,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         patch_size: side of its patches, pixels.
         image_mean: per channel, of pixels in 0..1.
         image_std: per channel.
+        transparency: what transparent pictures show, as in `read_picture`; saved with the processor.
 
     Attributes:
         limits: on the pictures that it reads. Not saved: a folder's file must not set them.
@@ -70,6 +71,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         patch_size: int = 14,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
+        transparency: Transparency = "white",
         **kwargs: Any,
     ) -> None:
         if not (isinstance(method, str) and type(image_size) is int and type(patch_size) is int):
@@ -86,6 +88,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         self.patch_size = patch_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.transparency = _known(transparency)
         self.limits = LIMITS
 
     def planner(self) -> Method:
@@ -105,7 +108,11 @@ class FoveateImageProcessor(BaseImageProcessor):
         """Reads pictures in any form of `read_picture`, keeping the nesting of lists."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return read_picture(images, self.limits)
+        return self.read(images)
+
+    def read(self, picture: Picture | Any) -> Image.Image:
+        """One picture in any form of `read_picture`, as the model is to see it."""
+        return read_picture(picture, self.limits, self.transparency)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2).
@@ -278,6 +285,7 @@ class FoveateProcessor(ProcessorMixin):
         method: str | None = None,
         template: str | None = None,
         options: Mapping[str, Any] | None = None,
+        transparency: Transparency | None = None,
         **kwargs: Any,
     ) -> FoveateProcessor:
         """Reads the processor of Foveate's own folders and of released ones.
@@ -288,6 +296,7 @@ class FoveateProcessor(ProcessorMixin):
             method: as in the model's `from_pretrained`.
             template: name of a chat template to use instead of the folder's own.
             options: changes to the method's options.
+            transparency: `white` or `bare`, as for `read_picture`; by default the folder's own, or white.
             **kwargs: as for any processor, with the hub's arguments as in the model's `from_pretrained`.
 
         A folder of Foveate's own may hold the processor alone.
@@ -317,6 +326,8 @@ class FoveateProcessor(ProcessorMixin):
             processor.chat_template = chat_template(template)
             processor.check_end(template)
         images = processor.image_processor
+        if transparency is not None:
+            images.transparency = _known(transparency)
         images.options = merged(method_class(images.method).Options, images.options, options)
         return processor
 
@@ -592,6 +603,13 @@ def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = No
         image_mean=mean,
         image_std=std,
     )
+
+
+def _known(transparency: Any) -> Transparency:
+    if transparency not in get_args(Transparency):
+        known = " or ".join(get_args(Transparency))
+        raise FoveateError(f"transparency should be {known}, not {transparency!r}")
+    return transparency
 
 
 def _flat(images: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -68,10 +68,13 @@ KINDS = (
 HEIC = ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1")
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK")  # PNG, JPEG, GIF, WebP, TIFF
 
+Transparency = Literal["white", "bare"]
 Picture = str | os.PathLike[str] | bytes | IO[bytes] | Mapping[str, Any] | Image.Image | np.ndarray
 
 
-def read_picture(picture: Picture | Any, limits: Limits = LIMITS) -> Image.Image:
+def read_picture(
+    picture: Picture | Any, limits: Limits = LIMITS, transparency: Transparency = "white"
+) -> Image.Image:
     """An upright RGB `PIL.Image`; the one given if it is that already.
 
     Args:
@@ -79,8 +82,10 @@ def read_picture(picture: Picture | Any, limits: Limits = LIMITS) -> Image.Image
             (H, W, C) or (C, H, W) with 1, 3 or 4 channels; a torch tensor, (C, H, W) where both could be
             meant; `datasets`' {"bytes", "path"}; or a PIL image.
         limits: on its pixels, unless it is decoded already, and on what is fetched.
+        transparency: `white` lays what is transparent on white paper, as viewers do; `bare` leaves out the
+            transparency and shows the colours under it, as the authors of released checkpoints read pictures.
 
-    EXIF orientation is applied. What is transparent becomes white. The type of values says their scale: 8
+    EXIF orientation is applied. The type of values says their scale: 8
     bits, 16 bits, true and false, floats from 0 to 1; other integers hold 0 to 255. Of several frames the
     first is read.
 
@@ -89,13 +94,13 @@ def read_picture(picture: Picture | Any, limits: Limits = LIMITS) -> Image.Image
     """
     given = _given(picture, limits)
     if isinstance(given, np.ndarray):
-        return _from_array(given, limits)
+        return _from_array(given, limits, transparency)
     if isinstance(given, Image.Image):
         with _one_sentence("the picture"):
-            return _upright(given, "the picture", limits)
+            return _upright(given, "the picture", limits, transparency)
     name, source = given
     with _one_sentence(name), source as file:
-        return _upright(_opened(file, name, limits), name, limits)
+        return _upright(_opened(file, name, limits), name, limits, transparency)
 
 
 def read_size(picture: Picture | Any, limits: Limits = LIMITS) -> Size:
@@ -380,7 +385,7 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _upright(image: Image.Image, name: str, limits: Limits) -> Image.Image:
+def _upright(image: Image.Image, name: str, limits: Limits, transparency: Transparency) -> Image.Image:
     if type(image) is Image.Image:  # decoded already
         if 0 in image.size:
             raise FoveateError(f"{name} is empty: it has no pixels")
@@ -388,14 +393,14 @@ def _upright(image: Image.Image, name: str, limits: Limits) -> Image.Image:
         _checked(image, name, limits)
     image.load()  # which turns TIFF already
     turn = TURNS.get(_orientation(image))
-    upright = _to_rgb(image)
+    upright = _to_rgb(image, transparency)
     if turn is not None:
         upright = upright.transpose(turn)
         upright.info = {}  # it would say that the picture has yet to be turned
     return upright
 
 
-def _from_array(array: np.ndarray, limits: Limits) -> Image.Image:
+def _from_array(array: np.ndarray, limits: Limits, transparency: Transparency) -> Image.Image:
     shape = array.shape
     if array.ndim == 3 and shape[0] in CHANNELS and shape[2] not in CHANNELS:
         array = array.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
@@ -412,7 +417,7 @@ def _from_array(array: np.ndarray, limits: Limits) -> Image.Image:
     rows = max(1, BAND // width)
     for top in range(0, height, rows):
         values = _to_bytes(array[top : top + rows], partial(_extremes, array))
-        made.paste(_band_to_rgb(Image.fromarray(values)), (0, top))
+        made.paste(_band_to_rgb(Image.fromarray(values), transparency), (0, top))
     return made
 
 
@@ -420,8 +425,8 @@ def _extremes(array: np.ndarray) -> tuple[float, float]:
     return np.nanmin(array), np.nanmax(array)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; what is transparent shows white paper, as viewers do."""
+def _to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
+    """8-bit RGB."""
     if image.mode == "RGB" and not image.has_transparency_data:
         plain = type(image) is Image.Image
         return image if plain else image._new(image.im)  # the same pixels, without the file they are from
@@ -433,15 +438,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             band = Image.fromarray(_to_bytes(np.asarray(band), image.getextrema))
         elif image.mode.startswith("I"):  # Pillow would clip it at 255
             band = Image.fromarray(_to_bytes(np.asarray(band).astype(np.uint16), image.getextrema))
-        made.paste(_band_to_rgb(band), (0, top))
+        made.paste(_band_to_rgb(band, transparency), (0, top))
     return made
 
 
-def _band_to_rgb(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
+def _band_to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
     if image.mode == "La":  # which Pillow turns into LA alone
         image = image.convert("LA")
+    if transparency == "bare" or not image.has_transparency_data:
+        return image.convert("RGB")
     paper = Image.new("RGBA", image.size, "white")
     paper.alpha_composite(image.convert("RGBA"))
     return paper.convert("RGB")

@@ -22,8 +22,10 @@ from foveate.errors import (
 )
 from foveate.model.config import FoveateConfig
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.processing import FoveateProcessor
 from foveate.model.rendering import check_template
 from foveate.picture.geometry import Size
+from foveate.picture.reading import Transparency
 from foveate.upstream import generation_arguments
 from foveate.versions import names_versions
 
@@ -133,6 +135,12 @@ class VLM:
             except FoveateError as error:
                 raise FoveateError(f"{refusal}; and by transformers: {error}") from error
         return cls(own.model, own.processor)
+
+    @property
+    def transparency(self) -> Transparency:
+        """What transparent pictures show, as in `read_picture`."""
+        own = isinstance(self.processor, FoveateProcessor)
+        return self.processor.image_processor.transparency if own else "white"
 
     @property
     def image_token_id(self) -> int:

@@ -296,7 +296,7 @@ class Zoom:
             FoveateError: a picture that cannot be read, an empty question, a box outside the picture.
         """
         self.vlm.check_question(question)
-        whole = read_picture(picture, self.limits)
+        whole = read_picture(picture, self.limits, self.vlm.transparency)
         if box is not None:
             problem = Given(box)(self.vlm, whole, question).problem
             if problem:
