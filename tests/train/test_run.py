@@ -596,3 +596,10 @@ def test_a_stage_may_leave_a_part_of_the_method_alone(tmp_path: Path) -> None:
     assert any(name.startswith("attentions.0.value") for name in changed)
     assert result.config.options.get("rois", 4) == 4
     assert not before.method.reads_source
+
+
+def test_pictures_of_more_pixels_than_the_recipe_allows(tmp_path: Path) -> None:
+    recipe = two_stages(tmp_path, 6)
+    with pytest.raises(FoveateError, match=r"more than max_pixels 2000.*model\.max_pixels in a recipe"):
+        train(recipe, ["model.max_pixels=2000"], dry_run=True)
+    train(recipe, ["model.max_pixels=20000"], dry_run=True)

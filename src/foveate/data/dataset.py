@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from foveate.model.processing import FoveateProcessor, padded_queries
 from foveate.model.text import normalise_messages, pictures_of
 from foveate.picture.boxes import checked_box
 from foveate.picture.geometry import Box, Size
+from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import read_size
 
 IGNORED = -100  # label of tokens without loss
@@ -87,7 +88,8 @@ class Samples(Dataset[dict[str, Tensor]]):
             return max(map(self._tokens, lessons), default=0), problems
 
     def _tokens(self, messages: Sequence[dict[str, Any]]) -> int:
-        sizes = [p.size if isinstance(p, Cut) else size_of(p) for p in pictures_of(messages)]
+        limits = self.processor.image_processor.limits
+        sizes = [p.size if isinstance(p, Cut) else size_of(p, limits) for p in pictures_of(messages)]
         plans = [self.processor.image_processor.plan(*size) for size in sizes]
         return len(self.processor.prompt(messages, plans, learn=True).ids)
 
@@ -108,7 +110,8 @@ class Samples(Dataset[dict[str, Tensor]]):
             messages = source.messages(record)
             _refuse_half_characters(messages)
             known = regions.of(record, source.id(record)) if regions is not None else {}
-            method, size = self.processor.image_processor.planner(), _size_of_first(messages)
+            images = self.processor.image_processor
+            method, size = images.planner(), _size_of_first(messages, images.limits)
             problems = [f"record {record}, {what}" for what in _problems(messages, size, known)]
             yield method.lessons(messages, size, known), problems
         except UnreadablePicture as error:
@@ -117,18 +120,18 @@ class Samples(Dataset[dict[str, Tensor]]):
             raise FoveateError(f"{source.where(record)}: {error}") from None
 
 
-def size_of(picture: str | bytes) -> Size:
+def size_of(picture: str | bytes, limits: Limits = LIMITS) -> Size:
     """The size of a sample's picture, a path or bytes. Raises `UnreadablePicture`."""
     try:
-        return read_size(picture)
+        return read_size(picture, limits)
     except FoveateError as error:
         raise UnreadablePicture(str(error)) from None
 
 
-def _size_of_first(messages: Sequence[dict[str, Any]]) -> Callable[[], Size]:
+def _size_of_first(messages: Sequence[dict[str, Any]], limits: Limits) -> Callable[[], Size]:
     """The size of a conversation's first picture."""
     pictures = pictures_of(messages)
-    return cache(partial(size_of, *pictures[:1]))
+    return cache(lambda: size_of(pictures[0], limits))
 
 
 def _refuse_half_characters(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -45,7 +45,7 @@ class Limits:
             raise FoveateError(
                 f"{name} cannot be read: its {width} x {height} pixels are more than max_pixels "
                 f"{self.max_pixels}; make it smaller, or raise max_pixels (foveate.Limits in Python, "
-                "--max-pixels on the command line)"
+                "--max-pixels on the command line, model.max_pixels in a recipe)"
             )
 
 

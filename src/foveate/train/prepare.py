@@ -24,6 +24,7 @@ from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.positions import positions_of
 from foveate.model.processing import FoveateProcessor
 from foveate.model.text import TEMPLATES
+from foveate.picture.limits import Limits
 from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage
@@ -82,6 +83,7 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
             "computed: set bf16 to true, or model.dtype to float32"
         )
     model, processor = skeleton(recipe.model, stage_options(recipe.model, stage.options), stage.template)
+    processor.image_processor.limits = Limits(max_pixels=recipe.model.max_pixels)
     if stage.lora is not None:
         add_adapters(model, stage, where)
     select(model, stage, where)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from foveate.errors import FoveateError
 from foveate.options import NULLS, Plain, build_options
+from foveate.picture.limits import LIMITS, Limits
 from foveate.shipped import find
 from foveate.written import read_pair, read_yaml
 
@@ -42,6 +43,7 @@ class ModelSpec:
     vision_feature_layer: int = -2  # hidden state of the tower that is used, -1 the last; not with `load`
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights in memory, and as saved
     max_positions: int | None = None  # longest text, for an LLM that reads beyond its own positions
+    max_pixels: int = LIMITS.max_pixels  # of a picture that is read
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,7 @@ class ModelSpec:
             raise FoveateError("vision and text belong together: give both")
         if self.load is None and self.method is None:
             raise FoveateError("'method' is missing: name the method that connects vision and text")
+        Limits(max_pixels=self.max_pixels)  # checks it
         if self.max_positions is not None and self.max_positions < 1:
             raise FoveateError(f"max_positions must be at least 1, not {self.max_positions}")
         if self.load is None and self.vision_tower is not None:
