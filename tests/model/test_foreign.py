@@ -149,7 +149,9 @@ def test_transformers_configs(key: str, value: Any, what: str, layout: str, copi
 
 def test_next_has_its_newline(copied: Path) -> None:
     change(copied / "next" / "config.json", use_image_newline_parameter=False)
-    with pytest.raises(FoveateError, match="use_image_newline_parameter False is not supported, only True"):
+    with pytest.raises(
+        FoveateError, match="use_image_newline_parameter must be True: False is not supported"
+    ):
         load(copied / "next", device="cpu")
 
 
@@ -198,7 +200,7 @@ def test_towers_of_new_models(copied: Path) -> None:
     change(path, do_normalize=False)
     assert (made().image_mean, made().image_std) == ([0.0] * 3, [1.0] * 3)
     change(path, resample=0)
-    with pytest.raises(FoveateError, match="resample 0 is not supported, only 3"):
+    with pytest.raises(FoveateError, match="resample must be 3: 0 is not supported"):
         made()
 
 

@@ -159,8 +159,8 @@ def _check(values: Mapping[str, Any], same: Mapping[str, Collection[Any]], where
     for key, accepted in same.items():
         value = values.get(key)
         if value is not None and value not in accepted:
-            only = f", only {' or '.join(repr(one) for one in accepted)}" if accepted else ""
-            raise FoveateError(f"{where}: {key} {value!r} is not supported{only}")
+            must = f" must be {' or '.join(repr(one) for one in accepted)}:" if accepted else ""
+            raise FoveateError(f"{where}: {key}{must} {value!r} is not supported")
 
 
 def _sides(size: Any) -> list[Any] | None:
