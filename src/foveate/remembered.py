@@ -26,7 +26,7 @@ class Remembered(Generic[P, R]):
         self._kept = lru_cache(maxsize=most)(function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._kept(*args, **kwargs)
+        return self._kept(*args, **kwargs)  # type: ignore[arg-type]  # unhashable ones raise TypeError
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Remembered, self._made
