@@ -41,14 +41,17 @@ print(json.dumps(failures))
 ROOT = Path(foveate.__file__).parent
 # The rooms of the house from the ground up: the way of a picture, then the doors.
 ROOMS = (
-    ("errors", "versions", "upstream", "options", "written", "files", "layers", "devices", "shipped"),
+    (
+        *("errors", "versions", "upstream", "options", "written", "files", "layers", "devices", "shipped"),
+        "remembered",
+    ),
     ("picture",),
     ("towers",),
     ("methods",),
     ("model",),
     ("ask", "data"),
     ("zoom",),
-    ("composing", "tiny", "train", "lab", "annotate"),
+    ("composing", "tiny", "train", "lab", "annotate", "clients"),
     ("cli", "__main__"),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from foveate import Foveate, FoveateForConditionalGeneration, FoveateProcessor
+from foveate.ask.answer import Answer
 from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.train.parts import add_adapters, merge_adapters, select
 from foveate.train.recipe import DataFile, Lora, Stage
@@ -135,6 +137,49 @@ def test_saving_and_loading_changes_no_bit(method: str, tiny: Tiny, tmp_path: Pa
     assert all(torch.equal(batch[key], batch_again[key]) for key in batch)
     assert torch.equal(model(**batch).logits, again(**batch).logits)
     assert greedy(model, batch) == greedy(again, batch)
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+def shown(answer: Answer) -> Any:
+    """All of an answer but the time that it took."""
+    ledger = copy.deepcopy(answer.ledger)
+    ledger.seconds.clear()
+    chains = [(chain.name, chain.boxes, chain.pixels().tolist()) for chain in answer.chains]
+    return answer.text, answer.notes, answer.regions, answer.heat, chains, answer.plan, ledger
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+def test_a_copy_answers_alike(method: str, copied: Callable[[Any], Any]) -> None:
+    """And with weights of its own, in hooks and remembered functions, too."""
+    made = fresh(method)
+    image, short = picture(60, 100), {"max_new_tokens": 4}
+    talk, batch = made.chat(image), prepare(made.processor, chats())
+    answer = talk.ask(QUESTIONS[2], **short)
+    logits, written = made.model(**batch).logits, greedy(made.model, batch)
+    price = made.engine.pricer.vision(Size(60, 100))
+    again, model, processor, planner, talk = copied(
+        (made, made.model, made.processor, made.model.method, talk)
+    )
+    answer_again, pricer = copied(answer), copied(made.engine.pricer)
+    assert model is again.model and talk.engine is again.engine
+    assert shown(answer_again) == shown(answer)
+    assert np.array_equal(np.asarray(answer_again.show()), np.asarray(answer.show()))
+    for p in made.model.parameters():
+        p.zero_()
+    made.model.connector = made.model.method = None
+    batch_again = prepare(processor, chats())
+    assert all(torch.equal(batch[key], batch_again[key]) for key in batch)
+    assert torch.equal(model(**batch_again).logits, logits)
+    assert greedy(model, batch_again) == written
+    assert [planner.plan(*size) for size in SIZES] == model.plans(SIZES)
+    assert pricer.vision(Size(60, 100)) == price
+    new = again.chat(image)
+    assert shown(new.ask(QUESTIONS[2], **short)) == shown(answer)
+    assert shown(new.ask(QUESTIONS[3], **short)) == shown(talk.ask(QUESTIONS[3], **short))
 
 
 def test_text_alone_does_not_touch_vision(method: str) -> None:

@@ -127,6 +127,14 @@ class Engine:
         # writes without it.
         self._lock = RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock and what is computed again: a copy starts with no picture in memory."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_lock", "pricer")}
+        return {**state, "memory": Memory(self.memory.most)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, _lock=RLock())
+
     def plan(self, picture: Image.Image) -> ViewPlan:
         return self.processor.image_processor.plan(picture.height, picture.width)
 

@@ -60,6 +60,7 @@ from foveate.picture.geometry import (
     unpadded,
     whole,
 )
+from foveate.remembered import Remembered
 
 NEWLINE = -1
 
@@ -101,7 +102,7 @@ class AnyResConnector(Connector):
         self.grid = grid
         self.projector = mlp_projector(widths.vision, widths.text, depth, activation)
         self.newline = nn.Parameter(torch.randn(widths.text) * widths.text**-0.5)
-        self._sources = lru_cache(maxsize=4096)(token_sources)
+        self._sources = Remembered(token_sources, most=4096)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         tokens = flat(self.projector(features))  # (V, N, C) -> (V N, D)

@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
@@ -316,7 +316,7 @@ class ChainOfSpot(Method):
         else:
             part = self._fitted(box, picture)
             size = Size(int(part.height), int(part.width))
-        cut = Cut(path, size, lambda image: self.crop(image, box))
+        cut = Cut(path, size, partial(self.crop, box=box))
         before, after = wording.answer.format(q=question).split(IMAGE_TOKEN)
         lesson = [
             _said("user", {"type": "image", "image": path}, wording.learnt.format(q=question)),

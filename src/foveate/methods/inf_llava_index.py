@@ -152,7 +152,7 @@ class AxisPlan:
 
 def index(numbers: np.ndarray, like: Tensor) -> Tensor:
     """Indices on the features' device."""
-    return torch.from_numpy(numbers).to(like.device)
+    return torch.tensor(numbers, device=like.device)  # a copy: their memory may not be writable
 
 
 def gathered(stack: Tensor, rows: Sequence[int] | np.ndarray, columns: Sequence[int] | np.ndarray) -> Tensor:

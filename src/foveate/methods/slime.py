@@ -76,6 +76,7 @@ from foveate.picture.geometry import (
     tiled,
     whole,
 )
+from foveate.remembered import Remembered
 
 SEPARATOR = -1  # in `token_sources`
 ROUTER_NOISE = 0.1  # standard deviation of the noise on the router's scores in training
@@ -304,7 +305,7 @@ class SlimeConnector(Connector):
         self.adapter = Mixture(widths, grid, heads, options)
         self.compressor = QueryFormer(widths.vision, Size(side, side), grid, heads)
         self.router = Router(options)
-        self._sources = lru_cache(maxsize=4096)(self.token_sources)
+        self._sources = Remembered(self.token_sources, most=4096)
 
     def token_sources(self, plan: ViewPlan) -> np.ndarray:
         """The token at each place of a picture before any is cut, (full,) int64.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from foveate.model.config import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.picture.geometry import Size, ViewPlan
 from foveate.picture.source import Source
+from foveate.remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Pricer:
         with torch.device("meta"):
             self.model = FoveateForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
-        self._vision = lru_cache(maxsize=256)(self._count_vision)
-        self._language = lru_cache(maxsize=256)(self._count_language)
+        self._vision = Remembered(self._count_vision, most=256)
+        self._language = Remembered(self._count_language, most=256)
 
     def plan(self, height: int, width: int) -> ViewPlan:
         return self.model.method.plan(height, width)

@@ -11,6 +11,16 @@ from torch import Tensor
 from foveate.picture.geometry import Box
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a function has made: in its place, where it cannot go itself."""
+
+    value: Any
+
+    def __call__(self) -> Any:
+        return self.value
+
+
 @dataclass
 class Chain:
     """Parts of a picture that were looked at one after the other.
@@ -24,6 +34,9 @@ class Chain:
     name: str
     boxes: list[Box]
     pixels: Callable[[], Tensor]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pixels": _Made(self.pixels())}
 
 
 @dataclass
@@ -43,6 +56,10 @@ class Account:
     chains: list[Chain] = field(default_factory=list)
     views: list[tuple[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what its functions make: a function inside another cannot be pickled."""
+        return {**vars(self), "heat": _Made(self.heat())}
 
     def joined(self, more: Account) -> Account:
         """This account and `more` in one; regions and heat of `more` are used only if this one has none."""

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from foveate import upstream
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Box, Size
+from foveate.remembered import Remembered
 from foveate.zoom.places import token_places
 from foveate.zoom.vlm import VLM, message
 
@@ -297,7 +298,7 @@ class Highlighter:
         detect: Callable[[Image.Image], Sequence[Box]] | None = None,
     ) -> None:
         self.vlm, self.rule, self.detect = vlm, rule, detect
-        self._places = lru_cache(maxsize=SIZES)(partial(token_places, vlm))
+        self._places = Remembered(partial(token_places, vlm), most=SIZES)
 
     def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Highlight]:
         """One upright picture and one question each, in one batch.
