@@ -45,7 +45,9 @@ def to_transformers(
     with torch.device("meta"):
         skeleton = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     state = _state(model, export, skeleton.state_dict())
-    made = type(skeleton).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    made = type(skeleton).from_pretrained(
+        None, config=config, state_dict=state, dtype=model.dtype, trust_remote_code=False
+    )
     made.generation_config = copy.deepcopy(model.generation_config)
     _check_head(model, made)
     return made.eval(), _processor(export, made, processor)
