@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -90,20 +90,26 @@ class Counted(NamedTuple):
     out: Shaped | tuple[Shaped, ...]
 
 
+KNOWN = 2**14  # operations whose cost is remembered, at most: about 16 MB
+
+
+@cache
+def _known() -> dict[Hashable, Counted]:
+    """What was counted before, by all counters: towers and LLMs have much in common."""
+    return {}
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of operations in its context, with torch's own formulas.
 
     torch's `FlopCounterMode` also attributes them to modules, by hooks that modules in other threads trigger
-    too; this counter sees the operations of the calling thread only.
-
-    Args:
-        known: what was counted before; an operation runs once for each shape of its arguments, as on `meta`
-            most of them take long to find out the shape of their result.
+    too; this counter sees the operations of the calling thread only. An operation runs once for each shape of
+    its arguments: on `meta`, most take long to find out the shape of their result.
     """
 
-    def __init__(self, known: dict[Hashable, Counted] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.known = {} if known is None else known
+        self.known = _known()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,6 +125,8 @@ class FlopCounter(TorchDispatchMode):
         out = self._run(func, args, kwargs)
         shapes = _shapes(out)
         if shapes is not None:
+            if len(self.known) >= KNOWN:
+                self.known.clear()
             self.known[signature] = Counted(self.total - before, shapes)
         return out
 
@@ -193,7 +201,6 @@ class Pricer:
         with torch.device("meta"):
             self.model = FoveateForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
-        self._known: dict[Hashable, Counted] = {}
         self._vision = lru_cache(maxsize=256)(self._count_vision)
         self._language = lru_cache(maxsize=256)(self._count_language)
 
@@ -274,16 +281,16 @@ class Pricer:
             pixels = torch.zeros(*picture, 3, device="meta", dtype=torch.uint8)
             source = Source([pixels], torch.ones(1, 2, 3, device="meta"), look)
         with torch.no_grad():
-            with FlopCounter(self._known) as encode:
+            with FlopCounter() as encode:
                 features = model.encode_views(blank)
-            with FlopCounter(self._known) as connect:
+            with FlopCounter() as connect:
                 encoded = model.connect(features, torch.tensor([picture]), source=source)
-            with FlopCounter(self._known) as again:
+            with FlopCounter() as again:
                 for view in looks[:1]:
                     model.encode_views(view[None].to(self.dtype))
             width = model.config.text_config.hidden_size
             hidden = torch.zeros(1, plan.tokens, width, device="meta", dtype=self.dtype)
-            with FlopCounter(self._known) as inject:
+            with FlopCounter() as inject:
                 for injector in model.connector.injectors().values():
                     if encoded.injection is not None:
                         injector(hidden, encoded.injection, torch.ones(hidden.shape[:2], dtype=torch.bool))
@@ -330,11 +337,11 @@ class Pricer:
         with torch.no_grad():
             if kept:
                 cache = language(inputs_embeds=embeds[:, :kept], use_cache=True)[name]
-            with FlopCounter(self._known) as prefill:
+            with FlopCounter() as prefill:
                 cache = language(
                     inputs_embeds=embeds[:, kept:], use_cache=True, logits_to_keep=1, **{name: cache}
                 )[name]
             kv = upstream.cache_bytes(cache)
-            with FlopCounter(self._known) as decode:
+            with FlopCounter() as decode:
                 language(inputs_embeds=embeds[:, :1], **{name: cache})
         return prefill.total, decode.total, kv
