@@ -41,6 +41,7 @@ from foveate.picture.reading import read_picture
 from foveate.tiny import tiny_model
 from foveate.zoom.relevance import RegionRule
 from foveate.zoom.vlm import VLM
+from tests import forked
 from tests.command import foveate
 from tests.support import picture
 from tests.vlms import VLMS
@@ -150,19 +151,14 @@ def test_kill_in_the_middle(tmp_path: Path, data: Path, model: Path, unbroken: P
     out = tmp_path / "regions.jsonl"
     parts = tmp_path / "regions.jsonl.parts"
     arguments = command(data, out, model)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "foveate", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = forked.foveate(*arguments)
     part = parts / "00000.jsonl"
     deadline = time.monotonic() + 240
     while not (part.is_file() and part.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None, "the command ended before it could be killed"
         assert time.monotonic() < deadline, "the command wrote nothing"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     done = part.read_bytes().count(b"\n")
     assert 2 <= done < -(-QUESTIONS // BATCH)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import yaml
 
 import foveate.methods
 from foveate.data.toy import write_toy_data
+from foveate.lab import parts, photographs
 from foveate.lab import run as lab_run
 from foveate.lab.experiment import Experiment
 from foveate.lab.scales import SCALES, Schedule
 from foveate.train.recipe import load_recipe
+from tests.command import Result
 from tests.command import foveate as run_foveate
 from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, commands, parse
 from tests.docs.stand_ins import write_all
@@ -91,6 +95,10 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(few, *arguments, **more)
 
     monkeypatch.setattr(lab_run, "run", first_rows)
+    # tests/lab/test_pretraining.py and test_photographs.py ask as often as the lab does
+    monkeypatch.setattr(parts, "comprehension", partial(parts.comprehension, batches=2))
+    monkeypatch.setattr(photographs, "PARTS", photographs.PARTS[:2])
+    monkeypatch.setattr(photographs, "trials", partial(photographs.trials, parts=photographs.PARTS))
 
 
 class Page:
@@ -145,26 +153,18 @@ class Page:
         if "train" in words:  # with fewer steps
             stages = load_recipe(words[words.index("train") + 1]).stages
             words += [f"stages.{stage}.steps=2" for stage in stages]
+        before, pipe, last = self.local(command).rpartition(" | ")
         if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
             result = run_foveate(*words[1:])
-            code, printed = result.code, result.stdout
-            problem = result.stderr
+        elif pipe and last.startswith("foveate ") and not {">", "&&", ";"} & set(shlex.split(last)):
+            piped = self.shell(before)
+            assert piped.code == 0, f"{block.place}: {before}\n{piped.stderr}"
+            result = run_foveate(*shlex.split(last)[1:], stdin=piped.stdout)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            result = self.script(*words[1:])
         else:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            done = subprocess.run(
-                [
-                    "bash",
-                    "-euo",
-                    "pipefail",
-                    "-c",
-                    shlex.join(words) if "train" in words else self.local(command),
-                ],
-                env={**os.environ, "PATH": path, "COLUMNS": "80"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            code, printed, problem = done.returncode, done.stdout, done.stderr
+            result = self.shell(shlex.join(words) if "train" in words else self.local(command))
+        code, printed, problem = result.code, result.stdout, result.stderr
         if output.startswith("error:"):
             assert code == 2, f"{block.place}: {command} ends with {code}, not 2"
             printed = problem
@@ -174,6 +174,27 @@ class Page:
             assert _tidy(printed) == _tidy(output), (
                 f"{block.place}: {command} prints something else:\n{printed}"
             )
+
+    def shell(self, command: str) -> Result:
+        """A command that is run as a shell runs it; foveate's own run here, where its modules are loaded."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            env={**os.environ, "PATH": path, "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def script(self, *words: str) -> Result:
+        """`python FILE.py` with these arguments; an error of it is the test's."""
+        out = io.StringIO()
+        with self.monkeypatch.context() as patch, redirect_stdout(out):
+            patch.setattr(sys, "argv", list(words))
+            patch.syspath_prepend(Path(words[0]).parent.resolve())
+            runpy.run_path(words[0], run_name="__main__")
+        return Result(0, out.getvalue(), "")
 
     def install(self, folders: list[str]) -> None:
         """Packages of the page, into a folder of their own that Python looks in."""

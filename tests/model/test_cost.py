@@ -6,12 +6,15 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING
 
+from foveate.methods import METHODS
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.coroi import Coroi
 from foveate.model.config import FoveateConfig
-from foveate.model.cost import Pricer
+from foveate.model.cost import FlopCounter, Pricer
 from foveate.picture.geometry import Size
 from foveate.tiny import tiny_vision
 from tests.methods.conftest import fresh
@@ -50,6 +53,33 @@ def test_equal_layers_are_counted_once(name: str) -> None:
     for tokens, kept in ((40, 0), (7, 30), (1, 5)):
         assert short.language(tokens, kept) == whole.language(tokens, kept)
     assert all(count > 0 for count in short.language(40))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_that_are_not_run_again_count_as_often_as_they_come(method: str) -> None:
+    """torch's own counter runs every operation."""
+    pricer, size = Pricer(fresh(method).model.config), Size(60, 80)
+    views = pricer.plan(*size).views
+    blank = torch.zeros(len(views), 3, *views[0].size, device="meta", dtype=pricer.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        pricer.model.encode_views(blank)
+    assert pricer.vision(size).encode == whole.get_total_flops() > 0
+
+
+def test_results_of_operations_that_are_not_run_again_are_like_the_first() -> None:
+    whole = torch.ones(2, 3, dtype=torch.int64, device="meta")
+    here = torch.ones(2, 3)
+    with FlopCounter() as counter:
+        for _ in range(2):
+            for factor, kind in ((1, torch.int64), (1.0, torch.float32), (True, torch.int64)):
+                assert (whole * factor).dtype == kind
+            assert (whole.float().T @ whole.float()).shape == (3, 3)
+            assert [part.shape for part in whole.float().sort(dim=1)] == [(2, 3), (2, 3)]
+            assert whole.mul_(2) is whole
+            assert whole[0].data_ptr() == whole.data_ptr()
+            assert (here * 2).sum() == 12
+            here = here + 0
+    assert counter.total == 2 * 2 * 3 * 3 * 2
 
 
 def test_pricing_takes_windows_that_share_no_token_and_no_more_than_there_are() -> None:

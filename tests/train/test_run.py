@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +26,13 @@ from foveate.composing import compose
 from foveate.data.toy import write_toy_data
 from foveate.methods import METHODS
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
+from foveate.train import run as train_run
 from foveate.train.run import train
 from foveate.train.trainer import COMPLETE, newest_checkpoint
+from tests import forked
+from tests.command import foveate as command_line
 from tests.support import picture
 from tests.train.support import losses, same, stage, two_stages, weights, write_recipe
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -106,14 +105,14 @@ def test_tensorboard_has_the_losses(finished: Path) -> None:
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: Path, tmp_path: Path, checkpoint: int) -> None:
     recipe, run = two_stages(tmp_path, method="anyres"), tmp_path / "run"
-    command = [sys.executable, "-m", "foveate", "train", str(recipe)]
     marker = run / "stages" / "finetune" / f"checkpoint-{checkpoint}" / COMPLETE
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not marker.exists() and time.monotonic() < deadline:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    process = forked.foveate("train", recipe)
+    deadline = time.monotonic() + 120
+    while not marker.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (run / "model").exists()
     left = newest_checkpoint(run / "stages" / "finetune")
     assert left is not None
@@ -147,13 +146,12 @@ def test_a_run_killed_after_its_last_step_takes_no_more(tmp_path: Path, lora: An
     trains = ["connector"] if lora else ["connector", "language_model"]
     settings = {"steps": 3, "schedule": "constant", "save_steps": 3, "lora": lora}
     recipe = write_recipe(tmp_path, {"all": stage(trains, data, **settings)})
-    dying = (
-        "import os, signal, sys, foveate.train.run as run\n"
-        "run._save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run.train(sys.argv[1])"
-    )
-    killed = subprocess.run([sys.executable, "-c", dying, str(recipe)], env=ENVIRONMENT)
-    assert killed.returncode == -signal.SIGKILL
+
+    def dying() -> None:
+        train_run._save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        train(recipe)
+
+    assert forked.Forked(dying).wait() == -signal.SIGKILL
     last = newest_checkpoint(tmp_path / "run" / "stages" / "all")
     assert last is not None and last.name == "checkpoint-3" and not (tmp_path / "run" / "model").exists()
     train(recipe)
@@ -452,9 +450,8 @@ def test_a_broken_picture_stops_the_run_with_a_sentence(tmp_path: Path, workers:
 def test_the_command_ends_with_a_sentence_and_code_2(tmp_path: Path) -> None:
     recipe = two_stages(tmp_path, n=8)
     wrong_count(tmp_path)
-    command = [sys.executable, "-m", "foveate", "train", str(recipe)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = command_line("train", recipe)
+    assert done.code == 2
     assert "2 <image> in its texts for 1 pictures" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

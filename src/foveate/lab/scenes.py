@@ -114,8 +114,9 @@ class _Drawer:
         if self.level.wild:
             crop = np.rot90(crop, int(rng.integers(4)))[..., rng.permutation(3)]
             contrast, middle = rng.uniform(CONTRAST, 1), rng.uniform(64, 192)
-        pale = np.clip(middle + contrast * (crop.astype(np.float32) - 128), 0, 255).astype(np.uint8)
-        return Image.fromarray(pale).resize((self.side, self.side), Image.Resampling.BILINEAR)
+        values = np.arange(256, dtype=np.float32)  # of a byte
+        pale = np.clip(middle + contrast * (values - 128), 0, 255).astype(np.uint8)
+        return Image.fromarray(pale[crop]).resize((self.side, self.side), Image.Resampling.BILINEAR)
 
     def _between(self, bounds: tuple[int, int]) -> int:
         return round(int(self.rng.integers(bounds[0], bounds[1] + 1)) * self.magnify)

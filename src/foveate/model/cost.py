@@ -7,8 +7,9 @@ is priced by the code that will run.
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -75,19 +76,63 @@ def reference_config(method: str, options: dict[str, Any] | None = None) -> Fove
     )
 
 
+class Shaped(NamedTuple):
+    """All that a tensor on `meta` is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Counted(NamedTuple):
+    """What an operation costs and returns for arguments of certain shapes."""
+
+    flops: int
+    out: Shaped | tuple[Shaped, ...]
+
+
+KNOWN = 2**14  # operations whose cost is remembered, at most: about 16 MB
+
+
+@cache
+def _known() -> dict[Hashable, Counted]:
+    """What was counted before, by all counters: towers and LLMs have much in common."""
+    return {}
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of operations in its context, with torch's own formulas.
 
     torch's `FlopCounterMode` also attributes them to modules, by hooks that modules in other threads trigger
-    too; this counter sees the operations of the calling thread only.
+    too; this counter sees the operations of the calling thread only. An operation runs once for each shape of
+    its arguments: on `meta`, most take long to find out the shape of their result.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.known = _known()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, operation = kwargs or {}, func._overloadpacket
+        kwargs = kwargs or {}
+        signature = _signature(func, args, kwargs)
+        if signature is None:
+            return self._run(func, args, kwargs)
+        known = self.known.get(signature)
+        if known is not None:
+            self.total += known.flops
+            return _made(known.out)
+        before = self.total
+        out = self._run(func, args, kwargs)
+        shapes = _shapes(out)
+        if shapes is not None:
+            if len(self.known) >= KNOWN:
+                self.known.clear()
+            self.known[signature] = Counted(self.total - before, shapes)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        operation = func._overloadpacket
         if operation in flop_registry:
             out = func(*args, **kwargs)
             self.total += flop_registry[operation](*args, **kwargs, out_val=out)
@@ -95,6 +140,44 @@ class FlopCounter(TorchDispatchMode):
         with self:  # its parts may have formulas
             parts = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if parts is NotImplemented else parts
+
+
+def _signature(func: Any, args: Any, kwargs: Any) -> Hashable | None:
+    """What the cost and the result's shape depend on; None if that is more than shapes.
+
+    Operations that return or change an argument, and those that read values, run each time.
+    """
+    if any(argument.alias_info is not None for argument in func._schema.arguments):
+        return None
+    seen: list[Hashable] = [func]
+    on_meta = False
+    for value in (*args, *(part for pair in kwargs.items() for part in pair)):
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(part, Tensor):
+                seen.append((type(part), part))  # 1, 1.0 and True are equal, their results are not
+            elif part.is_meta:
+                on_meta = True
+                seen.append((part.shape, part.stride(), part.dtype))
+            else:
+                return None
+        seen.append(len(value) if isinstance(value, list | tuple) else None)
+    return tuple(seen) if on_meta else None
+
+
+def _shapes(out: Any) -> Shaped | tuple[Shaped, ...] | None:
+    """None unless it is a tensor on `meta`, or a tuple of them."""
+    if isinstance(out, tuple):
+        parts = tuple(_shapes(part) for part in out)
+        return parts if all(isinstance(part, Shaped) for part in parts) else None  # type: ignore[return-value]
+    if isinstance(out, Tensor) and out.is_meta:
+        return Shaped(out.shape, out.stride(), out.dtype)
+    return None
+
+
+def _made(out: Shaped | tuple[Shaped, ...]) -> Any:
+    if isinstance(out, Shaped):
+        return torch.empty_strided(out.shape, out.stride, dtype=out.dtype, device="meta")
+    return tuple(_made(part) for part in out)
 
 
 class Vision(NamedTuple):

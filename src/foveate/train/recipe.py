@@ -21,7 +21,7 @@ from foveate.written import read_pair, read_yaml
 
 MOST = 1_000_000  # epochs, and repeats of a file
 # Settings that do not affect the result: a resumed run may change them.
-WITHOUT_EFFECT = ("save_steps", "log_steps", "workers")
+WITHOUT_EFFECT = ("save_steps", "log_steps", "workers", "max_pixels")
 
 
 @dataclass(frozen=True)
