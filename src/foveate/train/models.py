@@ -65,7 +65,7 @@ def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
 
 def _hub(spec: ModelSpec) -> Hub:
     """How the model that a recipe loads is looked for."""
-    return Hub(spec.revision, spec.subfolder)
+    return Hub(spec.revision, spec.subfolder or "")
 
 
 def skeleton(

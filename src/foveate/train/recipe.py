@@ -30,7 +30,7 @@ class ModelSpec:
 
     load: str | None = None  # model folder or hub id, Foveate's own or a released one
     revision: str | None = None  # with `load`: branch, tag or commit on the hub
-    subfolder: str = ""  # with `load`: the folder inside the model's that holds it
+    subfolder: str | None = None  # with `load`: the folder inside the model's that holds it
     vision_tower: str | None = None  # with `load`: tower of an original checkpoint that keeps it apart
     vision: str | None = None  # vision tower, folder or hub id
     text: str | None = None  # causal LM, folder or hub id; its tokenizer is used
