@@ -87,7 +87,7 @@ def _typed(value: Any, kind: Any) -> Any:
         if origin in (typing.Union, types.UnionType):
             kind = next((arg for arg in args if _holds_keys(arg)), Any)
             origin, args = typing.get_origin(kind), typing.get_args(kind)
-        known = _types_of(kind) if dataclasses.is_dataclass(kind) else {}
+        known = _types_of(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else {}
         other = args[1] if origin is dict else Any
         return {str(key): _typed(inner, known.get(key, other)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +102,7 @@ def _typed(value: Any, kind: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _types_of(cls: Any) -> Mapping[str, Any]:
+def _types_of(cls: type) -> Mapping[str, Any]:
     """The types of a dataclass's fields; Python compiles each annotation anew whenever it is asked."""
     return types.MappingProxyType(typing.get_type_hints(cls))
 
