@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from foveate.cli import main
+from tests.command import Result
 
 
 class Forked:
@@ -85,6 +87,23 @@ def foveate(
         main()
 
     return Forked(work, output, environment)
+
+
+def on_devices(number: int, *arguments: object, folder: Path) -> Result:
+    """`foveate` on several devices, started as torchrun does; all that they print, kept in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    outputs = [folder / f"device-{rank}.txt" for rank in range(number)]
+    processes = [
+        foveate(*arguments, output=output, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, output in enumerate(outputs)
+    ]
+    code = max(abs(process.wait()) for process in processes)
+    said = "".join(output.read_text() for output in outputs)
+    return Result(code, said, said)
 
 
 def _exit_code(work: Callable[[], object], stream: IO[str]) -> int:

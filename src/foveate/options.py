@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 from foveate.errors import FoveateError
@@ -86,7 +87,7 @@ def _typed(value: Any, kind: Any) -> Any:
         if origin in (typing.Union, types.UnionType):
             kind = next((arg for arg in args if _holds_keys(arg)), Any)
             origin, args = typing.get_origin(kind), typing.get_args(kind)
-        known = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        known = _types_of(typing.cast(type, kind)) if dataclasses.is_dataclass(kind) else {}
         other = args[1] if origin is dict else Any
         return {str(key): _typed(inner, known.get(key, other)) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -98,6 +99,12 @@ def _typed(value: Any, kind: Any) -> Any:
         items = [_typed(inner, args[0] if args else Any) for inner in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
+
+
+@lru_cache(maxsize=256)
+def _types_of(cls: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields; Python compiles each annotation anew whenever it is asked."""
+    return types.MappingProxyType(typing.get_type_hints(cls))
 
 
 def _holds_keys(kind: Any) -> bool:
@@ -137,7 +144,7 @@ def checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise FoveateError(f"{where}: unknown key {key!r}; {hint}")
-    types_of = typing.get_type_hints(cls)
+    types_of = _types_of(cls)
     return {
         str(key): _convert(value, types_of[key], f"{where}: {key}")
         for key, value in values.items()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.run import parse_args
 
 import foveate.methods
 from foveate.data.toy import write_toy_data
@@ -25,6 +26,7 @@ from foveate.lab import run as lab_run
 from foveate.lab.experiment import Experiment
 from foveate.lab.scales import SCALES, Schedule
 from foveate.train.recipe import load_recipe
+from tests import forked
 from tests.command import Result
 from tests.command import foveate as run_foveate
 from tests.docs.blocks import PAGES, ROOT, Block, blocks_of, commands, parse
@@ -62,6 +64,7 @@ ONLY_READ = (
     "coroi",
     "chain_of_spot",
 )
+SHORT = ("steps=2", "batch=4", "micro_batch=2")  # what every training on a page is cut to
 EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # after a print: its output
 
 
@@ -150,9 +153,9 @@ class Page:
         if words[:3] == ["python", "-m", "foveate.data.toy"]:  # with fewer conversations
             write_toy_data(words[3], 24)
             return
-        if "train" in words:  # with fewer steps
+        if "train" in words:  # with fewer and smaller steps
             stages = load_recipe(words[words.index("train") + 1]).stages
-            words += [f"stages.{stage}.steps=2" for stage in stages]
+            words += [f"stages.{stage}.{size}" for stage in stages for size in SHORT]
         before, pipe, last = self.local(command).rpartition(" | ")
         if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
             result = run_foveate(*words[1:])
@@ -160,6 +163,8 @@ class Page:
             piped = self.shell(before)
             assert piped.code == 0, f"{block.place}: {before}\n{piped.stderr}"
             result = run_foveate(*shlex.split(last)[1:], stdin=piped.stdout)
+        elif words[0] == "torchrun":
+            result = self.devices(words[1:])
         elif words[0] == "python" and words[1].endswith(".py"):
             result = self.script(*words[1:])
         else:
@@ -195,6 +200,12 @@ class Page:
             patch.syspath_prepend(Path(words[0]).parent.resolve())
             runpy.run_path(words[0], run_name="__main__")
         return Result(0, out.getvalue(), "")
+
+    def devices(self, words: list[str]) -> Result:
+        """What torchrun is asked to start; tests/train/test_two_processes.py runs torchrun itself."""
+        asked = parse_args(words)
+        assert asked.module and asked.training_script == "foveate"
+        return forked.on_devices(int(asked.nproc_per_node), *asked.training_script_args, folder=self.folder)
 
     def install(self, folders: list[str]) -> None:
         """Packages of the page, into a folder of their own that Python looks in."""

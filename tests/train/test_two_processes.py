@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import socket
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +46,29 @@ def test_two_processes_train_as_one(method: str, trains: list[str], tmp_path: Pa
 
 
 def on_two(recipe: Path) -> str:
-    """Trains on two processes, as torchrun starts them; docs/training.md runs torchrun. What both print."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    outputs = [recipe.with_name(f"{rank}.txt") for rank in range(2)]
-    processes = [
-        forked.foveate(
-            "train", recipe, output=output, environment={**shared, "RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank, output in zip("01", outputs, strict=True)
-    ]
-    codes = [process.wait() for process in processes]
-    said = "".join(output.read_text() for output in outputs)
-    assert codes == [0, 0], said[-2000:]
-    return said
+    """Trains on two processes. What both print."""
+    done = forked.on_devices(2, "train", recipe, folder=recipe.parent)
+    assert done.code == 0, done.stdout[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path: Path) -> None:
+    """The others start the two processes as torchrun does, without three imports of everything."""
+    data = write_toy_data(tmp_path / "toy", 4)
+    settings = {"batch": 2, "micro_batch": 1, "steps": 2}
+    recipe = write_recipe(tmp_path, {"all": stage(["connector"], data, **settings)})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "foveate", "train", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "micro-batch 1, accumulation 1, devices 2" in done.stdout
+    assert done.stdout.count("stage all") == 1
 
 
 def furthest(one: Path, other: Path) -> float:
