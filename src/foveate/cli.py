@@ -427,7 +427,7 @@ def train(
 @app.command()
 def annotate(
     data: Annotated[
-        str, typer.Argument(help=".json or .jsonl of conversations, or a Hugging Face dataset: folder or id.")
+        str, typer.Argument(help="Conversations (.json, .jsonl, .tar) or a dataset (.parquet, folder, id).")
     ],
     out: Annotated[
         Path, typer.Option(help="Boxes, one question a line: .jsonl. The authors' format beside it.")

@@ -311,10 +311,12 @@ def test_a_wrong_record_is_named(write: Write, name: str, place: str, record: An
         ("a.jsonl", "\n", "holds no samples"),
         ("a.csv", "x", r"must end in .json .* or .jsonl"),
         (
-            "a.parquet",
+            "a.arrow",
             "x",
-            r"convert it with datasets.Dataset.from_parquet\('a.parquet'\).to_json\('a.jsonl'\)",
+            r"convert it with datasets.Dataset.from_file\('a.arrow'\).to_json\('a.jsonl'\)",
         ),
+        ("a.parquet", "x", "a.parquet is not a Parquet file"),
+        ("a.tar", "x", "a.tar is not a tar file that is whole and not compressed"),
         (
             "a.jsonl",
             json.dumps([GOOD], indent=1),

@@ -1,15 +1,16 @@
 """Files of conversations -> messages, checked while they are read.
 
-Two kinds of record, in a JSON list (`.json`) or one a line (`.jsonl`):
+Two kinds of record, in a JSON list (`.json`), one a line (`.jsonl`) or in shards (`foveate.data.shards`):
 
     LLaVA     {"id", "image": path or paths, "conversations": [{"from": "human" | "gpt", "value": text}]}
     messages  {"messages": [{"role", "content": text or parts}], "images": paths}
               parts are {"type": "text", "text"} and {"type": "image", "image": path}
 
-Either kind may give its pictures as `image` or `images`, and a first turn as `system`. A picture is a path, a
-`file://` or a `data:` URL; a part may name it `url`, `path` or `base64`, too. A turn with `"loss": false` or
-`"weight": 0` is shown and not learnt. Fields that would be dropped although they are part of the sample
-(videos, tools, misspelt names of the fields above) are errors; any other field is ignored.
+Either kind may give its pictures as `image` or `images`, and a first turn as `system`. A picture is a path,
+a `file://` or a `data:` URL, or in the record of a shard its bytes; a part may name it `url`, `path` or
+`base64`, too. A turn with `"loss": false` or `"weight": 0` is shown and not learnt. Fields that would be
+dropped although they are part of the sample (videos, tools, misspelt names of the fields above) are errors;
+any other field is ignored.
 
 In a user's text, `<image>` stands for the next path in `image` or `images`; so does a part {"type": "image"}
 without a path. As in LLaVA's own training, a single picture moves to the front of its message, and a first
@@ -19,6 +20,7 @@ turn by the assistant is dropped.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,12 +31,14 @@ from urllib.request import url2pathname
 
 import numpy as np
 
+from foveate.data.shards import Rows, is_shards, open_rows
 from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN
 from foveate.model.text import checked_part, decoded, kind_of
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 BLANKS = " \t\r\n"
+NEWLINE = b"\n"
 TURNS = ("conversations", "messages")
 PICTURES = ("image", "images")
 # What cannot be learnt, and what a chat template would write but nothing here renders.
@@ -53,52 +57,33 @@ HUGE = "has a number of thousands of digits: write it as a text"
 SHOWN = 80  # characters of an id in messages
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HOW_TO_CONVERT = {
-    ".parquet": "from_parquet",
     ".csv": "from_csv",
     ".arrow": "from_file",
 }
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """A checked data file. Its records stay on disk.
+class JsonRows:
+    """The records of a JSON or JSONL file, which stay on disk.
 
     Attributes:
         path: the file.
-        images: folder that picture paths start from.
-        prompts: False leaves out the user's text in messages with a picture.
         spans: (R, 2) int64, the first byte of each record and the one after its last.
-        pictures: (R,) int64, number of pictures of each record.
     """
 
     path: Path
-    images: Path
-    prompts: bool
     spans: np.ndarray
-    pictures: np.ndarray
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def messages(self, index: int) -> list[dict[str, Any]]:
-        """The conversation of a record, as `FoveateProcessor.apply_chat_template` accepts it."""
-        messages = to_messages(self._record(index), self.images)
-        return messages if self.prompts else [_without_prompt(message) for message in messages]
+    def place(self, index: int) -> tuple[Path, str]:
+        if self.path.suffix != ".jsonl":
+            return self.path, f"sample {index}"
+        with self.path.open("rb") as file:
+            return self.path, f"line {file.read(int(self.spans[index, 0])).count(NEWLINE) + 1}"
 
-    def id(self, index: int) -> str:
-        """A record's `id`; its place in the file if it has none."""
-        return str(self._record(index).get("id", index))
-
-    def where(self, index: int) -> str:
-        """A record's name in messages: its file, its place there, its id."""
-        place = f"sample {index}"
-        if self.path.suffix == ".jsonl":
-            with self.path.open("rb") as file:
-                number = file.read(int(self.spans[index, 0])).count(b"\n") + 1
-            place = f"line {number}"
-        return _name(self.path, place, self._record(index))
-
-    def _record(self, index: int) -> Any:
+    def record(self, index: int) -> Any:
         start, end = (int(n) for n in self.spans[index])
         try:
             with self.path.open("rb") as file:
@@ -111,13 +96,51 @@ class Conversations:
         return record
 
 
+@dataclass(frozen=True)
+class Conversations:
+    """Checked data.
+
+    Attributes:
+        path: the file, or the folder or pattern of several.
+        images: folder that picture paths start from.
+        prompts: False leaves out the user's text in messages with a picture.
+        rows: its records.
+        pictures: (R,) int64, number of pictures of each record.
+        digest: of the records, with the sizes of pictures in them; of JSON, of the file.
+    """
+
+    path: Path
+    images: Path
+    prompts: bool
+    rows: Rows
+    pictures: np.ndarray
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The conversation of a record, as `FoveateProcessor.apply_chat_template` accepts it."""
+        messages = to_messages(self.rows.record(index), self.images)
+        return messages if self.prompts else [_without_prompt(message) for message in messages]
+
+    def id(self, index: int) -> str:
+        """A record's `id`; its place in the data if it has none."""
+        return str(self.rows.record(index).get("id", index))
+
+    def where(self, index: int) -> str:
+        """A record's name in messages: its file, its place there, its id."""
+        return _name(*self.rows.place(index), self.rows.record(index))
+
+
 def read_conversations(
     path: str | Path, images: str | Path | None = None, prompts: bool = True
 ) -> Conversations:
-    """Reads and checks a file of conversations; does not check that its pictures exist.
+    """Reads and checks conversations; does not check that their pictures exist.
 
     Args:
-        path: `.jsonl` with one record a line, or `.json` with a list of records.
+        path: `.jsonl` with one record a line, or `.json` with a list of records; or shards, as
+            `foveate.data.shards` reads them: `.tar`, `.parquet`, a name with `*`, or a folder of them.
         images: folder that picture paths start from; by default the file's own.
         prompts: False leaves out the user's text in messages with a picture.
 
@@ -125,23 +148,50 @@ def read_conversations(
         FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no records;
             the message names the record.
     """
-    path = _data_file(path)
-    folder = Path(images) if images is not None else path.parent
+    shards = is_shards(Path(path))
+    path = Path(path) if shards else _data_file(path)
+    folder = Path(images) if images is not None else path if _is(path, Path.is_dir) else path.parent
     if not _is(folder, Path.is_dir):
         raise FoveateError(f"{path}: there is no folder {folder} for its pictures")
-    spans, pictures = [], []
-    for start, end, place, record in _lines(path) if path.suffix == ".jsonl" else _items(path):
+    rows, pictures, digest = open_rows(path) if shards else None, [], hashlib.sha256()
+    spans = []
+    for start, end, (file, place), record in _each(path) if rows is None else _each_row(rows):
         try:
             messages = to_messages(record, folder)
         except FoveateError as error:
-            raise FoveateError(f"{_name(path, place, record)}: {error}") from None
+            raise FoveateError(f"{_name(file, place, record)}: {error}") from None
         spans.append((start, end))
         pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
-    if not spans:
+        if rows is not None:
+            digest.update(repr(_with_sizes(record)).encode("utf-8", "surrogatepass"))
+    if not pictures:
         raise FoveateError(f"{path} holds no samples")
-    return Conversations(
-        path, folder, prompts, np.array(spans, dtype=np.int64), np.array(pictures, dtype=np.int64)
-    )
+    if rows is None:
+        rows = JsonRows(path, np.array(spans, dtype=np.int64))
+        with path.open("rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return Conversations(path, folder, prompts, rows, np.array(pictures, dtype=np.int64), digest.hexdigest())
+
+
+def _each(path: Path) -> Iterator[tuple[int, int, tuple[Path, str], Any]]:
+    """Records of a JSON file: first byte, the one after the last, file and place for messages, record."""
+    for start, end, place, record in _lines(path) if path.suffix == ".jsonl" else _items(path):
+        yield start, end, (path, place), record
+
+
+def _each_row(rows: Rows) -> Iterator[tuple[int, int, tuple[Path, str], Any]]:
+    for index in range(len(rows)):
+        yield index, index + 1, rows.place(index), rows.record(index)
+
+
+def _with_sizes(value: Any) -> Any:
+    """A record with the length of each picture in place of its bytes."""
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return {key: _with_sizes(inner) for key, inner in value.items()}
+    return [_with_sizes(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _data_file(given: str | Path) -> Path:
@@ -232,7 +282,7 @@ def _turns_key(record: Mapping[str, Any]) -> str:
     raise FoveateError(f"it has neither 'conversations' (LLaVA) nor 'messages'{hint}")
 
 
-def _given_pictures(record: Mapping[str, Any]) -> list[str]:
+def _given_pictures(record: Mapping[str, Any]) -> list[str | bytes]:
     """The pictures of a record's own field, for the `<image>` of its texts."""
     found = [key for key in PICTURES if record.get(key) is not None]
     if len(found) > 1 and record["image"] != record["images"]:
@@ -240,8 +290,8 @@ def _given_pictures(record: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     given = record[found[0]]
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
+    given = [given] if isinstance(given, (str, bytes)) else given
+    if not isinstance(given, list) or not all(isinstance(path, (str, bytes)) for path in given):
         raise FoveateError(f"{found[0]!r}: its pictures must be given as a path or a list of paths")
     if not all(path.strip() for path in given):
         raise FoveateError(f"{found[0]!r} is an empty text: give a path, or leave the field out")

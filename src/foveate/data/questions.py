@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,6 +9,7 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from foveate.data.formats import read_conversations, to_messages
+from foveate.data.shards import is_tar, parquet_files
 from foveate.errors import FoveateError, require
 
 WHOLE_PICTURE = "Describe the picture."  # asked if a region must not depend on a question
@@ -54,11 +54,11 @@ class Annotatable(Protocol):
 
 
 class FileSource:
-    """Conversations in a JSON or JSONL file."""
+    """Conversations in a JSON or JSONL file, or in tar shards."""
 
     def __init__(self, path: Path, images: Path | None) -> None:
         self.conversations = read_conversations(path, images)
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = self.conversations.digest
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -72,7 +72,7 @@ class FileSource:
 
 
 class DatasetSource:
-    """A dataset of the `datasets` library: on the hub, or a folder that `save_to_disk` wrote.
+    """A dataset of the `datasets` library: on the hub, a folder that `save_to_disk` wrote, or Parquet files.
 
     Its rows have a picture in `image` or `images`, and `conversations` (LLaVA), `messages`, or `question`.
     """
@@ -84,9 +84,19 @@ class DatasetSource:
         import pyarrow as pa
 
         try:
-            saved = Path(name).is_dir()
-            found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, IndexError) as error:  # IndexError: a dataset without rows
+            parquet = parquet_files(Path(name))
+            if parquet:
+                found = datasets.load_dataset("parquet", data_files=parquet, split="train")
+            elif Path(name).is_dir():
+                found = datasets.load_from_disk(name)
+            else:
+                found = datasets.load_dataset(name, split=split)
+        except (
+            OSError,
+            ValueError,
+            IndexError,
+            datasets.exceptions.DatasetsError,
+        ) as error:  # IndexError: a dataset without rows
             raise FoveateError(f"{name} cannot be read as a dataset: {str(error).splitlines()[0]}") from error
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
@@ -153,7 +163,7 @@ def _plain(turn: Any) -> Any:
 
 
 def open_annotatable(data: str | Path, images: str | Path | None = None, split: str = "train") -> Annotatable:
-    """A `.json` or `.jsonl` file of conversations; anything else is read as a dataset of `datasets`.
+    """Conversations in a `.json` or `.jsonl` file or in tar shards; anything else as a dataset of `datasets`.
 
     Raises:
         FoveateError: no such data, broken records, missing columns.
@@ -161,7 +171,7 @@ def open_annotatable(data: str | Path, images: str | Path | None = None, split: 
     folder = None if images is None else Path(images)
     if folder is not None and not folder.is_dir():
         raise FoveateError(f"there is no folder {folder} for the pictures")
-    if Path(data).suffix in (".json", ".jsonl"):
+    if Path(data).suffix in (".json", ".jsonl") or is_tar(Path(data)):
         return FileSource(Path(data), folder)
     return DatasetSource(str(data), split, folder)
 

@@ -215,14 +215,11 @@ def _fingerprints(stage: Stage, found: _Found) -> dict[str, str]:
 
     Lengths change with the sizes of pictures; their pixels are not read.
     """
-    named = [name for source in stage.data for name in (source.path, source.regions) if name is not None]
     prints = {}
-    for name in named:
-        digest = hashlib.sha256()
-        with Path(name).open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        prints[name] = digest.hexdigest()
+    for source, file in zip(stage.data, found.samples.sources, strict=True):
+        prints[source.path] = file.digest
+        if source.regions is not None:
+            prints[source.regions] = hashlib.sha256(Path(source.regions).read_bytes()).hexdigest()
     used = np.concatenate([found.samples.records, found.lengths[:, None]], axis=1)
     return {**prints, SAMPLES: hashlib.sha256(used.astype("<i8").tobytes()).hexdigest()}
 

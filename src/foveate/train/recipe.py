@@ -67,7 +67,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of conversations: LLaVA JSON or messages, as a JSON list or as JSONL."""
+    """Conversations: LLaVA JSON or messages, as a JSON list, as JSONL or in shards."""
 
     path: str
     images: str | None = None  # folder that picture paths start from; by default the file's own
