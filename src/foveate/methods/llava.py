@@ -85,7 +85,9 @@ class Llava(Method):
 
 
 def _hf_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    cropped = preprocessor.get("do_center_crop") is not False
+    cropped = preprocessor.get("do_center_crop")
+    if cropped is None:  # CLIP's crops unless told otherwise, others have no such step
+        cropped = not preprocessor or preprocessor.get("crop_size") is not None
     fit = "pad" if preprocessor.get("do_pad") else "crop" if cropped else "squash"
     return {"fit": fit, **hf_activation(config)}
 
