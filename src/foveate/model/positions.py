@@ -31,7 +31,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     bounds = [bound for bound in known if isinstance(bound, int) and bound > 0]
     if not bounds:
         return None
-    rope = text.to_dict().get("rope_parameters") or {}
+    rope = (text.rope_parameters if hasattr(text, "rope_parameters") else None) or {}
     kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [
         rope
     ]  # one for all, or by layer
