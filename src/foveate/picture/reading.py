@@ -29,14 +29,14 @@ BAND = 2**18  # pixels that are converted at once
 OVERSHOOT = 0.5  # how far below 0 a resized picture of floats may reach; above, it may reach 2
 CHANNELS = (1, 3, 4)
 # What EXIF orientation asks for; the last four exchange height and width.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
 }
 SIDEWAYS = (5, 6, 7, 8)
 # What Pillow raises for EXIF data that makes no sense.
@@ -100,7 +100,7 @@ def read_picture(
             return _upright(given, "the picture", limits, transparency)
     name, source = given
     with _one_sentence(name), source as file:
-        return _upright(_opened(file, name, limits), name, limits, transparency)
+        return _upright(_opened(file, name, limits), name, limits, transparency, ours=True)
 
 
 def read_size(picture: Picture | Any, limits: Limits = LIMITS) -> Size:
@@ -385,7 +385,10 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _upright(image: Image.Image, name: str, limits: Limits, transparency: Transparency) -> Image.Image:
+def _upright(
+    image: Image.Image, name: str, limits: Limits, transparency: Transparency, ours: bool = False
+) -> Image.Image:
+    """An image, 8-bit RGB, turned as its file says. One of `ours` is closed when its pixels are copied."""
     if type(image) is Image.Image:  # decoded already
         if 0 in image.size:
             raise FoveateError(f"{name} is empty: it has no pixels")
@@ -393,11 +396,22 @@ def _upright(image: Image.Image, name: str, limits: Limits, transparency: Transp
         _checked(image, name, limits)
     image.load()  # which turns TIFF already
     turn = TURNS.get(_orientation(image))
-    upright = _to_rgb(image, transparency)
-    if turn is not None:
-        upright = upright.transpose(turn)
-        upright.info = {}  # it would say that the picture has yet to be turned
-    return upright
+    if turn is None and image.mode == "RGB" and not image.has_transparency_data:
+        plain = type(image) is Image.Image
+        return image if plain else image._new(image.im)  # the same pixels, without the file they are from
+    pixels = _rgb_of(image, transparency)
+    if ours:
+        image.close()  # Pillow has 4 bytes for each pixel: they are not kept beside those of the result
+    return _image_of(pixels if turn is None else turn(pixels))
+
+
+def _image_of(pixels: np.ndarray) -> Image.Image:
+    """Bytes (H, W, 3) in any order of memory as an image."""
+    height, width = pixels.shape[:2]
+    made, rows = Image.new("RGB", (width, height)), max(1, BAND // width)
+    for top in range(0, height, rows):
+        made.paste(Image.fromarray(np.ascontiguousarray(pixels[top : top + rows])), (0, top))
+    return made
 
 
 def _from_array(array: np.ndarray, limits: Limits, transparency: Transparency) -> Image.Image:
@@ -425,21 +439,18 @@ def _extremes(array: np.ndarray) -> tuple[float, float]:
     return np.nanmin(array), np.nanmax(array)
 
 
-def _to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:
-    """8-bit RGB."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        plain = type(image) is Image.Image
-        return image if plain else image._new(image.im)  # the same pixels, without the file they are from
+def _rgb_of(image: Image.Image, transparency: Transparency) -> np.ndarray:
+    """The bytes (H, W, 3) of an image of any mode."""
     if image.mode == "I":
         _check_sixteen_bits(image)
-    made = Image.new("RGB", image.size)
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     for top, band in bands(image):
         if image.mode == "F":
             band = Image.fromarray(_to_bytes(np.asarray(band), image.getextrema))
         elif image.mode.startswith("I"):  # Pillow would clip it at 255
             band = Image.fromarray(_to_bytes(np.asarray(band).astype(np.uint16), image.getextrema))
-        made.paste(_band_to_rgb(band, transparency), (0, top))
-    return made
+        pixels[top : top + band.height] = np.asarray(_band_to_rgb(band, transparency))
+    return pixels
 
 
 def _band_to_rgb(image: Image.Image, transparency: Transparency) -> Image.Image:

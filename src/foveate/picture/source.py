@@ -21,7 +21,7 @@ from foveate.layers import exact
 from foveate.picture.geometry import Box, Canvas, Size
 
 BAND = 32  # rows of a view that are computed together,
-MOST = 2**21  # unless they read more numbers than this
+MOST = 2**20  # unless they read more numbers than this
 
 
 class Look(NamedTuple):
@@ -144,12 +144,13 @@ def _resampled(pixels: Tensor, mean: Tensor, look: Look, side: Size) -> Tensor:
 def _banded(axis: Axis, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """An axis's weights x the pixels that it reads (n, ...) -> (m, ...), float; and each row's sum (m,).
 
-    In bands of rows, each of which reads only the pixels it needs.
+    In bands of rows, and of columns where those are many, each of which reads only the pixels it needs.
     """
     least, first = max(pixels[:1].numel(), 1), axis.read.start
     made = torch.empty(axis.out, *pixels.shape[1:], device=pixels.device)
     sums = []
     rows = max(1, min(BAND, 2 * MOST // (axis.taps * least) - 2))
+    across = max(1, 2 * MOST // (axis.taps * max(pixels[:1, :1].numel(), 1)))  # columns at once
     together = max(1, math.isqrt(MOST // axis.taps))  # whose weights are made at once
     for begin in range(0, axis.out, together):
         end = min(begin + together, axis.out)
@@ -158,9 +159,11 @@ def _banded(axis: Axis, pixels: Tensor) -> tuple[Tensor, Tensor]:
         for start in range(begin, end, rows):
             stop = min(start + rows, end)
             here = axis.reads(start, stop)
-            part = pixels[here.start - first : here.stop - first].float().flatten(1)
+            read = pixels[here.start - first : here.stop - first]
             used = weights[start - begin : stop - begin, here.start - there.start : here.stop - there.start]
-            torch.mm(used.to(part), part, out=made[start:stop].flatten(1))
+            for left in range(0, read.shape[1], across):
+                part = read[:, left : left + across].float()  # (n, columns, ...)
+                made[start:stop, left : left + across] = torch.tensordot(used.to(part), part, dims=1)
         sums.append(weights.sum(1))
     return made, torch.cat(sums)
 
