@@ -570,7 +570,8 @@ def test_odd_values_end_in_a_sentence(
 def test_pictures_by_url_and_their_bounds(
     command: str, photo: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    asked: list[str] = []
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda self, *_: asked.append(self.path))
     rest = {"ask": ["What?", "--model", model, "--max-new-tokens", 1], "inspect": ["--method", "llava"]}[
         command
     ]
@@ -581,6 +582,7 @@ def test_pictures_by_url_and_their_bounds(
         refused(foveate(command, url, *rest), "not a public address", "--allow-private")
         found = foveate(command, url, *rest, "--allow-private")
         assert found.code == 0, found.stderr
+        assert asked == [f"/{photo.name}"]  # fetched once
         assert foveate(command, photo.as_uri(), *rest).code == 0
         refused(foveate(command, f"{url}.gone", *rest, "--allow-private"), "404 Not Found")
         server.shutdown()

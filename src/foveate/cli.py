@@ -26,6 +26,8 @@ from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from foveate.ask.answer import Answer
     from foveate.ask.foveate import Foveate
     from foveate.picture.limits import Limits
@@ -119,13 +121,13 @@ def ask(
     """Answer questions about a picture."""
     for question in questions:
         check_text(question, "the question")
-    from foveate.picture.reading import drawing_path, read_picture
-
-    limits = _limits(max_pixels, allow_private)
-    image = read_picture(picture, limits)  # before the model loads
     if out is not None:
+        from foveate.picture.reading import drawing_path
+
         drawing_path(out)  # before the model loads
-    foveate = _load(
+    image, foveate = _ready(
+        picture,
+        _limits(max_pixels, allow_private),
         model,
         revision,
         subfolder,
@@ -138,7 +140,6 @@ def ask(
         option,
         max_positions,
     )
-    image = read_picture(picture, limits, foveate.processor.image_processor.transparency)
     console = Console()
     live = not as_json and _can_stream(foveate)
     answers = []
@@ -181,11 +182,9 @@ def chat(
     allow_private: AllowPrivate = False,
 ) -> None:
     """Talk about a picture, line by line; an empty line or the end of input stops."""
-    from foveate.picture.reading import read_picture
-
-    limits = _limits(max_pixels, allow_private)
-    image = read_picture(picture, limits)  # before the model loads
-    foveate = _load(
+    image, foveate = _ready(
+        picture,
+        _limits(max_pixels, allow_private),
         model,
         revision,
         subfolder,
@@ -198,7 +197,6 @@ def chat(
         option,
         max_positions,
     )
-    image = read_picture(picture, limits, foveate.processor.image_processor.transparency)
     from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
 
@@ -553,6 +551,16 @@ def _load(
         subfolder=subfolder,
         transparency=transparency,
     )
+
+
+def _ready(picture: str, limits: Limits, *loading: Any) -> tuple[Image.Image, Foveate]:
+    """The picture, as the model is to see it, and the model; what is no picture ends it before that loads."""
+    from foveate.picture.reading import fetched, read_picture, read_size
+
+    once = fetched(picture, limits)
+    read_size(once, limits)
+    foveate = _load(*loading)
+    return read_picture(once, limits, foveate.processor.image_processor.transparency), foveate
 
 
 def _limits(max_pixels: int | None, allow_private: bool) -> Limits:

@@ -122,6 +122,16 @@ def read_size(picture: Picture | Any, limits: Limits = LIMITS) -> Size:
     return Size(width, height) if turned else Size(height, width)
 
 
+def fetched(picture: str, limits: Limits = LIMITS) -> str | Mapping[str, Any]:
+    """The bytes of a picture behind an http(s) URL, under its name; a path or another URL as it is.
+
+    For those who read a picture more than once: it is fetched now and not again.
+    """
+    if scheme(picture) in ("http", "https"):
+        return {"bytes": fetch(picture, limits), "path": picture}
+    return picture
+
+
 def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """An image in bands of whole rows: the number of the first, and the band."""
     rows = max(1, BAND // image.width)
