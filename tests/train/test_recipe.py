@@ -268,6 +268,11 @@ def test_what_differs_between_recipes(tmp_path: Path) -> None:
     assert difference(one, to_dict(load_recipe(path, ["stages.pretrain.batch=16"]))) == (
         "stages.pretrain.batch was 128 and is now 16"
     )
+    before = {**one, "model": {key: value for key, value in one["model"].items() if key != "max_positions"}}
+    assert difference(before, one) is None  # of a run that was begun before there was such a key
+    assert difference(before, to_dict(load_recipe(path, ["model.max_positions=9000"]))) == (
+        "model.max_positions was None and is now 9000"
+    )
     changed = difference(one, to_dict(load_recipe(path, ["stages.pretrain.options.fit=crop"])))
     assert changed is not None and "stages.pretrain.options" in changed
 

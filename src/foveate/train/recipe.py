@@ -208,7 +208,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     for key in [*old_values, *new_values]:
         if key.rpartition(".")[2] in WITHOUT_EFFECT or key == "output":
             continue
-        if key not in new_values or key not in old_values or old_values[key] != new_values[key]:
+        if old_values.get(key) != new_values.get(key):  # a key that is new and null changes nothing
             return f"{key} was {old_values.get(key)} and is now {new_values.get(key)}"
     return None
 
