@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProcessor, SiglipVisionConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Dinov2Config,
+    SiglipVisionConfig,
+)
 
 import foveate
 from foveate import Foveate, FoveateError, compose
@@ -40,6 +46,14 @@ MODELS: dict[str, Any] = {
         tiny_vision(), tiny_text(), "llava", tokenizer=tiny_tokenizer(), vision_feature_layer=-1
     ),
     "llava, siglip": siglip,
+    "anyres, dinov2": lambda: compose(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+        ),
+        tiny_text(),
+        "anyres",
+        tokenizer=tiny_tokenizer(),
+    ),
     "llava, tied": lambda: compose(
         tiny_vision(),
         tiny_text(tie_word_embeddings=True),
@@ -113,6 +127,22 @@ def test_methods_without_a_class(method: str, tmp_path: Path) -> None:
 )
 def test_options_without_a_place(method: str, options: dict[str, Any], words: str) -> None:
     made = tiny_model(method, options)
+    with pytest.raises(FoveateError, match=words):
+        to_transformers(made.model, made.processor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("gpt2", "GPT2LMHeadModel cannot be written for transformers as a llava model"),
+        ("phi", r"LlavaForConditionalGeneration has no place for lm_head\.bias"),
+    ],
+)
+def test_llms_without_a_place(kind: str, words: str) -> None:
+    text = CONFIG_MAPPING[kind](
+        vocab_size=266, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    made = compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer())
     with pytest.raises(FoveateError, match=words):
         to_transformers(made.model, made.processor)
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from foveate.errors import FoveateError, report_keys
+from foveate.errors import FoveateError, one_sentence
 from foveate.methods.layouts import Export
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
@@ -41,15 +41,16 @@ def to_transformers(
     except FoveateError as error:
         raise FoveateError(f"{model.method.title} cannot be written for transformers: {error}") from error
     kind = transformers.CONFIG_MAPPING[export.model_type]
-    config = _config(kind, export, model)
-    with torch.device("meta"):
-        skeleton = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    state = _state(model, export, skeleton.state_dict())
-    made = type(skeleton).from_pretrained(
-        None, config=config, state_dict=state, dtype=model.dtype, trust_remote_code=False
-    )
-    made.generation_config = copy.deepcopy(model.generation_config)
-    _check_head(model, made)
+    config, llm = _config(kind, export, model), type(model.language_model).__name__
+    with one_sentence(f"{llm} cannot be written for transformers as a {export.model_type} model"):
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        state = _state(model, export, skeleton.state_dict(), type(skeleton).__name__)
+        made = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, trust_remote_code=False
+        )
+        made.generation_config = copy.deepcopy(model.generation_config)
+        _check_head(model, made)
     return made.eval(), _processor(export, made, processor)
 
 
@@ -96,9 +97,9 @@ def _tokens(tower: VisionTower) -> int:
 
 
 def _state(
-    model: FoveateForConditionalGeneration, export: Export, wanted: Mapping[str, Tensor]
+    model: FoveateForConditionalGeneration, export: Export, wanted: Mapping[str, Tensor], kind: str
 ) -> dict[str, Tensor]:
-    """Our parameters under the names of transformers' class."""
+    """Our parameters under the names of transformers' class `kind`."""
     llm, own = model.language_model, model.state_dict()
     decoder, head = llm.base_model_prefix, _name_of(llm, llm.get_output_embeddings())
     names = {
@@ -117,8 +118,10 @@ def _state(
     state |= _unread(
         {key for key in wanted if key.startswith("model.vision_tower.")} - state.keys(), state, wanted
     )
-    report_keys("transformers' class", left, state.keys() - wanted.keys())
-    report_keys("Foveate's model", wanted.keys() - state.keys())
+    if extra := sorted([*left, *(state.keys() - wanted.keys())]):
+        raise FoveateError(f"transformers' {kind} has no place for {', '.join(extra[:4])}")
+    if lacking := sorted(wanted.keys() - state.keys()):
+        raise FoveateError(f"transformers' {kind} needs {', '.join(lacking[:4])}, which the model lacks")
     return state
 
 
