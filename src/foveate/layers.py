@@ -58,3 +58,8 @@ def exact(x: Tensor) -> torch.autocast:
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The number format of a module's first floating parameter: quantised weights are whole numbers."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def name_of(parent: nn.Module, child: nn.Module) -> str:
+    """The dotted name of a module inside another."""
+    return next(name for name, module in parent.named_modules() if module is child)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError, one_sentence
+from foveate.layers import name_of
 from foveate.methods.layouts import Export
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
@@ -101,7 +102,7 @@ def _state(
 ) -> dict[str, Tensor]:
     """Our parameters under the names of transformers' class `kind`."""
     llm, own = model.language_model, model.state_dict()
-    decoder, head = llm.base_model_prefix, _name_of(llm, llm.get_output_embeddings())
+    decoder, head = llm.base_model_prefix, name_of(llm, llm.get_output_embeddings())
     names = {
         "vision_tower.model.": "model.vision_tower.",
         f"language_model.{decoder}.": "model.language_model.",
@@ -123,10 +124,6 @@ def _state(
     if lacking := sorted(wanted.keys() - state.keys()):
         raise FoveateError(f"transformers' {kind} needs {', '.join(lacking[:4])}, which the model lacks")
     return state
-
-
-def _name_of(parent: torch.nn.Module, child: torch.nn.Module) -> str:
-    return next(name for name, module in parent.named_modules() if module is child)
 
 
 def _unread(

@@ -1,8 +1,12 @@
-"""FoveateForConditionalGeneration: the one forward, and the one place where visual tokens enter the LLM."""
+"""FoveateModel and FoveateForConditionalGeneration: the one place where visual tokens enter the LLM.
+
+Both have a vision tower, a method's connector and an LLM; the second one's LLM has its head.
+"""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +22,14 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+from transformers.utils import can_return_tuple
 
 from foveate import upstream
 from foveate.errors import FoveateError, one_sentence, report_keys
+from foveate.layers import name_of
 from foveate.methods import method_class
-from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
+from foveate.methods.base import Connector, Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
 from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
@@ -56,6 +62,11 @@ class EncodedPictures(ModelOutput):
 
 
 @dataclass
+class FoveateModelOutput(BaseModelOutputWithPast):
+    """The decoder's last states (B, T, D), its cache and optional states of its layers."""
+
+
+@dataclass
 class FoveateOutput(CausalLMOutputWithPast):
     """Loss (with labels), logits (B, T, vocabulary) and the LLM's cache and optional states."""
 
@@ -70,8 +81,8 @@ class _Injection:
     done: set[int]
 
 
-class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Vision tower, a method's connector, and a causal LM.
+class FoveatePreTrainedModel(PreTrainedModel):
+    """What the model has with and without its head: its parts, and the way from pictures into the LLM.
 
     `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the
     original heights and widths, from which the plans follow. `input_ids` has one `config.image_token_id` for
@@ -79,7 +90,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config_class = FoveateConfig
-    base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -89,21 +99,25 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _skip_keys_device_placement = [upstream.CACHE]  # noqa: RUF012
 
-    @names_versions
-    def __init__(self, config: FoveateConfig) -> None:
-        super().__init__(config)
-        geometry = TowerGeometry.of(config.vision_config)
-        self.method: Method = method_class(config.method)(geometry, config.options)
+    method: Method
+    vision_tower: nn.Module
+    connector: Connector
+    language_model: PreTrainedModel
+
+    def _assemble(self) -> None:
+        """Builds the parts, and lets the connector's injectors change the states after their layers."""
+        config = self.config
+        self.method = method_class(config.method)(TowerGeometry.of(config.vision_config), config.options)
         self.vision_tower = self.method.build_tower(config.vision_config, config.vision_feature_layer)
         text = config.text_config
         self.connector = self.method.build_connector(
             Widths(config.vision_config.hidden_size, text.hidden_size, text.num_hidden_layers)
         )
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        self.language_model = self._new_llm(AutoModelForCausalLM.from_config(text, trust_remote_code=False))
         self.post_init()
         injectors = self.connector.injectors()
         if injectors:
-            layers = upstream.decoder_layers(self.language_model.get_decoder())
+            layers = upstream.decoder_layers(self.get_decoder())
             if layers is None:
                 name = type(self.language_model).__name__
                 raise FoveateError(f"{name}: its decoder's layers cannot be found to change them")
@@ -111,6 +125,10 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise self._no_keywords()
             for index in injectors:
                 layers[index].register_forward_hook(partial(self._inject, index), with_kwargs=True)
+
+    def _new_llm(self, causal: PreTrainedModel) -> PreTrainedModel:
+        """The part of an LLM that this class has."""
+        return causal
 
     @classmethod
     @names_versions
@@ -153,53 +171,48 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _change(config, options, max_positions)
             checkpoints.weight_files(folder)
             with one_sentence(f"the model in {folder} cannot be loaded"):
-                model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
+                renaming, spare = cls._names(config)
+                model, info = super().from_pretrained(
+                    folder, *args, config=config, key_mapping=renaming, **kwargs
+                )
         else:
             config = given or checkpoints.convert_config(released)
             _change(config, options, max_positions)
             with one_sentence(f"the model in {folder} cannot be loaded"), torch.device("meta"):
-                skeleton = cls(config)
+                skeleton = FoveateForConditionalGeneration(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
-            model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+            renaming, spare = cls._names(config)
+            model, info = super().from_pretrained(
+                None, *args, config=config, state_dict=state, key_mapping=renaming, **kwargs
+            )
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
         mismatched = [key for key, *_ in info["mismatched_keys"]]
-        report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
+        unexpected = [key for key in info["unexpected_keys"] if spare is None or not spare.match(key)]
+        report_keys(folder, info["missing_keys"], unexpected, mismatched)
         if adapter is not None:
             layout = None if released is None else released.layout
             unused = set() if layout is None else checkpoints.unused_keys(config, model.state_dict())
             model = merge(model, adapter, checkpoints.read_files, layout, unused)
         return (model, info) if with_info else model
 
+    @classmethod
+    def _names(cls, config: FoveateConfig) -> tuple[dict[str, str] | None, re.Pattern[str] | None]:
+        """What this class names otherwise than a saved folder of the whole model, and what it lacks.
+
+        Returns:
+            regular expression on the folder's names -> this class's name; and one on those without a place.
+        """
+        return None, None
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_output_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
-
-    def stop_at(self, token: int | None) -> None:
-        """Makes `generate` also stop at the token that ends an answer; None changes nothing."""
-        known = self.generation_config.eos_token_id
-        ends = [known] if isinstance(known, int) else list(known or [])
-        if token is not None and token not in ends:
-            self.generation_config.eos_token_id = [*ends, token]
-
-    def embedding_keys(self) -> set[str]:
-        """Names of the parameters with one row per token of the vocabulary."""
-        tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
-        return {key for key, p in self.named_parameters() if any(p is table for table in tables)}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Does nothing: every part initialises itself."""
@@ -273,6 +286,7 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # `generate` passes arguments with the names of these parameters here and not to `forward`: none may share
     # its name with an argument of the LLM.
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -289,7 +303,257 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             source = Source.unpacked(source_pixels, image_sizes, source_norms, self.encode_views)
         return self.connect(self.encode_views(pixel_values), image_sizes, query_ids, query_mask, source)
 
+    @property
+    def positions(self) -> int | None:
+        """The longest text that the LLM is given, in tokens; None for any."""
+        return positions_of(self.config)
+
+    def _encoded(
+        self,
+        given: dict[str, EncodedPictures] | None,
+        pixel_values: Tensor | None,
+        image_sizes: Tensor | None,
+        *rest: Tensor | None,
+    ) -> EncodedPictures | None:
+        """The pictures of a batch, as given or encoded now; None if it has none."""
+        pictures = (given or {}).get("image")
+        if pictures is not None or pixel_values is None or not len(pixel_values):
+            return pictures
+        if image_sizes is None:
+            raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
+        return self.get_image_features(pixel_values, image_sizes, *rest)
+
+    def _llm_inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        pictures: EncodedPictures | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments for the LLM, with visual tokens in place of their placeholders."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pictures is not None:
+            visual = self._placeholders(input_ids, inputs_embeds)  # (B, T)
+            tokens = torch.cat(pictures.pooler_output).to(inputs_embeds)  # (sum of n, D)
+            if int(visual.sum()) != len(tokens):
+                raise FoveateError(f"{int(visual.sum())} image placeholders for {len(tokens)} visual tokens")
+            inputs_embeds = inputs_embeds.masked_scatter(visual[..., None], tokens)
+            if pictures.kept is not None:
+                attention_mask = _without_dropped(attention_mask, visual, pictures.kept)
+                if position_ids is None:  # positions skip dropped tokens, as if they had never been there
+                    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            if pictures.injection is not None:
+                copies = len(pictures.pooler_output) // (pictures.pictures or len(pictures.pooler_output))
+                kwargs["injection"] = _Injection(pictures.injection, visual, copies, set())
+        elif self.training:
+            inputs_embeds = inputs_embeds + self._in_step_with_other_ranks()
+        cache = upstream.given_cache(kwargs)
+        if cache is None or not cache.get_seq_length():
+            self._check_length(input_ids, inputs_embeds.shape[1], attention_mask, position_ids)
+        elif self.positions is not None and position_ids is not None:  # of rows that have ended
+            position_ids = position_ids.clamp(max=self.positions - 1)
+        return {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            **kwargs,
+        }
+
+    def _check_length(
+        self,
+        input_ids: Tensor | None,
+        width: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        """Raises `FoveateError` for texts (B, T) that the LLM has no positions for."""
+        if self.positions is None or width <= self.positions:
+            return
+        # Columns may be padding, or hold several texts: only now is it worth waiting for the device.
+        lengths, visual = torch.tensor([width]), None
+        if position_ids is not None:
+            lengths = position_ids.max()[None] + 1
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            lengths = attention_mask.sum(1)
+            if input_ids is not None:
+                visual = input_ids == self.config.image_token_id
+        check_lengths(lengths, self.positions, visual)
+
+    def _check_injected(self, inputs: Mapping[str, Any]) -> None:
+        """Raises `FoveateError` if the LLM has not handed its layers what to inject."""
+        if "injection" in inputs and inputs["injection"].done != set(self.connector.injectors()):
+            raise self._no_keywords()
+
+    def _no_keywords(self) -> FoveateError:
+        return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
+
+    def _inject(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Forward hook of decoder layer `index`. Looks up its injector anew: PEFT may have replaced it."""
+        injection = kwargs.get("injection")
+        if injection is None:  # decoding, or a text-only batch
+            return None
+        injection.done.add(index)
+        injector: Injector = self.connector.injectors()[index]
+        n = injection.copies
+        injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
+        return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), a row's copies adjacent
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, T) bool. Without ids, placeholders are recognised by their embedding."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _in_step_with_other_ranks(self) -> Tensor | float:
+        """Zero, with a gradient path to what trains: ranks without pictures must not stall the others."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return 0.0
+        if not any(p.requires_grad for m in (self.vision_tower, self.connector) for p in m.parameters()):
+            return 0.0
+        size = torch.tensor([[self.method.tower.image_size] * 2])
+        views = [view.size for view in self.plans(size)[0].views]
+        blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
+        source = {}
+        if self.method.reads_source:
+            pixels = torch.zeros(3 * int(size.prod()), dtype=torch.uint8, device=self.device)
+            source = {"source_pixels": pixels, "source_norms": torch.ones(1, 2, 3, device=self.device)}
+        visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
+        trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # including injectors
+        return 0.0 * (visual.sum() + sum(trained))
+
+
+class FoveateModel(FoveatePreTrainedModel):
+    """Vision tower, a method's connector, and an LLM without its head.
+
+    Args:
+        config: of both.
+        whole: a model whose parts this one shares; by default it has its own.
+    """
+
+    base_model_prefix = ""
+
     @names_versions
+    def __init__(self, config: FoveateConfig, whole: FoveateForConditionalGeneration | None = None) -> None:
+        super().__init__(config)
+        if whole is None:
+            self._assemble()
+        else:
+            self.share(whole)
+            self.post_init()
+
+    def share(self, whole: FoveateForConditionalGeneration) -> None:
+        """Takes the parts of a whole model, as they are now."""
+        self.method, self.vision_tower, self.connector = whole.method, whole.vision_tower, whole.connector
+        self.language_model = whole.get_decoder()
+        self.training = whole.training
+
+    @classmethod
+    @names_versions
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Loads any folder that `FoveateForConditionalGeneration` does, and its own. Arguments as there."""
+        name = pretrained_model_name_or_path
+        if name is None or with_base(name, Hub.taken(dict(kwargs)))[1] is None:
+            return super().from_pretrained(name, *args, **kwargs)
+        made = FoveateForConditionalGeneration.from_pretrained(name, *args, **kwargs)  # the adapter knows it
+        return (made[0].model, made[1]) if isinstance(made, tuple) else made.model
+
+    @classmethod
+    def _names(cls, config: FoveateConfig) -> tuple[dict[str, str] | None, re.Pattern[str] | None]:
+        with torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        decoder = causal.get_decoder()
+        children = "|".join(name for name, _ in decoder.named_children())
+        return (
+            {rf"^language_model\.{re.escape(name_of(causal, decoder))}\.": "language_model."},
+            re.compile(rf"^language_model\.(?!({children})\.)"),
+        )
+
+    def _new_llm(self, causal: PreTrainedModel) -> PreTrainedModel:
+        return causal.get_decoder()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    @names_versions
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        source_pixels: Tensor | None = None,
+        source_norms: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, EncodedPictures] | None = None,
+        **kwargs: Any,
+    ) -> FoveateModelOutput:
+        """The last states of the LLM. Arguments and errors as `FoveateForConditionalGeneration.forward`."""
+        pictures = self._encoded(
+            mm_encoder_outputs, pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
+        )
+        inputs = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, pictures, kwargs)
+        outputs = self.language_model(**inputs)
+        self._check_injected(inputs)
+        return FoveateModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{upstream.CACHE: outputs.get(upstream.CACHE)},
+        )
+
+
+class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
+    """Vision tower, a method's connector, and a causal LM."""
+
+    base_model_prefix = "model"
+
+    @names_versions
+    def __init__(self, config: FoveateConfig) -> None:
+        super().__init__(config)
+        self._assemble()
+        # Not a child: its parameters have one name each, which saved folders, recipes and adapters know.
+        object.__setattr__(self, "_headless", FoveateModel(config, self))
+
+    @property
+    def model(self) -> FoveateModel:
+        """The model without its head, of the same parts: what is changed or trained in one is in both."""
+        self._headless.share(self)
+        return self._headless
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def stop_at(self, token: int | None) -> None:
+        """Makes `generate` also stop at the token that ends an answer; None changes nothing."""
+        known = self.generation_config.eos_token_id
+        ends = [known] if isinstance(known, int) else list(known or [])
+        if token is not None and token not in ends:
+            self.generation_config.eos_token_id = [*ends, token]
+
+    def embedding_keys(self) -> set[str]:
+        """Names of the parameters with one row per token of the vocabulary."""
+        tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]
+        return {key for key, p in self.named_parameters() if any(p is table for table in tables)}
+
+    @names_versions
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -326,44 +590,12 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
             FoveateError: placeholders and visual tokens differ in number; a text that is longer than the LLM
                 has positions.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        pictures = (mm_encoder_outputs or {}).get("image")
-        if pictures is None and pixel_values is not None and len(pixel_values):
-            if image_sizes is None:
-                raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
-            pictures = self.get_image_features(
-                pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
-            )
-        if pictures is not None:
-            visual = self._placeholders(input_ids, inputs_embeds)  # (B, T)
-            tokens = torch.cat(pictures.pooler_output).to(inputs_embeds)  # (sum of n, D)
-            if int(visual.sum()) != len(tokens):
-                raise FoveateError(f"{int(visual.sum())} image placeholders for {len(tokens)} visual tokens")
-            inputs_embeds = inputs_embeds.masked_scatter(visual[..., None], tokens)
-            if pictures.kept is not None:
-                attention_mask = _without_dropped(attention_mask, visual, pictures.kept)
-                if position_ids is None:  # positions skip dropped tokens, as if they had never been there
-                    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            if pictures.injection is not None:
-                copies = len(pictures.pooler_output) // (pictures.pictures or len(pictures.pooler_output))
-                kwargs["injection"] = _Injection(pictures.injection, visual, copies, set())
-        elif self.training:
-            inputs_embeds = inputs_embeds + self._in_step_with_other_ranks()
-        cache = upstream.given_cache(kwargs)
-        if cache is None or not cache.get_seq_length():
-            self._check_length(input_ids, inputs_embeds.shape[1], attention_mask, position_ids)
-        elif self.positions is not None and position_ids is not None:  # of rows that have ended
-            position_ids = position_ids.clamp(max=self.positions - 1)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
+        pictures = self._encoded(
+            mm_encoder_outputs, pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
         )
-        if "injection" in kwargs and kwargs["injection"].done != set(self.connector.injectors()):
-            raise self._no_keywords()
+        inputs = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, pictures, kwargs)
+        outputs = self.language_model(logits_to_keep=logits_to_keep, **inputs)
+        self._check_injected(inputs)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -430,11 +662,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output.sequences = whole
         return output
 
-    @property
-    def positions(self) -> int | None:
-        """The longest text that the LLM is given, in tokens; None for any."""
-        return positions_of(self.config)
-
     def _write(self, kwargs: Mapping[str, Any]) -> Any:
         """`generate` of transformers, for prompts that fit the LLM's positions, up to the last of them."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -451,26 +678,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), end])
         return super().generate(**{**kwargs, "stopping_criteria": criteria})
 
-    def _check_length(
-        self,
-        input_ids: Tensor | None,
-        width: int,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> None:
-        """Raises `FoveateError` for texts (B, T) that the LLM has no positions for."""
-        if self.positions is None or width <= self.positions:
-            return
-        # Columns may be padding, or hold several texts: only now is it worth waiting for the device.
-        lengths, visual = torch.tensor([width]), None
-        if position_ids is not None:
-            lengths = position_ids.max()[None] + 1
-        elif attention_mask is not None and attention_mask.dim() == 2:
-            lengths = attention_mask.sum(1)
-            if input_ids is not None:
-                visual = input_ids == self.config.image_token_id
-        check_lengths(lengths, self.positions, visual)
-
     def _count_dropped(self, kwargs: dict[str, Any], dropped: int) -> None:
         """Lowers bounds on the whole sequence, in place, by the tokens that left it: the output has them."""
         given = kwargs.get("generation_config")
@@ -486,9 +693,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 setattr(settings, name, lower)
                 kwargs["generation_config"] = settings
 
-    def _no_keywords(self) -> FoveateError:
-        return FoveateError(f"{type(self.language_model).__name__} gives its layers no keyword arguments")
-
     def _refuse_chunks(self, kwargs: Mapping[str, Any]) -> None:
         """Raises `FoveateError` if the prefill would be split: transformers then keeps only the tokens."""
         settings = kwargs.get("generation_config") or self.generation_config
@@ -497,42 +701,6 @@ class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"prefill_chunk_size: {self.method.title} changes hidden states during the prefill, which "
                 "must run in one piece"
             )
-
-    def _inject(self, index: int, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        """Forward hook of decoder layer `index`. Looks up its injector anew: PEFT may have replaced it."""
-        injection = kwargs.get("injection")
-        if injection is None:  # decoding, or a text-only batch
-            return None
-        injection.done.add(index)
-        injector: Injector = self.connector.injectors()[index]
-        n = injection.copies
-        injected = [injector(output[i::n], injection.content, injection.visual[i::n]) for i in range(n)]
-        return torch.stack(injected, 1).flatten(0, 1)  # n x (B, T, D) -> (B n, T, D), a row's copies adjacent
-
-    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(B, T) bool. Without ids, placeholders are recognised by their embedding."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    def _in_step_with_other_ranks(self) -> Tensor | float:
-        """Zero, with a gradient path to what trains: ranks without pictures must not stall the others."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1:
-            return 0.0
-        if not any(p.requires_grad for m in (self.vision_tower, self.connector) for p in m.parameters()):
-            return 0.0
-        size = torch.tensor([[self.method.tower.image_size] * 2])
-        views = [view.size for view in self.plans(size)[0].views]
-        blank = torch.zeros(len(views), 3, *views[0], device=self.device, dtype=self.dtype)
-        source = {}
-        if self.method.reads_source:
-            pixels = torch.zeros(3 * int(size.prod()), dtype=torch.uint8, device=self.device)
-            source = {"source_pixels": pixels, "source_norms": torch.ones(1, 2, 3, device=self.device)}
-        visual = torch.cat(self.get_image_features(blank, size, **source).pooler_output)
-        trained = [p.sum() for p in self.connector.parameters() if p.requires_grad]  # including injectors
-        return 0.0 * (visual.sum() + sum(trained))
 
 
 def _change(config: FoveateConfig, options: dict[str, Any] | None, max_positions: int | None) -> None:

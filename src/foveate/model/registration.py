@@ -49,7 +49,9 @@ def _config(auto: ModuleType, ours: ModuleType) -> None:
 
 
 def _model(auto: ModuleType, ours: ModuleType) -> None:
-    auto.AutoModelForImageTextToText.register(_config_class(), ours.FoveateForConditionalGeneration)
+    auto.AutoModel.register(_config_class(), ours.FoveateModel)
+    for kind in (auto.AutoModelForImageTextToText, auto.AutoModelForMultimodalLM):
+        kind.register(_config_class(), ours.FoveateForConditionalGeneration)
 
 
 def _image_processor(auto: ModuleType, ours: ModuleType) -> None:
