@@ -222,7 +222,15 @@ def test_a_picture_without_its_question_is_refused(method: str) -> None:
     with pytest.raises(
         FoveateError, match=r"reads the question to each picture: pass queries=\[...\], or call"
     ):
-        processor(images=image, text=prompt, return_tensors="pt")
+        processor(images=image, text="<image> Why?", return_tensors="pt")  # not of the chat template
+    blind = {
+        name: value
+        for name, value in processor(images=image, text=prompt, return_tensors="pt").items()
+        if name not in ("query_ids", "query_mask", "mm_token_type_ids")
+    }
+    for run in (made.model, made.model.model, made.model.generate):
+        with pytest.raises(FoveateError, match="reads the question to each picture: give query_ids"):
+            run(**blind)
     given = dict(processor(images=image, text=prompt, queries=["Why?"], return_tensors="pt"))
     expected = prepare(processor, [chat("Why?", image)])
     assert all(torch.equal(given[name], expected[name]) for name in expected)

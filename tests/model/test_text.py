@@ -18,6 +18,7 @@ from foveate.model.text import (
     chat_template,
     normalise_messages,
     picture_queries,
+    questions_in,
 )
 from foveate.tiny import tiny_model
 from tests.support import chat, picture
@@ -258,9 +259,39 @@ def test_mixed_batches(processor: FoveateProcessor) -> None:
     assert inputs["attention_mask"][1, 0] == 0  # padded on the left
 
 
-def test_truncation_is_refused(processor: FoveateProcessor) -> None:
-    with pytest.raises(FoveateError, match="truncation would cut visual tokens"):
-        processor(images=picture(9, 9), text="<image>", truncation=True, max_length=4)
+def test_truncation_cuts_words_alone(processor: FoveateProcessor) -> None:
+    """Trainers ask for it by default, with a length that few texts reach."""
+    given: dict[str, Any] = {"images": picture(9, 9), "text": "<image> a text", "truncation": True}
+    whole = processor(images=given["images"], text=given["text"])["input_ids"]
+    assert processor(**given, max_length=1024)["input_ids"] == whole
+    assert processor(**given, max_length=len(whole[0]) - 2)["input_ids"] == [whole[0][:-2]]
+    for least in (1, 4, 15):
+        with pytest.raises(FoveateError, match="truncation would cut visual tokens: raise max_length"):
+            processor(**given, max_length=least)
+
+
+def test_questions_are_found_in_a_text(processor: FoveateProcessor) -> None:
+    """The same as in the messages, wherever the picture is and whatever else is said."""
+    asked = [IMAGE, {"type": "text", "text": " What is\nthere? "}]
+    conversations: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": asked}],
+        [SYSTEM, {"role": "user", "content": asked[::-1]}],
+        [
+            {"role": "user", "content": "Nothing shown."},
+            {"role": "assistant", "content": "No."},
+            {"role": "user", "content": [*asked, IMAGE]},
+            {"role": "assistant", "content": "That."},
+            {"role": "user", "content": "Why?"},
+        ],
+    ]
+    render = processor.apply_chat_template
+    for messages in map(normalise_messages, conversations):
+        found = questions_in(render(messages, add_generation_prompt=True), render)
+        known = name_of(processor) not in ("plain", "bare")
+        if name_of(processor) == "mistral" and messages[0]["role"] == "system":  # part of the first question
+            known = False
+        assert found == (picture_queries(messages) if known else None)
+    assert questions_in("<image> a text of another template", render) is None
 
 
 def test_a_picture_of_a_message_has_one_of_four_names(processor: FoveateProcessor, tmp_path: Path) -> None:

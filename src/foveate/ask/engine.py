@@ -24,7 +24,8 @@ from foveate.ask.context import Context, Passage, can_go_on
 from foveate.methods.base import Rerun
 from foveate.model.cost import Pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
-from foveate.model.processing import FoveateProcessor, padded_queries
+from foveate.model.processing import FoveateProcessor
+from foveate.model.queries import padded_queries
 from foveate.model.text import pictures_of
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan

@@ -20,7 +20,8 @@ from foveate.data.formats import Conversations
 from foveate.data.regions import Regions
 from foveate.errors import FoveateError
 from foveate.methods.base import Cut
-from foveate.model.processing import FoveateProcessor, padded_queries
+from foveate.model.processing import FoveateProcessor
+from foveate.model.queries import padded_queries
 from foveate.model.text import normalise_messages, pictures_of
 from foveate.picture.boxes import checked_box
 from foveate.picture.geometry import Box, Size

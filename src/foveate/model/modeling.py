@@ -35,6 +35,7 @@ from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
 from foveate.model.folders import Hub
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.queries import read_carried
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -310,18 +311,30 @@ class FoveatePreTrainedModel(PreTrainedModel):
 
     def _encoded(
         self,
-        given: dict[str, EncodedPictures] | None,
         pixel_values: Tensor | None,
         image_sizes: Tensor | None,
-        *rest: Tensor | None,
+        query_ids: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        source_pixels: Tensor | None = None,
+        source_norms: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
     ) -> EncodedPictures | None:
-        """The pictures of a batch, as given or encoded now; None if it has none."""
-        pictures = (given or {}).get("image")
-        if pictures is not None or pixel_values is None or not len(pixel_values):
-            return pictures
+        """The pictures of a batch, with the questions to them; None if it has none."""
+        if pixel_values is None or not len(pixel_values):
+            return None
         if image_sizes is None:
             raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
-        return self.get_image_features(pixel_values, image_sizes, *rest)
+        if self.method.uses_query and query_ids is None:
+            if mm_token_type_ids is None:
+                raise FoveateError(
+                    f"{self.method.title} reads the question to each picture: give query_ids and query_mask "
+                    "as FoveateProcessor makes them"
+                )
+            counts = [plan.tokens for plan in self.plans(image_sizes)]
+            query_ids, query_mask = read_carried(mm_token_type_ids, counts)
+        return self.get_image_features(
+            pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
+        )
 
     def _llm_inputs(
         self,
@@ -496,12 +509,14 @@ class FoveateModel(FoveatePreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, EncodedPictures] | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateModelOutput:
         """The last states of the LLM. Arguments and errors as `FoveateForConditionalGeneration.forward`."""
-        pictures = self._encoded(
-            mm_encoder_outputs, pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
-        )
+        pictures = (mm_encoder_outputs or {}).get("image")
+        if pictures is None:
+            rest = (query_ids, query_mask, source_pixels, source_norms, mm_token_type_ids)
+            pictures = self._encoded(pixel_values, image_sizes, *rest)
         inputs = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, pictures, kwargs)
         outputs = self.language_model(**inputs)
         self._check_injected(inputs)
@@ -569,6 +584,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, EncodedPictures] | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateOutput:
         """One pass through the LLM, with visual tokens in place of their placeholders.
@@ -584,15 +600,17 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             source_norms: (P, 2, 3) mean and standard deviation with which their pixels are normalised.
             labels: (B, T), -100 for tokens without loss.
             mm_encoder_outputs: {"image": EncodedPictures} if the pictures are already encoded.
+            mm_token_type_ids: (B, T), from which the questions are read if there are no `query_ids`.
             **kwargs: for the LLM, including its cache.
 
         Raises:
             FoveateError: placeholders and visual tokens differ in number; a text that is longer than the LLM
                 has positions.
         """
-        pictures = self._encoded(
-            mm_encoder_outputs, pixel_values, image_sizes, query_ids, query_mask, source_pixels, source_norms
-        )
+        pictures = (mm_encoder_outputs or {}).get("image")
+        if pictures is None:
+            rest = (query_ids, query_mask, source_pixels, source_norms, mm_token_type_ids)
+            pictures = self._encoded(pixel_values, image_sizes, *rest)
         inputs = self._llm_inputs(input_ids, inputs_embeds, attention_mask, position_ids, pictures, kwargs)
         outputs = self.language_model(logits_to_keep=logits_to_keep, **inputs)
         self._check_injected(inputs)
@@ -622,10 +640,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         if inputs is not None:
             kwargs["input_ids"] = inputs
         names = ("pixel_values", "image_sizes", "query_ids", "query_mask", "source_pixels", "source_norms")
-        if kwargs.get("pixel_values") is not None:
-            if kwargs.get("image_sizes") is None:
-                raise FoveateError("pixel_values need image_sizes, the pictures' original heights and widths")
-            encoded = self.get_image_features(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        given = {name: kwargs.pop(name, None) for name in (*names, "mm_token_type_ids")}
+        encoded = self._encoded(**given)
+        if encoded is not None:
             kwargs["mm_encoder_outputs"] = {"image": encoded}
         pictures: EncodedPictures | None = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if pictures is None:

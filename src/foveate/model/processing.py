@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +21,7 @@ from foveate.model import checkpoints
 from foveate.model.adapters import with_base
 from foveate.model.folders import Hub, read_json
 from foveate.model.foreign import check_preprocessor, norms_of
+from foveate.model.queries import carried, padded_queries
 from foveate.model.rendering import check_template, marked_answers
 from foveate.model.text import (
     IMAGE_TOKEN,
@@ -31,6 +32,7 @@ from foveate.model.text import (
     normalise_messages,
     picture_queries,
     pictures_of,
+    questions_in,
     without_pictures,
 )
 from foveate.options import merged
@@ -117,6 +119,7 @@ class FoveateImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """Pictures, or nested lists of them, to `pixel_values` (V, 3, h, w) and `image_sizes` (P, 2).
 
+        `num_patches` (P,) is the number of each picture's views, as other image processors call it.
         For methods that look at the original pictures, also `source_pixels` (n,), the bytes of all pictures
         (H, W, 3) in order, and `source_norms` (P, 2, 3), mean and standard deviation.
         """
@@ -127,6 +130,7 @@ class FoveateImageProcessor(BaseImageProcessor):
         data = {
             "pixel_values": np.concatenate(views),
             "image_sizes": np.array([plan.picture for plan in plans], dtype=np.int64),
+            "num_patches": np.array([len(plan.views) for plan in plans], dtype=np.int64),
         }
         if self.planner().reads_source:
             shapes = [(picture.height, picture.width, 3) for picture in pictures]
@@ -361,15 +365,19 @@ class FoveateProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, queries: Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Texts and their pictures -> model inputs; `queries`: the question to each picture, in order.
+        """Texts and their pictures -> model inputs.
 
-        Raises `FoveateError` if the method reads the question to each picture and none is given: the model
-        would run, but without the question.
+        Args:
+            images: all pictures in order, or per text those that it shows.
+            text: one or several, with `<image>` for each picture.
+            queries: the question to each picture, in order, for methods that read it; by default it is found
+                in texts that the chat template wrote.
+            **kwargs: as for any processor.
+
+        Raises:
+            FoveateError: a question to a picture is neither given nor found; `truncation` would cut visual
+                tokens.
         """
-        if kwargs.get("truncation"):
-            raise FoveateError(
-                "truncation would cut visual tokens: shorten the text, or set max_visual_tokens"
-            )
         texts = [text] if isinstance(text, str) else list(text or ())
         if isinstance(images, (list, tuple)):
             if any(isinstance(some, (list, tuple)) for some in images):  # per text those that it shows
@@ -379,16 +387,22 @@ class FoveateProcessor(ProcessorMixin):
                     raise FoveateError(f"lists of {given} pictures for texts that show {wanted}")
             if not list(_flat(images)):
                 images = None
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        try:
+            inputs = super().__call__(images=images, text=text, **kwargs)
+        except ValueError as error:  # transformers counts the visual tokens that are left
+            if not kwargs.get("truncation") or "token count" not in str(error):
+                raise
+            raise FoveateError(
+                "truncation would cut visual tokens: raise max_length, shorten the text, or set "
+                "max_visual_tokens"
+            ) from error
+        inputs.pop("num_patches", None)  # the image processor's own
         method = self.image_processor.planner()
         shown = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
         if not method.uses_query or not (shown or queries):
             return inputs
         if queries is None and method.query_text == "question":
-            raise FoveateError(
-                f"{method.title} reads the question to each picture: pass queries=[...], "
-                "or call apply_chat_template(tokenize=True)"
-            )
+            queries = self._questions(texts)
         if queries is not None:
             if len(queries) != shown:
                 raise FoveateError(f"{len(queries)} queries for {shown} pictures")
@@ -398,7 +412,26 @@ class FoveateProcessor(ProcessorMixin):
             special = named.get("add_special_tokens", True)
             rows = [row for one in texts for row in self._around(one, special)]
         inputs["query_ids"], inputs["query_mask"] = padded_queries(rows, self.tokenizer.pad_token_id)
+        visual = [np.asarray(row) == self.image_token_id for row in inputs["input_ids"]]
+        plans = [self.image_processor.plan(*map(int, size)) for size in inputs.get("image_sizes", ())]
+        marks = carried(rows, [plan.tokens for plan in plans], visual)
+        if marks is not None:
+            inputs["mm_token_type_ids"] = (
+                torch.tensor(marks) if isinstance(inputs["input_ids"], Tensor) else marks
+            )
         return inputs
+
+    def _questions(self, texts: Sequence[str]) -> list[str]:
+        """The question to each picture of texts that the chat template wrote."""
+        found = []
+        if self.chat_template is not None:
+            found = [questions_in(text, self.apply_chat_template) for text in texts]
+        if not found or any(questions is None for questions in found):
+            raise FoveateError(
+                f"{self.image_processor.planner().title} reads the question to each picture: pass "
+                "queries=[...], or call apply_chat_template(tokenize=True)"
+            )
+        return [question for questions in found for question in questions or ()]
 
     def prompt(
         self,
@@ -576,17 +609,6 @@ def _learnt(spans: list[tuple[int, int]], answers: Sequence[Mapping[str, Any]]) 
             "cannot be left unlearnt: name another template"
         )
     return [span for span, wanted in zip(spans, learnt, strict=True) if wanted]
-
-
-def padded_queries(rows: Iterable[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Questions to pictures as `query_ids` and `query_mask` (P, longest), padded on the left."""
-    rows = list(rows)
-    longest = max(map(len, rows), default=0)
-    ids = torch.full((len(rows), longest), fill)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask
 
 
 def image_processor_for(config: Any, preprocessor: Mapping[str, Any] | None = None) -> FoveateImageProcessor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,84 @@ def without_pictures(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     ]
 
 
+@dataclass(frozen=True)
+class _Marks:
+    """What a chat template writes around the messages of a conversation.
+
+    Attributes:
+        question: before a question.
+        answer: between a question and its answer; never blank.
+        closes: between an answer and the next question.
+        end: behind the last answer.
+        system: behind a system message, if the template puts that one into the first question; else None.
+    """
+
+    question: str
+    answer: str
+    closes: str
+    end: str
+    system: str | None
+
+
+def _marks(render: Callable[..., str]) -> _Marks | None:
+    """Found with a conversation of known words; None if the template writes nothing before an answer."""
+    words = ("the first question", "the first answer", "the second question", "the second answer")
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    known = render(messages)
+    if not all(known.count(word) == 1 for word in words):
+        return None
+    before, opens, closes, _, end = re.split("|".join(words), known)
+    prompt = render(messages[:1], add_generation_prompt=True)
+    if known.startswith(prompt):  # what follows it belongs to the answer
+        opens = prompt[len(before) + len(words[0]) :]
+    if not opens.strip():
+        return None
+    both = takewhile(lambda pair: pair[0] == pair[1], zip(before[::-1], closes[::-1], strict=False))
+    question = "".join(one for one, _ in both)[::-1]
+    return _Marks(question, opens, closes, end, _behind_system(question, messages, render))
+
+
+def _behind_system(
+    question: str, messages: Sequence[Mapping[str, Any]], render: Callable[..., str]
+) -> str | None:
+    system = {"role": "system", "content": "the system message"}
+    try:
+        known = render([system, *messages])
+    except FoveateError:  # a template without such messages
+        return None
+    before, found, rest = known.partition(system["content"])
+    return rest[: rest.find(messages[0]["content"])] if found and question in before else None
+
+
+def questions_in(text: str, render: Callable[..., str]) -> list[str] | None:
+    """The question to each picture in a text that a chat template wrote, as `picture_queries` gives it.
+
+    Args:
+        text: as the template wrote it, with `<image>` in the messages of the user.
+        render: messages, and `add_generation_prompt`, to the template's text.
+
+    Returns:
+        Per picture the text beside it in the user's message; None if the messages cannot be told apart, or if
+        a system message may be part of the first one.
+    """
+    marks = _marks(render)
+    if marks is None or not marks.question.strip():
+        return None
+    queries = []
+    for found in re.finditer(re.escape(IMAGE_TOKEN), text):
+        start = text.rfind(marks.question, 0, found.start())
+        end = text.find(marks.answer, found.end())
+        if start < 0 or end < 0:
+            return None
+        message = text[start + len(marks.question) : end]
+        first = text.find(marks.question) == start
+        if first and marks.system is not None and marks.system in message:
+            return None
+        queries.append(" ".join(part.strip() for part in message.split(IMAGE_TOKEN) if part.strip()))
+    return queries
+
+
 def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
     """The answers in a text that a chat template wrote, end marks included.
 
@@ -130,19 +210,10 @@ def answers_in(text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
     Returns:
         Start and end of each answer, in characters; empty if there is none.
     """
-    words = ("the first question", "the first answer", "the second question", "the second answer")
-    roles = ("user", "assistant", "user", "assistant")
-    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
-    known = render(messages)
-    if not all(known.count(word) == 1 for word in words):
+    marks = _marks(render)
+    if marks is None:
         return []
-    before, opens, closes, _, end = re.split("|".join(words), known)
-    prompt = render(messages[:1], add_generation_prompt=True)
-    if known.startswith(prompt):  # what follows it belongs to the answer
-        opens = prompt[len(before) + len(words[0]) :]
-    if not opens.strip():
-        return []
-    closes, end = closes.rstrip(), end.rstrip()
+    opens, closes, end = marks.answer, marks.closes.rstrip(), marks.end.rstrip()
     spans: list[tuple[int, int]] = []
     start = text.find(opens)
     while start >= 0:
