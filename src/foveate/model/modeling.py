@@ -29,6 +29,7 @@ from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
 from foveate.model.folders import Hub
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.sharing import Installed
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -70,7 +71,7 @@ class _Injection:
     done: set[int]
 
 
-class FoveateForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class FoveateForConditionalGeneration(Installed, PreTrainedModel, GenerationMixin):
     """Vision tower, a method's connector, and a causal LM.
 
     `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the
