@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from foveate.errors import FoveateError
     from foveate.methods import register_method
     from foveate.model.config import FoveateConfig
-    from foveate.model.modeling import FoveateForConditionalGeneration
+    from foveate.model.modeling import FoveateForConditionalGeneration, FoveateModel
     from foveate.model.processing import FoveateImageProcessor, FoveateProcessor
     from foveate.picture.limits import Limits
     from foveate.zoom.zoom import Zoom
@@ -34,6 +34,7 @@ _PUBLIC = {
     "FoveateConfig": "foveate.model.config",
     "FoveateError": "foveate.errors",
     "FoveateForConditionalGeneration": "foveate.model.modeling",
+    "FoveateModel": "foveate.model.modeling",
     "FoveateImageProcessor": "foveate.model.processing",
     "FoveateProcessor": "foveate.model.processing",
     "Limits": "foveate.picture.limits",
@@ -48,6 +49,7 @@ __all__ = [
     "FoveateError",
     "FoveateForConditionalGeneration",
     "FoveateImageProcessor",
+    "FoveateModel",
     "FoveateProcessor",
     "Limits",
     "Zoom",

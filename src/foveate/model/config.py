@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from foveate.errors import FoveateError
 from foveate.methods import DEFAULT
+from foveate.model.sharing import MODELS, Installed, auto_map, write_code
 
 
-class FoveateConfig(PreTrainedConfig):
+class FoveateConfig(Installed, PreTrainedConfig):
     """Configuration of a `FoveateForConditionalGeneration`.
 
     Args:
@@ -42,12 +44,27 @@ class FoveateConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("auto_map", None)  # a folder's own word on whose code runs
         self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
         self.text_config = _sub_config(self.text_config, "llama")
         self.options = dict(self.options or {})
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.check()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the file that `auto_map` names."""
+        write_code(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Auto class -> our class; what a folder says is not read."""
+        return auto_map(MODELS)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {**super().to_diff_dict(), "auto_map": self.auto_map}
 
     def check(self) -> None:
         """Raises `FoveateError` for values that can mean nothing."""

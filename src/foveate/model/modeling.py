@@ -36,6 +36,7 @@ from foveate.model.config import FoveateConfig
 from foveate.model.folders import Hub
 from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.model.queries import read_carried
+from foveate.model.sharing import Installed
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -82,7 +83,7 @@ class _Injection:
     done: set[int]
 
 
-class FoveatePreTrainedModel(PreTrainedModel):
+class FoveatePreTrainedModel(Installed, PreTrainedModel):
     """What the model has with and without its head: its parts, and the way from pictures into the LLM.
 
     `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the

@@ -23,6 +23,7 @@ from foveate.model.folders import Hub, read_json
 from foveate.model.foreign import check_preprocessor, norms_of
 from foveate.model.queries import carried, padded_queries
 from foveate.model.rendering import check_template, marked_answers
+from foveate.model.sharing import IMAGE_PROCESSORS, PROCESSORS, Installed, auto_map, write_code
 from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
@@ -47,7 +48,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class FoveateImageProcessor(BaseImageProcessor):
+class FoveateImageProcessor(Installed, BaseImageProcessor):
     """Pictures -> plans -> normalised views.
 
     Args:
@@ -231,8 +232,14 @@ class FoveateImageProcessor(BaseImageProcessor):
         values = (pixels.float().cpu().numpy() * std + mean) * 255
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the file that `auto_map` names."""
+        write_code(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().to_dict().items() if k not in ("_planner", "limits")}
+        own = {k: v for k, v in super().to_dict().items() if k not in ("_planner", "limits")}
+        return {**own, "auto_map": auto_map(IMAGE_PROCESSORS)}
 
 
 def cut(canvas: np.ndarray, view: View) -> np.ndarray:
@@ -258,7 +265,7 @@ class Prompt:
     answers: list[bool]
 
 
-class FoveateProcessor(ProcessorMixin):
+class FoveateProcessor(Installed, ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
     Every `<image>` in a text is replaced by as many placeholders as the picture's plan says. For methods
@@ -355,6 +362,14 @@ class FoveateProcessor(ProcessorMixin):
                 f"tokenizer's {IMAGE_TOKEN}, {made.image_token_id}"
             )
         return made
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the file that `auto_map` names."""
+        write_code(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "auto_map": auto_map(PROCESSORS)}
 
     # transformers calls this for each picture of a text, and replaces `<image>` by the result.
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
