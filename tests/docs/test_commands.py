@@ -53,6 +53,7 @@ ELSEWHERE = {
     "pip install --no-deps lmms-eval": "asks the package index",
     "python -m lmms_eval eval --model foveate --model_args pretrained=path/to/model --tasks mme "
     "--batch_size 8": ("needs lmms-eval and its data; tools/lmms_parity.py runs it on data made here"),
+    "pip install -e '.[trl]'": "installs into the environment of the tests",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.
