@@ -26,10 +26,11 @@ from foveate.methods import method_class
 from foveate.methods.base import Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
 from foveate.model.adapters import merge, with_base
+from foveate.model.card import write_card
 from foveate.model.config import FoveateConfig
-from foveate.model.folders import Hub
+from foveate.model.folders import Hub, hub_id
 from foveate.model.positions import LastPosition, check_lengths, positions_of
-from foveate.model.sharing import Installed
+from foveate.model.sharing import Shared
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -71,7 +72,7 @@ class _Injection:
     done: set[int]
 
 
-class FoveateForConditionalGeneration(Installed, PreTrainedModel, GenerationMixin):
+class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
     """Vision tower, a method's connector, and a causal LM.
 
     `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the
@@ -167,6 +168,9 @@ class FoveateForConditionalGeneration(Installed, PreTrainedModel, GenerationMixi
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.config.note_sources(model=hub_id(folder))
+        if released is not None and released.vision_tower is not None:
+            model.config.note_sources(vision_tower=hub_id(released.vision_tower))
         mismatched = [key for key, *_ in info["mismatched_keys"]]
         report_keys(folder, info["missing_keys"], info["unexpected_keys"], mismatched)
         if adapter is not None:
@@ -174,6 +178,10 @@ class FoveateForConditionalGeneration(Installed, PreTrainedModel, GenerationMixi
             unused = set() if layout is None else checkpoints.unused_keys(config, model.state_dict())
             model = merge(model, adapter, checkpoints.read_files, layout, unused)
         return (model, info) if with_info else model
+
+    def _complete(self, folder: Path) -> None:
+        if (folder / "config.json").is_file():  # it is missing where an adapter is saved alone
+            write_card(folder, self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -13,6 +13,7 @@ A model folder gets its name only once it is completely written: it marks the st
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -162,7 +163,20 @@ def _on_cpu() -> bool:
 
 
 def _write_recipe(recipe: Recipe) -> None:
-    write(Path(recipe.output) / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    write(Path(recipe.output) / "recipe.yaml", _text(recipe))
+
+
+def _text(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def _note(recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration) -> None:
+    """Writes down in a model's configuration what trained it. Its card says so."""
+    from foveate.train.prepare import SAMPLES
+
+    data = {Path(name).name: digest for name, digest in prepared.data.items() if name != SAMPLES}
+    run = {"stage": prepared.name, "recipe": hashlib.sha256(_text(recipe).encode()).hexdigest(), "data": data}
+    model.config.trained = [*(model.config.trained or []), run]
 
 
 def _refuse_changed_data(recipe: Recipe, prepared: Prepared) -> None:
@@ -231,6 +245,7 @@ def _train_stage(
         merge_adapters(model)
     round_weights(model, DTYPES[recipe.model.dtype])
     model.stop_at(prepared.processor.answer_end())
+    _note(recipe, prepared, model)
     _save(recipe, prepared, trainer)
 
 
