@@ -15,9 +15,33 @@ from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.files import write
+from foveate.model.folders import hub_id
 from foveate.picture.geometry import Size
 
 CARD = "README.md"
+LICENCE = (
+    "## Licence\n\nNot filled in yet. The licences of the parts and of the data apply: name it here, and as "
+    "`license` at the top."
+)
+MODEL_CODE = """With transformers alone, where the package foveate is installed:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+```"""
+ADAPTER_CODE = """With peft, which keeps the adapter apart from its base:
+
+```python
+from foveate import FoveateForConditionalGeneration
+from peft import PeftConfig, PeftModel
+
+name = PeftConfig.from_pretrained(".").base_model_name_or_path
+base = FoveateForConditionalGeneration.from_pretrained(name)
+model = PeftModel.from_pretrained(base, ".")
+```"""
+IN_HERE = " In this folder:"
 HERE = "."  # how the commands of a card name a model that has no place yet
 SIZES = (Size(336, 336), Size(768, 1024), Size(3000, 4000))
 END = re.compile(r"<!-- written by Foveate, which keeps it once it is changed: ([0-9a-f]{64}) -->\s*\Z")
@@ -29,10 +53,10 @@ def unchanged(text: str) -> bool:
     return end is not None and _hash(text[: end.start()]) == end[1]
 
 
-def write_card(folder: Path, model: Any, name: str = HERE) -> None:
+def write_card(folder: Path, model: Any) -> None:
     """Writes a model's card into its folder, unless there is one that is somebody's own."""
     if not is_own(folder):
-        write(folder / CARD, card(model, name))
+        write(folder / CARD, card(model))
 
 
 def is_own(folder: Path) -> bool:
@@ -45,8 +69,9 @@ def named(text: str, name: str, tags: Collection[str] = ()) -> str:
     """An unchanged card whose commands name the model by its hub id instead of its folder; and more tags."""
     from huggingface_hub import ModelCard
 
-    for before, after in ((f"--model {HERE}", f"--model {name}"), (f'("{HERE}"', f'("{name}"')):
-        text = text.replace(before, after)
+    text = text.replace(IN_HERE, "")
+    for before in ("--model {}", '("{}"', ', "{}")'):
+        text = text.replace(before.format(HERE), before.format(name))
     made = ModelCard(text, ignore_metadata_errors=False)
     made.data["tags"] = list(dict.fromkeys([*made.data["tags"], *tags]))
     if name in made.data.get("base_model", ()):  # an earlier state of itself
@@ -54,34 +79,63 @@ def named(text: str, name: str, tags: Collection[str] = ()) -> str:
     return _ended(str(made)[: END.search(str(made)).start()])  # type: ignore[union-attr]
 
 
-def card(model: Any, name: str = HERE) -> str:
-    """The card of a `FoveateForConditionalGeneration`; `name` stands for it in commands."""
+def card(model: Any) -> str:
+    """The card of a `FoveateForConditionalGeneration`."""
     config, method = model.config, model.method
     sources = dict(config.made_from or {})
+    base = [sources["model"]] if "model" in sources else sorted(set(sources.values()))
     sections = [
-        _metadata(config.method, sources),
+        _metadata("transformers", config.method, base, "custom_code"),
         f"# A model that sees by {method.title}\n\n{method.title} ({method.paper}): {method.idea}. The model "
         "is one of Foveate, which lets multimodal LLMs see fine detail in pictures.",
         f"## Parts\n\n{_parts(model, sources)}",
         f"## Options of {method.title}\n\n{_options(method.describe_options())}",
         f"## Pictures\n\n{_pictures(method)}",
         f"## Training\n\n{_training(config.trained or [])}",
-        f"## Use\n\n{_use(name)}",
-        "## Licence\n\nNot filled in yet. The licences of the parts and of the data apply: name it here, and "
-        "as `license` at the top.",
+        f"## Use\n\n{_use(MODEL_CODE)}",
+        LICENCE,
     ]
     return _ended("\n\n".join(sections) + "\n\n")
 
 
-def _metadata(method: str, sources: dict[str, str]) -> str:
+def adapter_card(
+    model: Any, base: str, rank: int, alpha: float, on: Collection[str], whole: Collection[str]
+) -> str:
+    """The card of a LoRA adapter.
+
+    Args:
+        model: its base, with what trained it in its configuration.
+        base: folder or hub id of the base.
+        rank, alpha: of the adapter.
+        on: modules whose linear layers have adapters.
+        whole: modules that are replaced as a whole.
+    """
+    method, source = model.method, hub_id(base)
+    replaced = f" Trained and kept as a whole: {_listed(whole)}." if whole else ""
+    sections = [
+        _metadata("peft", model.config.method, [source] if source else [], "lora"),
+        f"# A LoRA adapter for a model that sees by {method.title}\n\nAn adapter of rank {rank} and alpha "
+        f"{alpha:g} on the linear layers of {_listed(on)}.{replaced} Its base"
+        + (f" is {source}." if source else " is named in `adapter_config.json`."),
+        f"## Training\n\n{_training(model.config.trained or [])}",
+        f"## Use\n\n{_use(ADAPTER_CODE)}",
+        LICENCE,
+    ]
+    return _ended("\n\n".join(sections) + "\n\n")
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _metadata(library: str, method: str, base: list[str], *tags: str) -> str:
     from huggingface_hub import ModelCardData
 
-    base = [sources["model"]] if "model" in sources else sorted(set(sources.values()))
     data = ModelCardData(
         base_model=base or None,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="image-text-to-text",
-        tags=["foveate", method, "custom_code"],
+        tags=["foveate", method, *tags],
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -134,29 +188,21 @@ def _training(trained: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _use(name: str) -> str:
-    where = " In this folder:" if name == HERE else ""
-    return f"""Install the package foveate first.{where}
+def _use(more: str) -> str:
+    return f"""Install the package foveate first.{IN_HERE}
 
 ```bash
-foveate ask picture.jpg "What is in the picture?" --model {name}
+foveate ask picture.jpg "What is in the picture?" --model {HERE}
 ```
 
 ```python
 import foveate
 
-model = foveate.load("{name}")
+model = foveate.load("{HERE}")
 print(model.ask("picture.jpg", "What is in the picture?").text)
 ```
 
-With transformers alone, where the package foveate is installed:
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-```"""
+{more}"""
 
 
 def _ended(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,11 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         hub = Hub.taken(kwargs)
+        # The Auto classes hand on the base, and the adapter beside it.
+        beside = kwargs.pop("adapter_kwargs", None) or {}
+        if "_adapter_model_path" in beside:
+            pretrained_model_name_or_path = beside["_adapter_model_path"]
+            hub = replace(hub, revision=beside.get("revision"))
         folder, adapter = with_base(pretrained_model_name_or_path, hub)
         released = checkpoints.recognise(folder, vision_tower, method, hub)
         with_info = kwargs.pop("output_loading_info", False)

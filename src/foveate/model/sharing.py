@@ -15,7 +15,7 @@ from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.model.card import CARD
-from foveate.model.folders import PATTERNS, checked, read_json, shown
+from foveate.model.folders import ADAPTER, PATTERNS, checked, hub_id, read_json, shown
 from foveate.model.pushing import Push, push
 
 CODE = Path(__file__).with_name("foveate_classes.py")
@@ -97,7 +97,7 @@ class Shared:
 
 
 def push_folder(folder: Path, repository: str, how: Push) -> str:
-    """Uploads a saved model; the address of the commit.
+    """Uploads a saved model or a LoRA adapter; the address of the commit.
 
     Files that are no part of a model stay where they are.
 
@@ -106,6 +106,14 @@ def push_folder(folder: Path, repository: str, how: Push) -> str:
     """
     from foveate.model import checkpoints
 
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        if not isinstance(base, str) or hub_id(base) != base:
+            raise FoveateError(
+                f"{shown(folder / ADAPTER)}: base_model_name_or_path {shown(base)} is no id on the hub: push "
+                "the base, and write its id there"
+            )
+        return push(folder, _pushed(folder), repository, how, what="adapter")
     folder = checked(folder)
     if read_json(folder / "config.json").get("model_type") != "foveate":
         raise FoveateError(f"{shown(folder)} is not in Foveate's own layout: write it with foveate convert")
@@ -118,8 +126,11 @@ def push_folder(folder: Path, repository: str, how: Push) -> str:
                 f"{shown(folder / file)} has no auto_map, by which transformers finds the model's class: "
                 "write the folder anew with foveate convert"
             )
-    names = [name for name in files_of(folder) if any(fnmatchcase(name, pattern) for pattern in PUSHED)]
-    return push(folder, names, repository, how)
+    return push(folder, _pushed(folder), repository, how)
+
+
+def _pushed(folder: Path) -> list[str]:
+    return [name for name in files_of(folder) if any(fnmatchcase(name, pattern) for pattern in PUSHED)]
 
 
 def files_of(folder: str | Path) -> list[str]:

@@ -29,7 +29,7 @@ from rich.table import Table
 from foveate.errors import FoveateError, require
 from foveate.files import alone, explained, write
 from foveate.shipped import find
-from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
+from foveate.train.recipe import Recipe, Stage, difference, load_recipe, to_dict
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
@@ -241,12 +241,18 @@ def _train_stage(
     else:
         with errors_of_workers():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stage.lora is not None:
-        merge_adapters(model)
-    round_weights(model, DTYPES[recipe.model.dtype])
+    if _saves_whole(stage):
+        if stage.lora is not None:
+            merge_adapters(model)
+        round_weights(model, DTYPES[recipe.model.dtype])
     model.stop_at(prepared.processor.answer_end())
     _note(recipe, prepared, model)
     _save(recipe, prepared, trainer)
+
+
+def _saves_whole(stage: Stage) -> bool:
+    """Whether a stage's result is a whole model, not an adapter."""
+    return stage.lora is None or stage.lora.save is None
 
 
 def _start(recipe: Recipe, prepared: Prepared) -> FoveateForConditionalGeneration:
@@ -381,7 +387,12 @@ def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         shutil.rmtree(unfinished, ignore_errors=True)
     processes.wait_for_everyone()
-    trainer.save_model(str(unfinished))
+    if _saves_whole(prepared.stage):
+        trainer.save_model(str(unfinished))
+    elif processes.is_main_process:
+        from foveate.train.adapter import base_of, write_adapter
+
+        write_adapter(trainer.model, prepared.stage, base_of(recipe, prepared.name), unfinished)
     if processes.is_main_process:
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own file, a pickle
         prepared.processor.save_pretrained(unfinished)
