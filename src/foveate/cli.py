@@ -403,6 +403,26 @@ def convert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, in Foveate's own layout.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; by default as the account says."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; by default main.")] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+) -> None:
+    """Upload a model's folder to the Hugging Face hub, with its card. `hf auth login` comes first."""
+    _quiet()
+    from foveate.model.pushing import Push
+    from foveate.model.sharing import push_folder
+
+    address = push_folder(folder, repository, Push(message, private=private, revision=revision))
+    Console(soft_wrap=True).print(f"pushed to {address}", highlight=False)
+
+
+@app.command()
 def train(
     recipe: Annotated[
         str,

@@ -16,7 +16,7 @@ from foveate.methods import DEFAULT, method_class
 from foveate.model import checkpoints
 from foveate.model.adapters import merge, with_base
 from foveate.model.config import FoveateConfig
-from foveate.model.folders import Hub, local_folder
+from foveate.model.folders import Hub, hub_id, local_folder
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, image_processor_for
 from foveate.model.text import chat_template, load_tokenizer, prepare_tokenizer, separator_token
@@ -102,6 +102,9 @@ def compose(
         image_token_id=image_token_id,
         separator_token_id=separator_token(tokenizer) if stage is None else stage.separator,
     )
+    for part, given in {"vision_tower": vision, "language_model": text}.items():
+        if isinstance(given, (str, Path)):
+            config.note_sources(**{part: hub_id(given)})
     config.dtype = dtype
     model = FoveateForConditionalGeneration(config).to(dtype)
     if model.device.type != "meta":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from foveate.ask.engine import MEMORY, Engine
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError
 from foveate.files import changed_folder
+from foveate.model.card import CARD, is_own
 from foveate.model.folders import Hub, found
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
+from foveate.model.pushing import Push, push
+from foveate.model.sharing import files_of
 from foveate.picture.geometry import ViewPlan
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, Transparency
@@ -165,13 +169,40 @@ class Foveate:
         return Chat(self.engine, read.copy() if read is picture else read)
 
     def save(self, folder: str | Path) -> None:
-        """Writes model and processor to a folder that `foveate.load` reads.
+        """Writes model, processor and card to a folder that `foveate.load` reads.
 
-        Raises `FoveateError` if it cannot be written; a model that was there is then still there.
+        A card that somebody has changed is kept. Raises `FoveateError` if the folder cannot be written; a
+        model that was there is then still there.
         """
         with changed_folder(Path(folder), stale="model*.safetensors*") as part:
             self.model.save_pretrained(part)
             self.processor.save_pretrained(part)
+            if is_own(Path(folder)):
+                (part / CARD).unlink()
+
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: list[str] | None = None, **how: Any
+    ) -> str:
+        """Uploads model, processor and card to the Hugging Face hub in one commit.
+
+        Args:
+            repo_id: `owner/name`; a repository that is missing is made.
+            max_shard_size: of the files of weights.
+            tags: for the card.
+            **how: the attributes of `foveate.model.pushing.Push`, as in transformers: `commit_message`,
+                `commit_description`, `private`, `token`, `revision`, `create_pr`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FoveateError: the hub refuses.
+        """
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+            self.processor.save_pretrained(folder)
+            return push(folder, files_of(folder), repo_id, Push(**how), tags or ())
 
     def plan(self, picture: Image.Image) -> ViewPlan:
         """The views that a picture is cut into."""

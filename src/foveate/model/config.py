@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from foveate.errors import FoveateError
 from foveate.methods import DEFAULT
-from foveate.model.sharing import MODELS, Installed, auto_map, write_code
+from foveate.model.sharing import MODELS, Shared, auto_map
 
 
-class FoveateConfig(Installed, PreTrainedConfig):
+class FoveateConfig(Shared, PreTrainedConfig):
     """Configuration of a `FoveateForConditionalGeneration`.
 
     Args:
@@ -27,6 +26,10 @@ class FoveateConfig(Installed, PreTrainedConfig):
             visual tokens.
         max_positions: the longest text that the LLM is given, in tokens, if it reads beyond the number of
             positions that its own configuration names.
+        made_from: ids on the Hugging Face hub of what it was made of: `model`, or `vision_tower` and
+            `language_model`, as far as they are known. For its card.
+        trained: what `foveate train` did to it, oldest first: of each stage `stage`, its name, `recipe`, the
+            recipe's hash, and `data`, the hash of every file by its name. For its card.
     """
 
     model_type = "foveate"
@@ -41,6 +44,8 @@ class FoveateConfig(Installed, PreTrainedConfig):
     image_token_id: int = 32000
     separator_token_id: int | None = None
     max_positions: int | None = None
+    made_from: Any = None
+    trained: Any = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -52,10 +57,11 @@ class FoveateConfig(Installed, PreTrainedConfig):
         self.check()
         super().__post_init__(**kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the file that `auto_map` names."""
-        write_code(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def note_sources(self, **ids: str | None) -> None:
+        """Adds to `made_from` what is known."""
+        known = {part: name for part, name in ids.items() if name is not None}
+        if known:
+            self.made_from = {**(self.made_from or {}), **known}
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -70,6 +76,11 @@ class FoveateConfig(Installed, PreTrainedConfig):
         """Raises `FoveateError` for values that can mean nothing."""
         if self.max_positions is not None and self.max_positions < 1:
             raise FoveateError(f"max_positions must be at least 1, not {self.max_positions}")
+        if not (self.made_from is None or _texts(self.made_from)):
+            raise FoveateError("made_from should name hub ids by part")
+        runs = [] if self.trained is None else self.trained
+        if not (isinstance(runs, list) and all(isinstance(run, dict) and _is_run(run) for run in runs)):
+            raise FoveateError("trained should be a list of stages, each with stage, recipe and data")
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
@@ -82,3 +93,12 @@ def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrai
     if kind not in CONFIG_MAPPING:
         raise FoveateError(f"transformers knows no model_type {kind!r}")
     return CONFIG_MAPPING[kind](**config)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for pair in value.items() for one in pair)
+
+
+def _is_run(run: dict[Any, Any]) -> bool:
+    names = _texts({key: run.get(key) for key in ("stage", "recipe")})
+    return names and _texts(run.get("data"))

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,6 +133,18 @@ def checked(folder: Path, wanted: tuple[str, ...] = ("config.json",)) -> Path:
         if file == GENERATION:
             check_generation(values, shown(folder / file))
     return folder
+
+
+def hub_id(name: str | Path) -> str | None:
+    """The hub's id of a model that was found by this name, also by its place in the hub's cache.
+
+    None for other folders of this machine: their names are nobody else's business.
+    """
+    if not _exists(Path(name)):
+        return str(name)
+    cached = [part for part, inner in pairwise(Path(name).parts) if inner == "snapshots"]
+    found = [re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part) for part in cached]
+    return next((f"{match[1]}/{match[2]}" for match in found if match), None)
 
 
 def _exists(path: Path) -> bool:

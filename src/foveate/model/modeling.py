@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from foveate.layers import name_of
 from foveate.methods import method_class
 from foveate.methods.base import Connector, Injector, Method, Query, TowerGeometry, Widths
 from foveate.model import checkpoints
-from foveate.model.adapters import merge, with_base
+from foveate.model.adapters import Adapter, merge, with_base
+from foveate.model.card import write_card
 from foveate.model.config import FoveateConfig
-from foveate.model.folders import Hub
+from foveate.model.folders import Hub, hub_id
 from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.model.queries import read_carried
-from foveate.model.sharing import Installed
+from foveate.model.sharing import Shared
 from foveate.options import merged
 from foveate.picture.account import Account
 from foveate.picture.geometry import ViewPlan
@@ -83,7 +84,7 @@ class _Injection:
     done: set[int]
 
 
-class FoveatePreTrainedModel(Installed, PreTrainedModel):
+class FoveatePreTrainedModel(Shared, PreTrainedModel):
     """What the model has with and without its head: its parts, and the way from pictures into the LLM.
 
     `pixel_values` (V, 3, h, w) holds all views of the batch, picture after picture; `image_sizes` (P, 2) the
@@ -162,8 +163,7 @@ class FoveatePreTrainedModel(Installed, PreTrainedModel):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
-        hub = Hub.taken(kwargs)
-        folder, adapter = with_base(pretrained_model_name_or_path, hub)
+        hub, folder, adapter = _place(pretrained_model_name_or_path, kwargs)
         released = checkpoints.recognise(folder, vision_tower, method, hub)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
@@ -192,6 +192,9 @@ class FoveatePreTrainedModel(Installed, PreTrainedModel):
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.config.note_sources(model=hub_id(folder))
+        if released is not None and released.vision_tower is not None:
+            model.config.note_sources(vision_tower=hub_id(released.vision_tower))
         mismatched = [key for key, *_ in info["mismatched_keys"]]
         unexpected = [key for key in info["unexpected_keys"] if spare is None or not spare.match(key)]
         report_keys(folder, info["missing_keys"], unexpected, mismatched)
@@ -473,7 +476,7 @@ class FoveateModel(FoveatePreTrainedModel):
     ) -> Any:
         """Loads any folder that `FoveateForConditionalGeneration` does, and its own. Arguments as there."""
         name = pretrained_model_name_or_path
-        if name is None or with_base(name, Hub.taken(dict(kwargs)))[1] is None:
+        if name is None or _place(name, dict(kwargs))[-1] is None:
             return super().from_pretrained(name, *args, **kwargs)
         made = FoveateForConditionalGeneration.from_pretrained(name, *args, **kwargs)  # the adapter knows it
         return (made[0].model, made[1]) if isinstance(made, tuple) else made.model
@@ -546,6 +549,10 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """The model without its head, of the same parts: what is changed or trained in one is in both."""
         self._headless.share(self)
         return self._headless
+
+    def _complete(self, folder: Path) -> None:
+        if (folder / "config.json").is_file():  # it is missing where an adapter is saved alone
+            write_card(folder, self)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -719,6 +726,15 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
                 f"prefill_chunk_size: {self.method.title} changes hidden states during the prefill, which "
                 "must run in one piece"
             )
+
+
+def _place(name: str | Path, arguments: dict[str, Any]) -> tuple[Hub, Path, Adapter | None]:
+    """Where a model is, and its adapter; takes what says so out of the arguments of a `from_pretrained`."""
+    hub = Hub.taken(arguments)
+    beside = arguments.pop("adapter_kwargs", None) or {}
+    if "_adapter_model_path" in beside:  # the Auto classes hand on the base, and the adapter beside it
+        name, hub = beside["_adapter_model_path"], replace(hub, revision=beside.get("revision"))
+    return hub, *with_base(name, hub)
 
 
 def _change(config: FoveateConfig, options: dict[str, Any] | None, max_positions: int | None) -> None:

@@ -23,7 +23,7 @@ from foveate.model.folders import Hub, read_json
 from foveate.model.foreign import check_preprocessor, norms_of
 from foveate.model.queries import carried, padded_queries
 from foveate.model.rendering import check_template, marked_answers
-from foveate.model.sharing import IMAGE_PROCESSORS, PROCESSORS, Installed, auto_map, write_code
+from foveate.model.sharing import IMAGE_PROCESSORS, PROCESSORS, Shared, auto_map
 from foveate.model.text import (
     IMAGE_TOKEN,
     TEMPLATES,
@@ -48,7 +48,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class FoveateImageProcessor(Installed, BaseImageProcessor):
+class FoveateImageProcessor(Shared, BaseImageProcessor):
     """Pictures -> plans -> normalised views.
 
     Args:
@@ -232,11 +232,6 @@ class FoveateImageProcessor(Installed, BaseImageProcessor):
         values = (pixels.float().cpu().numpy() * std + mean) * 255
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the file that `auto_map` names."""
-        write_code(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
     def to_dict(self) -> dict[str, Any]:
         own = {k: v for k, v in super().to_dict().items() if k not in ("_planner", "limits")}
         return {**own, "auto_map": auto_map(IMAGE_PROCESSORS)}
@@ -265,7 +260,7 @@ class Prompt:
     answers: list[bool]
 
 
-class FoveateProcessor(Installed, ProcessorMixin):
+class FoveateProcessor(Shared, ProcessorMixin):
     """Image processor and tokenizer in one; made for `apply_chat_template`.
 
     Every `<image>` in a text is replaced by as many placeholders as the picture's plan says. For methods
@@ -362,11 +357,6 @@ class FoveateProcessor(Installed, ProcessorMixin):
                 f"tokenizer's {IMAGE_TOKEN}, {made.image_token_id}"
             )
         return made
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the file that `auto_map` names."""
-        write_code(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "auto_map": auto_map(PROCESSORS)}

@@ -59,11 +59,11 @@ def _method(spec: ModelSpec) -> tuple[str, Mapping[str, Any]]:
     if spec.load is None:
         assert spec.method is not None
         return spec.method, method_class(spec.method).tiny if spec.tiny else {}
-    config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, _hub(spec))
+    config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, hub_of(spec))
     return config.method, config.options
 
 
-def _hub(spec: ModelSpec) -> Hub:
+def hub_of(spec: ModelSpec) -> Hub:
     """How the model that a recipe loads is looked for."""
     return Hub(spec.revision, spec.subfolder or "")
 
@@ -75,7 +75,7 @@ def skeleton(
     template = template or spec.template
     with torch.device("meta"):
         if spec.load is not None:
-            config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, _hub(spec))
+            config = checkpoints.read_config(spec.load, spec.vision_tower, spec.method, hub_of(spec))
             config.options = dict(options)
             processor = FoveateProcessor.from_pretrained(
                 spec.load,
@@ -83,7 +83,7 @@ def skeleton(
                 method=spec.method,
                 template=template,
                 options=options,
-                **_hub(spec).arguments(),
+                **hub_of(spec).arguments(),
             )
             return _with_settings(FoveateForConditionalGeneration(config), spec), processor
         if spec.tiny:
@@ -108,7 +108,7 @@ def skeleton(
 def find_weights(spec: ModelSpec) -> None:
     """Raises `FoveateError` if the files of a recipe's weights are missing or incomplete; reads no tensor."""
     for name, hub in (
-        (spec.load, _hub(spec)),
+        (spec.load, hub_of(spec)),
         (spec.vision_tower, Hub()),
         (spec.vision, Hub(spec.vision_revision)),
         (spec.text, Hub(spec.text_revision)),
@@ -121,7 +121,7 @@ def first_model(recipe: Recipe, options: Mapping[str, Any]) -> FoveateForConditi
     """The model that the first stage starts from."""
     spec = recipe.model
     if spec.load is not None:
-        model = load_model(spec.load, spec, options, vision_tower=spec.vision_tower, hub=_hub(spec))
+        model = load_model(spec.load, spec, options, vision_tower=spec.vision_tower, hub=hub_of(spec))
     elif spec.tiny:
         model = _tiny(spec, options, recipe.seed, None).model.to(DTYPES[spec.dtype])
     else:

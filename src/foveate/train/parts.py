@@ -36,8 +36,8 @@ def select(model: nn.Module, stage: Stage, where: str) -> None:
 
     Raises `FoveateError` if a pattern matches nothing or nothing trains.
     """
-    names = {_plain(name): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
-    tied = {_plain(name): _plain(other) for name, other in tied_names(model).items()}
+    names = {plain(name): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    tied = {plain(name): plain(other) for name, other in tied_names(model).items()}
     for key, patterns in (("trains", stage.trains), ("freezes", stage.freezes), ("lrs", stage.lrs)):
         for pattern in patterns:
             if not any(matches(name, pattern) for name in names):
@@ -49,7 +49,7 @@ def select(model: nn.Module, stage: Stage, where: str) -> None:
     if stage.lora is None and not any(parameter.requires_grad for parameter in names.values()):
         raise FoveateError(f"{where}: 'freezes' leaves nothing of 'trains' to train; shorten one of them")
     for pattern in stage.lrs:
-        if not any(p.requires_grad for name, p in model.named_parameters() if matches(_plain(name), pattern)):
+        if not any(p.requires_grad for name, p in model.named_parameters() if matches(plain(name), pattern)):
             raise FoveateError(
                 f"{where}: lrs gives {pattern} a learning rate, but it does not train; add it to trains"
             )
@@ -57,7 +57,7 @@ def select(model: nn.Module, stage: Stage, where: str) -> None:
 
 def learning_rate(name: str, stage: Stage) -> float:
     """The learning rate of a parameter: the longest pattern of `lrs` that matches, else the stage's."""
-    own = [pattern for pattern in stage.lrs if matches(_plain(name), pattern)]
+    own = [pattern for pattern in stage.lrs if matches(plain(name), pattern)]
     return stage.lrs[max(own, key=len)] if own else stage.lr
 
 
@@ -172,7 +172,8 @@ def merge_adapters(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """The name that a parameter has without adapters."""
     return name.replace(ADAPTER, "")
 
 

@@ -25,6 +25,7 @@ from foveate.model.positions import positions_of
 from foveate.model.processing import FoveateProcessor
 from foveate.model.text import TEMPLATES
 from foveate.picture.limits import Limits
+from foveate.train.adapter import check_adapter
 from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
 from foveate.train.recipe import Recipe, Stage
@@ -96,6 +97,8 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         processor.check_learnt_end(stage.template or recipe.model.template)
     except FoveateError as error:
         raise FoveateError(f"{where}: {error}") from None
+    if stage.lora is not None and stage.lora.save is not None:
+        check_adapter(recipe, name, model, processor)
     devices = PartialState().num_processes
     if stage.batch % (stage.micro_batch * devices):
         raise FoveateError(

@@ -85,12 +85,13 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on linear layers, merged into the weights when the stage ends."""
+    """Low-rank adapters on linear layers, by default merged into the weights when the stage ends."""
 
     on: list[str]  # modules whose linear layers get adapters
     rank: int = 128
     alpha: float = 256.0
     dropout: float = 0.05
+    save: Literal["adapter"] | None = None  # only what trained, for peft; null: merged into a whole model
 
     def __post_init__(self) -> None:
         if not self.on:
@@ -180,7 +181,20 @@ class Recipe:
             raise FoveateError(f"seed must be at least 0 and below 2^32, not {self.seed}")
         if not self.stages:
             raise FoveateError("'stages' is empty: a recipe needs at least one stage")
-        for name in self.stages:
+        for name, stage in self.stages.items():
+            if stage.lora is not None and stage.lora.save is not None:
+                if name != list(self.stages)[-1]:
+                    raise FoveateError(f"stages.{name}.lora.save: only the last stage may save an adapter")
+                if len(self.stages) == 1 and self.model.load is None:
+                    raise FoveateError(
+                        f"stages.{name}.lora.save: an adapter belongs to a model that is saved: write it "
+                        "with foveate compose, and name its folder in model.load"
+                    )
+                if self.model.subfolder:
+                    raise FoveateError(
+                        f"stages.{name}.lora.save: peft finds no base in a subfolder: give model.load the "
+                        "folder itself"
+                    )
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise FoveateError(f"stage {name!r}: use only letters, digits, - and _ in a stage's name")
 

@@ -13,6 +13,7 @@ A model folder gets its name only once it is completely written: it marks the st
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from rich.table import Table
 from foveate.errors import FoveateError, require
 from foveate.files import alone, explained, write
 from foveate.shipped import find
-from foveate.train.recipe import Recipe, difference, load_recipe, to_dict
+from foveate.train.recipe import Recipe, Stage, difference, load_recipe, to_dict
 from foveate.versions import names_versions
 
 if TYPE_CHECKING:
@@ -162,7 +163,20 @@ def _on_cpu() -> bool:
 
 
 def _write_recipe(recipe: Recipe) -> None:
-    write(Path(recipe.output) / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    write(Path(recipe.output) / "recipe.yaml", _text(recipe))
+
+
+def _text(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def _note(recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration) -> None:
+    """Writes down in a model's configuration what trained it. Its card says so."""
+    from foveate.train.prepare import SAMPLES
+
+    data = {Path(name).name: digest for name, digest in prepared.data.items() if name != SAMPLES}
+    run = {"stage": prepared.name, "recipe": hashlib.sha256(_text(recipe).encode()).hexdigest(), "data": data}
+    model.config.trained = [*(model.config.trained or []), run]
 
 
 def _refuse_changed_data(recipe: Recipe, prepared: Prepared) -> None:
@@ -227,11 +241,18 @@ def _train_stage(
     else:
         with errors_of_workers():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stage.lora is not None:
-        merge_adapters(model)
-    round_weights(model, DTYPES[recipe.model.dtype])
+    if _saves_whole(stage):
+        if stage.lora is not None:
+            merge_adapters(model)
+        round_weights(model, DTYPES[recipe.model.dtype])
     model.stop_at(prepared.processor.answer_end())
+    _note(recipe, prepared, model)
     _save(recipe, prepared, trainer)
+
+
+def _saves_whole(stage: Stage) -> bool:
+    """Whether a stage's result is a whole model, not an adapter."""
+    return stage.lora is None or stage.lora.save is None
 
 
 def _start(recipe: Recipe, prepared: Prepared) -> FoveateForConditionalGeneration:
@@ -366,7 +387,12 @@ def _save(recipe: Recipe, prepared: Prepared, trainer: StageTrainer) -> None:
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         shutil.rmtree(unfinished, ignore_errors=True)
     processes.wait_for_everyone()
-    trainer.save_model(str(unfinished))
+    if _saves_whole(prepared.stage):
+        trainer.save_model(str(unfinished))
+    elif processes.is_main_process:
+        from foveate.train.adapter import base_of, write_adapter
+
+        write_adapter(trainer.model, prepared.stage, base_of(recipe, prepared.name), unfinished)
     if processes.is_main_process:
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # the Trainer's own file, a pickle
         prepared.processor.save_pretrained(unfinished)
