@@ -29,13 +29,13 @@ from foveate.annotate import (
     quality,
     run,
     square,
-    weights_of,
 )
 from foveate.data.questions import Question, open_annotatable, questions
 from foveate.data.regions import Regions
 from foveate.data.toy import write_toy_data
 from foveate.errors import FoveateError
 from foveate.files import LOCK
+from foveate.layers import weights_of
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import read_picture
 from foveate.tiny import tiny_model

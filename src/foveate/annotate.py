@@ -25,24 +25,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-import torch
 from PIL import Image, ImageStat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from foveate.data.questions import Annotatable, Question, open_annotatable, questions
 from foveate.devices import choose_device
-from foveate.errors import FoveateError, require
+from foveate.errors import FoveateError
 from foveate.files import alone, explained, read_json, write
+from foveate.layers import weights_of
 from foveate.picture.geometry import Box, Size
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import read_picture
+from foveate.resuming import Alone, Processes, batches_done, cut_torn_line, processes
 from foveate.versions import names_versions
 from foveate.zoom.detectors import Detector, load_detector
 from foveate.zoom.relevance import Highlighter, RegionRule
@@ -50,7 +48,6 @@ from foveate.zoom.vlm import VLM, message
 
 ANSWER_TOKENS = 16  # bound on the answers that are compared
 WHOLE = 0.95  # a box that covers at least this fraction counts as the whole picture
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integer type
 NAMED = 20  # number of questions without a region that the report names
 
 
@@ -104,16 +101,6 @@ class Settings:
                 raise FoveateError(
                     f"{where} is from a run with {name} {before.get(name)}, not {value}: choose another file"
                 )
-
-
-def weights_of(model: nn.Module) -> str:
-    """A fingerprint of a model: names, shapes and the sum of the bits of all its weights."""
-    digest = blake2b(digest_size=8)
-    for name, weight in model.state_dict().items():
-        bits = weight.detach().contiguous().view(WORDS[weight.element_size()])
-        total = int(bits.sum(dtype=torch.int64))  # independent of order and device
-        digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
-    return digest.hexdigest()
 
 
 class Annotator:
@@ -269,35 +256,6 @@ class Paths(NamedTuple):
         )
 
 
-class Processes(Protocol):
-    """The interface of `accelerate.PartialState`; a single process does not need accelerate."""
-
-    process_index: int
-    num_processes: int
-
-    def wait_for_everyone(self) -> None: ...
-
-
-class Alone:
-    """One process."""
-
-    process_index, num_processes = 0, 1
-
-    def wait_for_everyone(self) -> None:
-        """There are no other processes."""
-
-
-def processes() -> Processes:
-    """The processes of this run: those launched by torchrun or accelerate, on one machine or several."""
-    if "WORLD_SIZE" not in os.environ:
-        return Alone()
-    require("accelerate", "annotate", "work shared by several processes")
-    from accelerate import PartialState
-
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return PartialState(cpu=on_cpu, timeout=timedelta(days=30))  # the slowest may take long
-
-
 def run(
     settings: Settings,
     annotator: Annotator,
@@ -331,13 +289,13 @@ def run(
     annotator.check()
     with _begun(settings, paths) if first else nullcontext():
         workers.wait_for_everyone()
-        done = _done(paths.parts)
+        done = batches_done(paths.parts)
         workers.wait_for_everyone()  # all have read before anyone writes
         left = [n for n in range(len(batches)) if n not in done]
         mine = left[workers.process_index :: workers.num_processes]
         quiet = Console(quiet=True) if console is None or not first else console
         part = paths.parts / f"{workers.process_index:05d}.jsonl"
-        _cut_torn_line(part)
+        cut_torn_line(part)
         with explained(part), _bar(quiet) as bar, ThreadPoolExecutor(1) as ahead, part.open("ab") as file:
             task = bar.add_task("annotating", total=len(mine) * workers.num_processes)
             loading = ahead.submit(annotator.pictures, batches[mine[0]]) if mine else None
@@ -394,40 +352,8 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
-def _cut_torn_line(part: Path) -> None:
-    if part.exists():
-        os.truncate(part, _lines(part, part.read_bytes())[1])
-
-
-def _lines(part: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a part and where they end; a torn last line does not count."""
-    found, end = [], 0
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
-        try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            value = None
-        if not isinstance(value, dict) or not {"batch", "records"} <= value.keys():
-            if end + len(line) < len(content):
-                raise FoveateError(
-                    f"{part} line {number} is broken: delete the folder {part.parent} and start anew"
-                )
-            break
-        found.append(value)
-        end += len(line)
-    return found, end
-
-
-def _done(parts: Path) -> dict[int, list[dict[str, Any]]]:
-    """Batch -> its records, from the files of all processes."""
-    done = {}
-    for part in sorted(parts.glob("*.jsonl")):
-        done.update({line["batch"]: line["records"] for line in _lines(part, part.read_bytes())[0]})
-    return done
-
-
 def _finish(settings: Settings, paths: Paths, batches: int, left_out: int) -> None:
-    done = _done(paths.parts)
+    done = batches_done(paths.parts)
     missing = [n for n in range(batches) if n not in done]
     if missing:
         raise FoveateError(f"{len(missing)} batches are missing in {paths.parts}: run the same command again")

@@ -508,6 +508,110 @@ def annotate(
         _print_json({key: value for key, value in report.items() if key != "settings"})
 
 
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Questions with answers (.jsonl, .json, .parquet, .tar, folder); or two runs to --compare."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of any VLM, or the address of a server of OpenAI's protocol, with /v1; by "
+            "default the embedded model."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; of --compare a page, .html.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="exact, vqa, anls, relaxed, option, yes, mme, iou or hit; repeatable."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that picture paths start from and stay in.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most samples to ask.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Which samples, drawn at random; by default the first ones.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
+    max_new_tokens: NewTokens = 64,
+    zoom: Annotated[
+        Literal["answer", "relevance"] | None,
+        typer.Option(help="Give the model a closer look, at a region found by its answer or relevance."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name on a server.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a picture that the model sees smaller than it is.")
+    ] = False,
+    against: Annotated[
+        bool, typer.Option("--compare", help="Compare two finished runs: their folders as arguments.")
+    ] = False,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    method: AsMethod = None,
+    template: Template = None,
+    option: Option = None,
+    transparency: Transparent = None,
+    max_pixels: MaxPixels = None,
+) -> None:
+    """Score a model on your own questions. Resumes an interrupted run; `--compare A B` compares two."""
+    _quiet()
+    from foveate.evaluate.cli import open_model, show, show_difference
+
+    console = Console()
+    if against:
+        from foveate.evaluate.compare import compare
+
+        if len(data) != 2:
+            raise FoveateError(f"--compare takes the folders of two runs, not {len(data)}")
+        found = compare(Path(data[0]), Path(data[1]), out)
+        _print_json(found) if as_json else show_difference(console, found)
+        return
+    if len(data) != 1 or out is None:
+        raise FoveateError("give one file or folder of questions, and --out for the report")
+    from foveate.evaluate.metrics import chosen
+    from foveate.evaluate.run import evaluate as run
+    from foveate.evaluate.samples import read_questions
+
+    questions = read_questions(data[0], images, limit, seed)
+    metrics = chosen(metric or [], questions.samples)
+    limits = _limits(max_pixels, False)
+    given = {"method": method, "template": template, "options": _given(option)}
+    answering = open_model(
+        model,
+        name=name,
+        zoom=zoom,
+        device=device,
+        dtype=dtype,
+        limits=limits,
+        given=given,
+        revision=revision,
+        subfolder=subfolder,
+    )
+    report = run(
+        answering,
+        questions,
+        metrics,
+        out,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        max_new_tokens=max_new_tokens,
+        strict=strict,
+        limits=limits,
+        transparency=transparency,
+        console=None if as_json else console,
+    )
+    _print_json(report) if as_json else show(console, report, out)
+
+
 def main() -> None:
     """Entry point: wrong input ends with one sentence and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):

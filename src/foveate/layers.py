@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number -> integer type
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
 
 
@@ -63,3 +65,13 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 def name_of(parent: nn.Module, child: nn.Module) -> str:
     """The dotted name of a module inside another."""
     return next(name for name, module in parent.named_modules() if module is child)
+
+
+def weights_of(model: nn.Module) -> str:
+    """A fingerprint of a model: names, shapes and the sum of the bits of all its weights."""
+    digest = blake2b(digest_size=8)
+    for name, weight in model.state_dict().items():
+        bits = weight.detach().contiguous().view(WORDS[weight.element_size()])
+        total = int(bits.sum(dtype=torch.int64))  # independent of order and device
+        digest.update(f"{name} {tuple(weight.shape)} {total}".encode())
+    return digest.hexdigest()

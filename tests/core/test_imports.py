@@ -43,7 +43,7 @@ ROOT = Path(foveate.__file__).parent
 ROOMS = (
     (
         *("errors", "versions", "upstream", "options", "written", "files", "layers", "devices", "shipped"),
-        "remembered",
+        *("remembered", "resuming"),
     ),
     ("picture",),
     ("towers",),
@@ -51,7 +51,7 @@ ROOMS = (
     ("model",),
     ("ask", "data"),
     ("zoom",),
-    ("composing", "tiny", "train", "lab", "annotate", "clients"),
+    ("composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
     ("cli", "__main__"),
 )
 

@@ -214,7 +214,7 @@ DROPPED = [
     ({**SHOWN, "image": ""}, "'image' is an empty text"),
     ({**SHOWN, "images": ["1.png", " "]}, "'images' is an empty text"),
     ({**SHOWN, "image": float("nan")}, "'image': its pictures must be given as a path"),
-    ({**SHOWN, "image": "https://example.org/1.png"}, "is not fetched in training: download it"),
+    ({**SHOWN, "image": "https://example.org/1.png"}, "is not fetched: download it"),
     ({**SHOWN, "image": "file://1.png"}, "write file:/// before an absolute path"),
     ({**SHOWN, "image": "data:image/png,abc"}, "a data: URL needs ;base64"),
     ({**SHOWN, "image": "data:image/png;base64,?"}, "'?' is not a picture in base64"),

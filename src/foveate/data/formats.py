@@ -130,7 +130,7 @@ class Conversations:
 
     def where(self, index: int) -> str:
         """A record's name in messages: its file, its place there, its id."""
-        return _name(*self.rows.place(index), self.rows.record(index))
+        return record_name(*self.rows.place(index), self.rows.record(index))
 
 
 def read_conversations(
@@ -148,30 +148,64 @@ def read_conversations(
         FoveateError: no such file, broken JSON, roles out of turn, a wrong number of `<image>`, no records;
             the message names the record.
     """
-    shards = is_shards(Path(path))
-    path = Path(path) if shards else _data_file(path)
-    folder = Path(images) if images is not None else path if _is(path, Path.is_dir) else path.parent
+    pictures: list[int] = []
+
+    def note(record: Any, index: int, where: str, folder: Path) -> None:
+        messages = to_messages(record, folder)
+        pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
+
+    found = open_records(Path(path), None if images is None else Path(images), note)
+    counts = np.array(pictures, dtype=np.int64)
+    return Conversations(found.path, found.images, prompts, found.rows, counts, found.digest)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Data of any kind that is read, with each record checked.
+
+    Attributes:
+        path: the file, or the folder or pattern of several.
+        images: folder that picture paths start from.
+        rows: its records.
+        digest: of the records, with the sizes of pictures in them; of JSON, of the file.
+    """
+
+    path: Path
+    images: Path
+    rows: Rows
+    digest: str
+
+
+def open_records(path: Path, images: Path | None, check: Callable[[Any, int, str, Path], None]) -> Records:
+    """Reads data once, and calls `check` with each record, its number, its name and the pictures' folder.
+
+    Raises:
+        FoveateError: no such file, broken JSON, no records, what `check` raises with the record's name.
+    """
+    shards = is_shards(path)
+    path = path if shards else _data_file(path)
+    folder = images if images is not None else path if _is(path, Path.is_dir) else path.parent
     if not _is(folder, Path.is_dir):
         raise FoveateError(f"{path}: there is no folder {folder} for its pictures")
-    rows, pictures, digest = open_rows(path) if shards else None, [], hashlib.sha256()
-    spans = []
+    rows, digest = open_rows(path) if shards else None, hashlib.sha256()
+    spans: list[tuple[int, int]] = []
     for start, end, (file, place), record in _each(path) if rows is None else _each_row(rows):
+        where = record_name(file, place, record)
         try:
-            messages = to_messages(record, folder)
+            check(record, len(spans), where, folder)
         except FoveateError as error:
-            raise FoveateError(f"{_name(file, place, record)}: {error}") from None
+            raise FoveateError(f"{where}: {error}") from None
         spans.append((start, end))
-        pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
         if rows is not None:
             digest.update(repr(_with_sizes(record)).encode("utf-8", "surrogatepass"))
-    if not pictures:
+    if not spans:
         raise FoveateError(f"{path} holds no samples")
     if rows is None:
         rows = JsonRows(path, np.array(spans, dtype=np.int64))
         with path.open("rb") as content:
             while block := content.read(2**20):
                 digest.update(block)
-    return Conversations(path, folder, prompts, rows, np.array(pictures, dtype=np.int64), digest.hexdigest())
+    return Records(path, folder, rows, digest.hexdigest())
 
 
 def _each(path: Path) -> Iterator[tuple[int, int, tuple[Path, str], Any]]:
@@ -257,7 +291,7 @@ def to_messages(record: Any, images: Path) -> list[dict[str, Any]]:
     for part, path in zip(open_places, given, strict=True):
         part["image"] = path
     for part in places:
-        part["image"] = _located(part["image"], images)
+        part["image"] = located(part["image"], images)
     if contents[0][0] == "assistant":
         contents = contents[1:]
     _check_turns(contents)
@@ -386,7 +420,7 @@ def _parts(role: str, content: Any) -> list[dict[str, Any]]:
     return parts
 
 
-def _located(picture: str | bytes, images: Path) -> str | bytes:
+def located(picture: str | bytes, images: Path) -> str | bytes:
     """A picture's path, from the folder of pictures on, or its bytes. Raises `FoveateError` for others."""
     if isinstance(picture, bytes):
         return picture
@@ -397,7 +431,7 @@ def _located(picture: str | bytes, images: Path) -> str | bytes:
             raise FoveateError(f"{picture[:60]!r} is not a picture: a data: URL needs ;base64, and its data")
         return decoded(body)
     if scheme in ("http", "https"):
-        raise FoveateError(f"{picture[:200]} is not fetched in training: download it and give its path")
+        raise FoveateError(f"{picture[:200]} is not fetched: download it and give its path")
     if len(picture) > LONGEST_PATH:
         raise FoveateError(
             f"a picture's path has {len(picture)} characters; a picture in base64 starts with "
@@ -452,7 +486,7 @@ def _without_prompt(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": shown} if shown else message
 
 
-def _name(path: Path, place: str, record: Any) -> str:
+def record_name(path: Path, place: str, record: Any) -> str:
     has_id = isinstance(record, Mapping) and isinstance(record.get("id"), (str, int, float))
     if not has_id:
         return f"{path} {place}"

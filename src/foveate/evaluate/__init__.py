@@ -1,0 +1,1 @@
+"""Scores of any VLM on a user's own questions, with everything that made them."""
