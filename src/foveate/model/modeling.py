@@ -30,6 +30,7 @@ from foveate.model.card import write_card
 from foveate.model.config import FoveateConfig
 from foveate.model.folders import Hub, hub_id
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.quantising import only_the_llm, quantisation, refuse_quantised
 from foveate.model.sharing import Shared
 from foveate.options import merged
 from foveate.picture.account import Account
@@ -124,6 +125,7 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
         method: str | None = None,
         options: dict[str, Any] | None = None,
         max_positions: int | None = None,
+        quantize: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads Foveate's own folders, and released ones of every known layout.
@@ -136,6 +138,8 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
             method: another method with the same parameters as the folder's own.
             options: changes to the method's options.
             max_positions: the longest text in tokens, for an LLM that reads beyond its own positions.
+            quantize: `8bit` or `4bit`: the LLM's linear layers in fewer bits; tower, connector and head stay.
+                So they do with a `quantization_config` of bitsandbytes that leaves nothing out itself.
             **kwargs: as for any `PreTrainedModel`, with `revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only` and `force_download`; the last four also for a tower that is kept apart.
 
@@ -155,10 +159,16 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         given: FoveateConfig | None = kwargs.pop("config", None)
+        if quantize is not None:
+            kwargs["quantization_config"] = quantisation(quantize, kwargs.get("dtype"))
         if released is None:
             config = given or checkpoints.own_config(folder, method)
             _change(config, options, max_positions)
             checkpoints.weight_files(folder)
+            if kwargs.get("quantization_config") is not None:
+                with one_sentence(f"the model in {folder} cannot be loaded"), torch.device("meta"):
+                    skeleton = cls(config)
+                kwargs["quantization_config"] = only_the_llm(kwargs["quantization_config"], skeleton)
             with one_sentence(f"the model in {folder} cannot be loaded"):
                 model, info = super().from_pretrained(folder, *args, config=config, **kwargs)
         else:
@@ -169,7 +179,10 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
-            model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = only_the_llm(kwargs["quantization_config"], skeleton)
+            with one_sentence(f"the model in {folder} cannot be loaded"):
+                model, info = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -183,6 +196,11 @@ class FoveateForConditionalGeneration(Shared, PreTrainedModel, GenerationMixin):
             unused = set() if layout is None else checkpoints.unused_keys(config, model.state_dict())
             model = merge(model, adapter, checkpoints.read_files, layout, unused)
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with a card. Raises `FoveateError` for a quantised model."""
+        refuse_quantised(self, "saving")
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _complete(self, folder: Path) -> None:
         if (folder / "config.json").is_file():  # it is missing where an adapter is saved alone
