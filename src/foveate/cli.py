@@ -82,6 +82,10 @@ MaxPixels = Annotated[
 AllowPrivate = Annotated[
     bool, typer.Option("--allow-private", help="Let URLs lead to this machine or a local network.")
 ]
+Quantized = Annotated[
+    Literal["8bit", "4bit"] | None,
+    typer.Option("--quantize", help="The LLM's linear layers in 8 or 4 bits, by bitsandbytes."),
+]
 Positions = Annotated[
     int | None,
     typer.Option(
@@ -115,6 +119,7 @@ def ask(
     template: Template = None,
     option: Option = None,
     max_positions: Positions = None,
+    quantize: Quantized = None,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
 ) -> None:
@@ -139,6 +144,7 @@ def ask(
         template,
         option,
         max_positions,
+        quantize,
     )
     console = Console()
     live = not as_json and _can_stream(foveate)
@@ -178,6 +184,7 @@ def chat(
     template: Template = None,
     option: Option = None,
     max_positions: Positions = None,
+    quantize: Quantized = None,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
 ) -> None:
@@ -196,6 +203,7 @@ def chat(
         template,
         option,
         max_positions,
+        quantize,
     )
     from foveate.ask.conversation import Chat
     from foveate.ask.live import show_text
@@ -656,6 +664,7 @@ def _load(
     template: str | None,
     option: list[str] | None,
     max_positions: int | None,
+    quantize: Literal["8bit", "4bit"] | None = None,
 ) -> Foveate:
     _quiet()
     if model is None:
@@ -671,6 +680,7 @@ def _load(
         template=template,
         options=_given(option),
         max_positions=max_positions,
+        quantize=quantize,
         revision=revision,
         subfolder=subfolder,
         transparency=transparency,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import Qwen2VLImageProcessorPil
 
-from foveate import FoveateError, annotate, errors
+from foveate import FoveateError, annotate, errors, load
 from foveate.data.questions import DatasetSource
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
@@ -34,6 +34,7 @@ DOORS: list[tuple[str, str, str, Callable[[Path], object]]] = [
     ("accelerate", "accelerate", "annotate", lambda folder: annotate.processes()),
     ("datasets", "datasets", "annotate", lambda folder: DatasetSource(str(folder), "train", None)),
     ("pyarrow", "pyarrow", "annotate", lambda folder: DatasetSource(str(folder), "train", None)),
+    ("bitsandbytes", "bitsandbytes", "quantize", lambda folder: load(quantize="4bit", device="cpu")),
     ("torchvision", "torchvision", "detector", lambda folder: load_detector("faster_rcnn")),
     ("sentencepiece", "sentencepiece", "original", load_tokenizer),
     ("google.protobuf", "protobuf", "original", load_tokenizer),

@@ -54,6 +54,9 @@ ELSEWHERE = {
     "python -m lmms_eval eval --model foveate --model_args pretrained=path/to/model --tasks mme "
     "--batch_size 8": ("needs lmms-eval and its data; tools/lmms_parity.py runs it on data made here"),
     "pip install -e '.[trl]'": "installs into the environment of the tests",
+    'foveate ask docs/images/street.png "What is for sale?" --model some-model --quantize 4bit': (
+        "needs bitsandbytes; tests/model/test_quantising.py does it"
+    ),
     "hf auth login": "asks for a token",
     "foveate push my-llava me/my-llava --private": "asks the hub; tests/model/test_pushing.py has a stand-in",
     "tensorboard --logdir runs": "serves until it is stopped",

@@ -22,6 +22,7 @@ from foveate.model.folders import Hub, found
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.model.pushing import Push, push
+from foveate.model.quantising import Quantize
 from foveate.model.sharing import files_of
 from foveate.picture.geometry import ViewPlan
 from foveate.picture.limits import LIMITS, Limits
@@ -42,6 +43,7 @@ def load(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
+    quantize: Quantize | None = None,
     limits: Limits = LIMITS,
     transparency: Transparency | None = None,
     **hub: Any,
@@ -59,6 +61,8 @@ def load(
         template: name of a chat template instead of the folder's own.
         options: changes to the method's options, for example `{"max_visual_tokens": 1000}`.
         max_positions: the longest conversation in tokens; by default what the LLM has positions for.
+        quantize: `8bit` or `4bit`: the LLM's linear layers in fewer bits, by bitsandbytes. Such a model can
+            be asked, but not saved.
         limits: on the pictures that are read.
         transparency: what transparent pictures show: `white`, laid on white paper, or `bare`, as the authors
             of released checkpoints read them; by default the folder's own choice, or white.
@@ -81,16 +85,21 @@ def load(
         folder, template=template, options=options, transparency=transparency, **given
     )
     processor.image_processor.limits = limits
+    placed: dict[str, Any] = {} if quantize is None else {"device_map": {"": device}}
     network = FoveateForConditionalGeneration.from_pretrained(
         folder,
         options=dict(options or {}),
         max_positions=max_positions,
         dtype=number_format,
+        quantize=quantize,
+        **placed,
         **given,
     )
     if template is not None:
         network.stop_at(processor.answer_end())
-    return Foveate(network.to(device).eval(), processor)
+    if quantize is None:
+        network.to(device)  # a quantised one is there already, and cannot be moved
+    return Foveate(network.eval(), processor)
 
 
 class Foveate:

@@ -13,6 +13,7 @@ import torch
 from foveate.errors import FoveateError, report_keys, require
 from foveate.methods.layouts import Json, Layout, convert_key
 from foveate.model.folders import ADAPTER, HERE, Hub, checked, found, local_folder, read_json, shown
+from foveate.model.quantising import is_quantised
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # of peft's keys
@@ -76,7 +77,7 @@ def merge(
         unused: weights that the model leaves out because nothing reads them.
 
     Returns:
-        The model.
+        The model; a quantised one with the adapter in its layers.
 
     Raises:
         FoveateError: peft is missing, or the adapter does not fit.
@@ -112,7 +113,8 @@ def merge(
         state = {f"{PREFIX}{module}.{part}": tensor for (module, part), tensor in lora.items()}
         unexpected = set_peft_model_state_dict(made, state).unexpected_keys
         report_keys(adapter.folder, (), [key.removeprefix(PREFIX) for key in unexpected])
-        merged = made.merge_and_unload()
+        # Quantised weights would be rounded once more: their adapter stays beside them.
+        merged = made.get_base_model() if is_quantised(model) else made.merge_and_unload()
     except FoveateError:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:

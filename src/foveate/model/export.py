@@ -23,6 +23,7 @@ from foveate.layers import name_of
 from foveate.methods.layouts import Export
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
+from foveate.model.quantising import refuse_quantised
 from foveate.towers.vit import VisionTower
 
 LAYER = re.compile(r"^(.*\.layers?\.)(\d+)(\..*)$")
@@ -37,6 +38,7 @@ def to_transformers(
         FoveateError: a method without such a class, options that it does not have, a tower or an LLM with
             parts for which it has no place.
     """
+    refuse_quantised(model, "writing for transformers")
     try:
         export = model.method.export()
     except FoveateError as error:

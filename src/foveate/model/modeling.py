@@ -36,6 +36,7 @@ from foveate.model.card import write_card
 from foveate.model.config import FoveateConfig
 from foveate.model.folders import Hub, hub_id
 from foveate.model.positions import LastPosition, check_lengths, positions_of
+from foveate.model.quantising import only_the_llm, quantisation, refuse_quantised
 from foveate.model.queries import read_carried
 from foveate.model.sharing import Shared
 from foveate.options import merged
@@ -143,6 +144,7 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         method: str | None = None,
         options: dict[str, Any] | None = None,
         max_positions: int | None = None,
+        quantize: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Loads Foveate's own folders, and released ones of every known layout.
@@ -155,6 +157,8 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
             method: another method with the same parameters as the folder's own.
             options: changes to the method's options.
             max_positions: the longest text in tokens, for an LLM that reads beyond its own positions.
+            quantize: `8bit` or `4bit`: the LLM's linear layers in fewer bits; tower, connector and head stay.
+                So they do with a `quantization_config` of bitsandbytes that leaves nothing out itself.
             **kwargs: as for any `PreTrainedModel`, with `revision`, `subfolder`, `token`, `cache_dir`,
                 `local_files_only` and `force_download`; the last four also for a tower that is kept apart.
 
@@ -168,10 +172,13 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         given: FoveateConfig | None = kwargs.pop("config", None)
+        if quantize is not None:
+            kwargs["quantization_config"] = quantisation(quantize, kwargs.get("dtype"))
         if released is None:
             config = given or checkpoints.own_config(folder, method)
             _change(config, options, max_positions)
             checkpoints.weight_files(folder)
+            cls._spare_parts(folder, config, kwargs)
             with one_sentence(f"the model in {folder} cannot be loaded"):
                 renaming, spare = cls._names(config)
                 model, info = super().from_pretrained(
@@ -180,15 +187,17 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         else:
             config = given or checkpoints.convert_config(released)
             _change(config, options, max_positions)
+            cls._spare_parts(folder, config, kwargs)
             with one_sentence(f"the model in {folder} cannot be loaded"), torch.device("meta"):
                 skeleton = FoveateForConditionalGeneration(config)
             state = checkpoints.released_tensors(released, config, skeleton.state_dict())
             for key in skeleton.embedding_keys() & state.keys():
                 state[key] = _grown(state[key], config.text_config.vocab_size)
             renaming, spare = cls._names(config)
-            model, info = super().from_pretrained(
-                None, *args, config=config, state_dict=state, key_mapping=renaming, **kwargs
-            )
+            with one_sentence(f"the model in {folder} cannot be loaded"):
+                model, info = super().from_pretrained(
+                    None, *args, config=config, state_dict=state, key_mapping=renaming, **kwargs
+                )
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -203,6 +212,19 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
             unused = set() if layout is None else checkpoints.unused_keys(config, model.state_dict())
             model = merge(model, adapter, checkpoints.read_files, layout, unused)
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with a card. Raises `FoveateError` for a quantised model."""
+        refuse_quantised(self, "saving")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def _spare_parts(cls, folder: Path, config: FoveateConfig, arguments: dict[str, Any]) -> None:
+        """Leaves tower, connector and head out of what a `quantization_config` quantises, in place."""
+        if arguments.get("quantization_config") is not None:
+            with one_sentence(f"the model in {folder} cannot be loaded"), torch.device("meta"):
+                skeleton = cls(config)
+            arguments["quantization_config"] = only_the_llm(arguments["quantization_config"], skeleton)
 
     @classmethod
     def _names(cls, config: FoveateConfig) -> tuple[dict[str, str] | None, re.Pattern[str] | None]:

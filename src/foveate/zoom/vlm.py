@@ -114,7 +114,7 @@ class VLM:
         given = found(model, place)
         folder, adapter = with_base(given, place.parts())
         config = read_json(folder / "config.json")
-        own_code = trust_remote_code and "auto_map" in config
+        own_code = trust_remote_code and "auto_map" in config and config.get("model_type") != "foveate"
         if own_code or _loads_by_itself(config.get("model_type")):
             loaded = _by_transformers(folder, adapter, device, number_format, trust_remote_code)
             return cls(*loaded, max_positions)
