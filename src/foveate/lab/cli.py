@@ -60,6 +60,23 @@ def prepare(
 
 
 @app.command()
+def questions(
+    out: Annotated[Path, typer.Argument(help="Folder to write: pictures, and questions.jsonl.")],
+    level: LevelName = "signs",
+    scale: ScaleName = "small",
+    count: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
+    seed: Seed = 0,
+) -> None:
+    """Write questions about held-out pictures, with answers, for `foveate eval`."""
+    from foveate.lab.levels import level_named
+    from foveate.lab.questionnaire import write_questions
+    from foveate.lab.scales import scale_named
+
+    path = write_questions(out, level_named(level), scale_named(scale), count, seed=seed)
+    Console().print(f"{count} questions written to {path}", style="dim", soft_wrap=True)
+
+
+@app.command()
 def run(
     context: typer.Context,
     experiment: Annotated[
