@@ -195,16 +195,7 @@ def _ask(
         for begin in range(0, len(mine), batch):
             numbers = mine[begin : begin + batch]
             samples = [questions.samples[n] for n in numbers]
-            pictures = [_read(questions, sample, limits, plan.transparency) for sample in samples]
-            pairs = [(picture, sample.question) for picture, sample in zip(pictures, samples, strict=True)]
-            try:
-                answers = answering.answer(pairs, plan.max_new_tokens)
-            except FoveateError as error:
-                raise FoveateError(f"{samples[0].where}: {error}") from error
-            records = [
-                _record(n, sample, picture, given)
-                for n, sample, picture, given in zip(numbers, samples, pictures, answers, strict=True)
-            ]
+            records = asked(answering, questions, numbers, plan.max_new_tokens, limits, plan.transparency)
             if strict and (shrunk := next((r for r in records if r["downscaled"]), None)):
                 size, seen = shrunk["size"], shrunk["shown"]
                 raise FoveateError(
@@ -216,6 +207,28 @@ def _ask(
             file.flush()
             os.fsync(file.fileno())
             bar.advance(task, len(numbers))
+
+
+def asked(
+    answering: Answering,
+    questions: Questions,
+    numbers: Sequence[int],
+    max_new_tokens: int,
+    limits: Limits = LIMITS,
+    transparency: Transparency = "white",
+) -> list[dict[str, Any]]:
+    """What is written of samples, by their numbers, that are answered at once; without scores."""
+    samples = [questions.samples[n] for n in numbers]
+    pictures = [_read(questions, sample, limits, transparency) for sample in samples]
+    pairs = [(picture, sample.question) for picture, sample in zip(pictures, samples, strict=True)]
+    try:
+        answers = answering.answer(pairs, max_new_tokens)
+    except FoveateError as error:
+        raise FoveateError(f"{samples[0].where}: {error}") from error
+    return [
+        _record(n, sample, picture, given)
+        for n, sample, picture, given in zip(numbers, samples, pictures, answers, strict=True)
+    ]
 
 
 def _read(questions: Questions, sample: Sample, limits: Limits, transparency: Transparency) -> Image.Image:
@@ -253,21 +266,13 @@ def _reported(
     out: Path,
 ) -> dict[str, Any]:
     """Scores the answers, and writes samples, report and page."""
-    samples = questions.samples
-    predictions = [Prediction(r["prediction"], [Box(*box) for box in r["regions"]]) for r in records]
-    scores: dict[str, Any] = {}
-    for metric in metrics:
-        values = [metric.score(*pair) for pair in zip(samples, predictions, strict=True)]
-        for record, value in zip(records, values, strict=True):
-            record.setdefault("scores", {})[metric.name] = value
-        scores[metric.name] = _summary(metric, samples, predictions, values)
+    found = score(questions.samples, records, metrics)
     tokens = [r["visual_tokens"] for r in records if r["visual_tokens"] is not None]
     report = {
         "plan": asdict(plan),
         "data": {"path": str(questions.path.absolute()), "images": str(questions.images.absolute())},
         "samples": len(records),
-        "scores": scores,
-        "most_frequent": most_frequent(samples, records, metrics, scores),
+        **found,
         "downscaled": sum(bool(r["downscaled"]) for r in records),
         "visual_tokens": fmean(tokens) if tokens else None,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
@@ -279,6 +284,20 @@ def _reported(
     write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write(out / "report.html", page(questions, [Run(str(out), report, records)]))
     return report
+
+
+def score(
+    samples: Sequence[Sample], records: Sequence[dict[str, Any]], metrics: Sequence[Metric]
+) -> dict[str, Any]:
+    """`scores` by metric, and the `most_frequent` answer; each record gets its own scores."""
+    predictions = [Prediction(r["prediction"], [Box(*box) for box in r["regions"]]) for r in records]
+    scores: dict[str, Any] = {}
+    for metric in metrics:
+        values = [metric.score(*pair) for pair in zip(samples, predictions, strict=True)]
+        for record, value in zip(records, values, strict=True):
+            record.setdefault("scores", {})[metric.name] = value
+        scores[metric.name] = _summary(metric, samples, predictions, values)
+    return {"scores": scores, "most_frequent": most_frequent(samples, records, metrics, scores)}
 
 
 def _summary(

@@ -20,6 +20,8 @@ from foveate.data.formats import Conversations, read_conversations
 from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
 from foveate.errors import FoveateError
+from foveate.evaluate.metrics import Metric, chosen
+from foveate.evaluate.samples import Questions, read_questions
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.positions import positions_of
 from foveate.model.processing import FoveateProcessor
@@ -28,7 +30,7 @@ from foveate.picture.limits import Limits
 from foveate.train.adapter import check_adapter
 from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
-from foveate.train.recipe import Recipe, Stage
+from foveate.train.recipe import EvalData, Recipe, Stage
 
 NAMED = 3  # samples without their pictures that are named; all are counted
 SAMPLES = "samples"  # in the fingerprints of data, beside the files
@@ -53,6 +55,7 @@ class Prepared:
         missing: number of samples whose pictures are missing or cannot be read.
         data: fingerprints of the files, by their paths, and of the samples that are used.
         accumulation: micro-batches per optimizer step on each device.
+        questions: that the model is asked while it trains, and the metrics of its answers; None: none.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Prepared:
     missing: int
     data: dict[str, str]
     accumulation: int
+    questions: tuple[Questions, list[Metric]] | None
 
 
 def prepare(recipe: Recipe, name: str) -> Prepared:
@@ -129,7 +133,16 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
         missing=found.missing,
         data=_fingerprints(stage, found),
         accumulation=stage.batch // (stage.micro_batch * devices),
+        questions=None if stage.eval_data is None else _questions(stage.eval_data, where),
     )
+
+
+def _questions(data: EvalData, where: str) -> tuple[Questions, list[Metric]]:
+    try:
+        questions = read_questions(data.path, data.images, data.limit)
+        return questions, chosen(data.metrics, questions.samples)
+    except FoveateError as error:
+        raise FoveateError(f"{where}.eval_data: {error}") from None
 
 
 def _check_positions(found: _Found, where: str, model: FoveateForConditionalGeneration) -> None:

@@ -84,6 +84,28 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class EvalData:
+    """Questions with answers, as `foveate eval` reads them, that a stage's model is asked while it trains."""
+
+    path: str
+    images: str | None = None  # folder that picture paths start from; by default the file's own
+    limit: int | None = 200  # ask only this number of questions, from the first; null: all
+    metrics: list[str] = field(default_factory=list)  # by default those that fit the answers
+    steps: int | None = None  # steps between scores; null: at the end of the stage alone
+    batch: int = 8  # questions at once
+    max_new_tokens: int = 32  # bound on an answer
+    shown: int = 3  # answers that are shown with each score
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "steps", "batch", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FoveateError(f"{name} must be at least 1, not {value}")
+        if self.shown < 0:
+            raise FoveateError(f"shown must not be negative, but is {self.shown}")
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters on linear layers, by default merged into the weights when the stage ends."""
 
@@ -118,6 +140,7 @@ class Stage:
     freezes: list[str] = field(default_factory=list)  # modules within `trains` that stay frozen
     lrs: dict[str, float] = field(default_factory=dict)  # modules with their own learning rate
     lora: Lora | None = None
+    eval_data: EvalData | None = None  # questions that the model is asked while it trains
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     warmup_ratio: float = 0.03  # fraction of the steps in which the learning rate rises to its peak
     weight_decay: float = 0.0
@@ -220,7 +243,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first setting that affects the result and differs between two recipes of `to_dict`; else None."""
     old_values, new_values = dict(_leaves(old)), dict(_leaves(new))
     for key in [*old_values, *new_values]:
-        if key.rpartition(".")[2] in WITHOUT_EFFECT or key == "output":
+        if key.rpartition(".")[2] in WITHOUT_EFFECT or key == "output" or "eval_data" in key.split("."):
             continue
         if old_values.get(key) != new_values.get(key):  # a key that is new and null changes nothing
             return f"{key} was {old_values.get(key)} and is now {new_values.get(key)}"

@@ -216,6 +216,7 @@ def _train_stage(
     recipe: Recipe, prepared: Prepared, model: FoveateForConditionalGeneration, console: Console
 ) -> None:
     from accelerate import PartialState
+    from transformers import set_seed
 
     from foveate.data.dataset import errors_of_workers
     from foveate.devices import DTYPES
@@ -224,6 +225,7 @@ def _train_stage(
 
     stage, where = prepared.stage, f"stages.{prepared.name}"
     if stage.lora is not None:
+        set_seed(recipe.seed)  # for the adapters' first weights
         add_adapters(model, stage, where)
     select(model, stage, where)
     train_exactly(model)
@@ -314,6 +316,7 @@ def _trainer(
 
     from foveate.data.dataset import Collator
     from foveate.data.sampling import EpochSampler
+    from foveate.train.scoring import Scoring
     from foveate.train.trainer import Epochs, EveryGradient, Report, SafeCheckpoints, StageTrainer
 
     stage, folder = prepared.stage, _folder(recipe, prepared.name)
@@ -364,6 +367,8 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if prepared.questions is not None:
+        trainer.add_callback(Scoring(trainer, prepared, writer, folder / "scores.jsonl", console))
     return trainer
 
 
