@@ -1,8 +1,8 @@
 """What vLLM must know about a model: its names, its pictures' tokens, and which methods it can run.
 
-The classes that vLLM loads are in `vllm_model`: they put a model into vLLM's Transformers backend. vLLM encodes
-each picture once, without its question and apart from the LLM, and keeps its tokens for every prompt that
-shows it. A method whose tokens depend on more is refused.
+The classes that vLLM loads are in `vllm_model`: they put a model into vLLM's Transformers backend. vLLM
+encodes each picture once, without its question and apart from the LLM, and keeps its tokens for every prompt
+that shows it. A method whose tokens depend on more is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WIDEST = 16  # rows and columns of tiles among which the picture with the most t
 
 
 def register() -> None:
-    """Tells vLLM about the model. vLLM calls it in each of its processes, through the package's entry point."""
+    """Tells vLLM about the model: vLLM calls it in each of its processes, through an entry point."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(ARCHITECTURE, MODEL)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.clients.vllm import (
     MISSING,
@@ -60,7 +60,7 @@ class PictureInfo(MultiModalProcessingInfo):
         return method_of(self.get_hf_config())
 
     def get_hf_processor(self, **kwargs: object) -> FoveateProcessor:
-        """The processor, with the options of the model's configuration, which vLLM's user may have changed."""
+        """The processor, with the options of the model's configuration, which vLLM's user may change."""
         processor = self.ctx.get_hf_processor(FoveateProcessor, **kwargs)
         processor.image_processor.options = dict(self.get_hf_config().options)
         return processor
