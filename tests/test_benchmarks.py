@@ -25,6 +25,7 @@ SMALLEST = {
     "slime_connector": ("--width 128 --words 2", 2),
     "slime_prefill": ("--layers 1 --pixels 90 120", 4),
     "tower": ("--layers 1 --width 64 --views 1", 5),
+    "vllm_parity": ("--pictures 2 --tokens 1", 9),
 }
 NUMBER = re.compile(r"-?\b(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf)\b")
 

@@ -7,9 +7,10 @@ that shows it. A method whose tokens depend on more is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,6 +75,18 @@ def field_sizes(views: list[int]) -> dict[str, list[int]]:
     return {"pixel_values": views, **{name: [1] * len(views) for name in PER_PICTURE}}
 
 
+def begun(prompt: list[int], tokenizer: Any) -> list[int]:
+    """A prompt's tokens with the one that begins a text, if the tokenizer writes one and it is not there.
+
+    vLLM takes a chat template's text as it is; Foveate's templates leave that token to the tokenizer if the
+    LLM's own format does.
+    """
+    start = tokenizer.bos_token_id
+    if start is None or prompt[:1] == [start] or tokenizer("")["input_ids"][:1] != [start]:
+        return prompt
+    return [start, *prompt]
+
+
 def renamings(text_config: PreTrainedConfig) -> dict[str, str]:
     """Regular expressions on the keys of a saved model -> keys of the model in vLLM, for `re.sub`.
 
@@ -85,8 +98,8 @@ def renamings(text_config: PreTrainedConfig) -> dict[str, str]:
         causal = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
     decoder, head = (name_of(causal, part) for part in (causal.get_decoder(), causal.get_output_embeddings()))
     return {
-        rf"^(?:model\.)?language_model\.{decoder}\.": "model.language_model.",
-        rf"^(?:model\.)?language_model\.{head}\.": "lm_head.",
+        rf"^language_model\.{re.escape(decoder)}\.": "model.language_model.",
+        rf"^language_model\.{re.escape(head)}\.": "lm_head.",
         r"^(?=(?:vision_tower|connector)\.)": "model.",
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.clients.vllm import (
     MISSING,
     PER_PICTURE,
+    begun,
     check_encoded,
     check_method,
     check_turn,
@@ -62,7 +63,8 @@ class PictureInfo(MultiModalProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> FoveateProcessor:
         """The processor, with the options of the model's configuration, which vLLM's user may change."""
         processor = self.ctx.get_hf_processor(FoveateProcessor, **kwargs)
-        processor.image_processor.options = dict(self.get_hf_config().options)
+        config = self.get_hf_config()
+        processor.image_processor.method, processor.image_processor.options = config.method, config.options
         return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
@@ -84,6 +86,9 @@ class PictureProcessor(MultiModalProcessor):
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         check_turn(self.info.method, inputs.mm_data_items.get_all_counts().get("image", 0))
         return super().apply(inputs, *args, **kwargs)
+
+    def _postprocess_prompt(self, prompt: list[int]) -> list[int]:
+        return begun(prompt, self.info.get_tokenizer())
 
     def _unpad_images(self, hf_inputs: Any) -> None:
         """Nothing: views are not padded, and `image_sizes` are those of the original pictures."""
@@ -109,6 +114,8 @@ class PictureProcessor(MultiModalProcessor):
 )
 class FoveateVllm(TransformersMultiModalForCausalLM):
     """A `FoveateModel` with vLLM's own layers, attention and head."""
+
+    hf_to_vllm_mapper: WeightsMapper
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         method = method_of(vllm_config.model_config.hf_config)
