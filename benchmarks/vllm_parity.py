@@ -36,6 +36,7 @@ from typing import Any
 
 from PIL import Image
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
@@ -160,8 +161,12 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
     del shape["head_dim"], shape["model_type"]
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vision = {name: tiny_vision().to_dict()[name] for name in (*names, "image_size", "patch_size")}
-    others = SiglipVisionConfig(**vision), Qwen2Config(**shape), "chatml"
-    yield "anyres with SigLIP and Qwen2", save(folder / "others", "anyres", {}, *others)
+    tokenizer = tiny_tokenizer()
+    start = (tokenizer.bos_token, tokenizer.bos_token_id)  # which the template leaves to the tokenizer
+    begins = TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+    tokenizer.backend_tokenizer.post_processor = begins
+    others = SiglipVisionConfig(**vision), Qwen2Config(**shape), tokenizer, "chatml"
+    yield "anyres, SigLIP, Qwen2", save(folder / "others", "anyres", {}, *others)
     yield "embedded", EMBEDDED
 
 
@@ -171,6 +176,7 @@ def save(
     options: Mapping[str, Any],
     vision: PreTrainedConfig | None = None,
     text: PreTrainedConfig | None = None,
+    tokenizer: Any = None,
     template: str = "vicuna_v1",
 ) -> Path:
     """A tiny model with random weights, whose heads are wide enough for vLLM."""
@@ -181,7 +187,7 @@ def save(
         text or tiny_text(head_dim=HEAD),
         method,
         merged(kind.Options, kind.tiny, dict(options)),
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tokenizer or tiny_tokenizer(),
         template=template,
     ).save(folder)
     return folder
@@ -348,10 +354,10 @@ def refused(python: Path, folder: Path, model: Path) -> str:
 
 def sentence(text: str) -> str:
     """Foveate's sentence in what vLLM writes."""
-    found = re.findall(r"FoveateError: ([^\n]*`foveate serve`[^\n]*)", text)
-    if not found:
+    found = re.search(r"Value error, (.*`foveate serve`)", text)
+    if found is None:
         raise SystemExit(f"vLLM ended without the sentence:\n{text[-5000:]}")
-    return found[-1]
+    return found[1]
 
 
 def second_turn(server: Server, one: Expected, tokens: int) -> str:
