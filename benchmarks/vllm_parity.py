@@ -34,6 +34,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
@@ -49,6 +50,7 @@ from foveate.ask.foveate import EMBEDDED
 from foveate.clients.vllm import further_turns
 from foveate.methods import method_class, method_names
 from foveate.options import merged
+from foveate.picture.reading import Transparency
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +64,7 @@ SIZES = (  # heights and widths; among them the sides of the towers' views
     *((97, 301), (300, 240), (120, 120), (113, 111), (500, 375), (375, 500), (640, 64), (64, 640)),
     *((224, 336), (768, 1024), (1, 9)),
 )
-KINDS = ("RGB", "RGBA", "L", "P", "turned")  # of the files, in turn
+KINDS = ("RGB", "RGBA", "L", "P", "LA", "I;16", "turned")  # of the files, in turn
 # Options with which vLLM runs a method that it refuses otherwise.
 SERVED: Mapping[str, Mapping[str, Any]] = {"slime": {"gamma": 1.0}, "coroi": {"chain": False}}
 START = 900  # seconds for vLLM to start, or to answer
@@ -141,10 +143,12 @@ def pictures(number: int) -> list[bytes]:
         exif = Image.Exif()
         if kind == "turned":
             exif[0x0112] = 6  # to be shown turned by a quarter
-        elif kind == "RGBA":
-            part.putalpha(Image.linear_gradient("L").resize((width, height)))
+        elif kind == "I;16":
+            part = Image.fromarray(np.asarray(part.convert("L")).astype(np.uint16) * 257)
         elif kind != "RGB":
             part = part.convert(kind)
+        if "A" in kind:
+            part.putalpha(Image.linear_gradient("L").resize((width, height)))
         file = BytesIO()
         part.save(file, "PNG", exif=exif)  # no loss: what is read does not depend on the decoder
         made.append(file.getvalue())
@@ -165,7 +169,7 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
     start = (tokenizer.bos_token, tokenizer.bos_token_id)  # which the template leaves to the tokenizer
     begins = TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
     tokenizer.backend_tokenizer.post_processor = begins
-    others = SiglipVisionConfig(**vision), Qwen2Config(**shape), tokenizer, "chatml"
+    others = SiglipVisionConfig(**vision), Qwen2Config(**shape), tokenizer, "chatml", "bare"
     yield "anyres, SigLIP, Qwen2", save(folder / "others", "anyres", {}, *others)
     yield "embedded", EMBEDDED
 
@@ -178,6 +182,7 @@ def save(
     text: PreTrainedConfig | None = None,
     tokenizer: Any = None,
     template: str = "vicuna_v1",
+    transparency: Transparency = "white",
 ) -> Path:
     """A tiny model with random weights, whose heads are wide enough for vLLM."""
     kind = method_class(method)
@@ -189,6 +194,7 @@ def save(
         merged(kind.Options, kind.tiny, dict(options)),
         tokenizer=tokenizer or tiny_tokenizer(),
         template=template,
+        transparency=transparency,
     ).save(folder)
     return folder
 

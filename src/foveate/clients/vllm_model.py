@@ -54,7 +54,12 @@ def method_of(config: Any) -> Method:
 
 
 class PictureInfo(MultiModalProcessingInfo):
-    """How many pictures a prompt may show, and the most tokens that one of them can have."""
+    """How pictures are read, how many a prompt may show, and the most tokens that one of them can have."""
+
+    def __init__(self, ctx: Any) -> None:
+        super().__init__(ctx)
+        # As they are in their files: the processor knows what transparent ones show.
+        ctx.get_mm_config().media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
 
     @cached_property
     def method(self) -> Method:
