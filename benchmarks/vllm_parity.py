@@ -389,7 +389,7 @@ def make(folder: Path) -> Path:
 
 
 def interpreter(given: argparse.Namespace) -> Path | None:
-    """The Python that has vLLM; None if none is named. Ends the program if there is none where one must be."""
+    """The Python that has vLLM; None if none is named. Ends the program if one must be there and is not."""
     if given.make is not None:
         return make(given.make)
     if given.environment is None:
