@@ -139,12 +139,13 @@ def test_each_picture_gets_its_own_rows(name: str) -> None:
     images = [picture(*size) for size in ((60, 100), (33, 40), (56, 56), (300, 40))]
     inputs = made.processor.image_processor(images)
     views = made.processor._get_num_multimodal_tokens([image.size[::-1] for image in images])
+    assert inputs.pop("num_patches").tolist() == views["num_image_patches"]  # for other programs
     sizes = field_sizes(views["num_image_patches"])
     assert sizes.keys() == set(inputs)
     cut = {key: inputs[key].split(rows) for key, rows in sizes.items()}
     for i, image in enumerate(images):
         alone = made.processor.image_processor(image)
-        assert all(torch.equal(cut[key][i], alone[key]) for key in alone)
+        assert all(torch.equal(parts[i], alone[key]) for key, parts in cut.items())
     order = (2, 0, 3)
     mixed = {key: torch.cat([parts[i] for i in order]) for key, parts in cut.items()}
     tokens = made.model.model.get_image_features(**mixed).pooler_output
