@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from foveate.clients.vllm import (
@@ -39,7 +40,7 @@ try:
     from vllm.model_executor.models.utils import WeightsMapper
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.inputs import MultiModalFieldConfig
-    from vllm.multimodal.parse import ImageSize
+    from vllm.multimodal.parse import ImageSize, MultiModalDataParser
 except ImportError as error:
     raise FoveateError(f"{MISSING} ({error})") from error
 
@@ -53,12 +54,32 @@ def method_of(config: Any) -> Method:
     return method
 
 
+class PictureParser(MultiModalDataParser):
+    """Reads pictures as the processor does, which knows what transparent ones and those of 16 bits show.
+
+    Args:
+        read: a picture -> RGB.
+        **more: of vLLM's own parser.
+    """
+
+    def __init__(self, read: Callable[[Any], Image.Image], **more: Any) -> None:
+        super().__init__(**more)
+        self.read = read
+
+    def _parse_image_data(self, data: Any) -> Any:
+        if isinstance(data, Image.Image):
+            data = self.read(data)
+        elif isinstance(data, (list, tuple)):
+            data = [self.read(item) if isinstance(item, Image.Image) else item for item in data]
+        return super()._parse_image_data(data)
+
+
 class PictureInfo(MultiModalProcessingInfo):
     """How pictures are read, how many a prompt may show, and the most tokens that one of them can have."""
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
-        # As they are in their files: the processor knows what transparent ones show.
+        # Pictures come as they are in their files, not converted: `PictureParser` reads them.
         ctx.get_mm_config().media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
 
     @cached_property
@@ -71,6 +92,13 @@ class PictureInfo(MultiModalProcessingInfo):
         config = self.get_hf_config()
         processor.image_processor.method, processor.image_processor.options = config.method, config.options
         return processor
+
+    def get_data_parser(self) -> PictureParser:
+        return PictureParser(
+            lambda picture: self.get_hf_processor().image_processor.read(picture),
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         check_method(self.method)
