@@ -1,8 +1,10 @@
-"""What the benchmarks take on their command lines: whole numbers, checked before anything is built."""
+"""What the benchmarks take on their command lines: whole numbers, checked early, and files."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,12 +35,15 @@ class Whole(NamedTuple):
         return int(text)
 
 
-def arguments(doc: str | None, rounds: int, **others: Whole) -> argparse.Namespace:
+def arguments(
+    doc: str | None, rounds: int, places: Mapping[str, str] | None = None, **others: Whole
+) -> argparse.Namespace:
     """Reads the command line of a benchmark, and sets torch's threads.
 
     Args:
         doc: the benchmark's docstring, whose first line says what it is.
         rounds: how often everything is timed, after one warm-up; `--rounds` by default.
+        places: files and folders by name, with what they are for; None by default.
         **others: by name, with `_` where the command line has `-`.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
@@ -51,6 +56,8 @@ def arguments(doc: str | None, rounds: int, **others: Whole) -> argparse.Namespa
         several = {"nargs": len(whole.default)} if isinstance(whole.default, tuple) else {}
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=whole, default=whole.default, help=whole.help, **several)
+    for name, use in (places or {}).items():
+        parser.add_argument(f"--{name}", type=Path, help=use)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given

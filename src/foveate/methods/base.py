@@ -330,6 +330,16 @@ class Method(ABC):
         """Whether the connector looks at parts of the original pictures, at their own resolution."""
         return False
 
+    @property
+    def only_here(self) -> str | None:
+        """Why a server that encodes each picture once, without its question, cannot run the method.
+
+        None if it can. A method with options that change this says which.
+        """
+        if self.uses_query:
+            return "as its connector reads the question"
+        return "as its connector looks at the original picture" if self.reads_source else None
+
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         """Per visual token its part of the picture, in original pixels; None for tokens without one.
 

@@ -636,6 +636,11 @@ class Coroi(Method):
     def reads_source(self) -> bool:
         return self.options.chain
 
+    @property
+    def only_here(self) -> str | None:
+        why = "as the question chooses windows that are injected into the LLM (chain: false turns it off)"
+        return why if self.options.chain else None
+
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
         picture, side, two = Size(height, width), self.tower.side, self.options.variant == "v2"

@@ -470,6 +470,11 @@ class Slime(Method):
     def query_text(self) -> QueryText:
         return self.options.router_text
 
+    @property
+    def only_here(self) -> str | None:
+        why = "as its router reads the question (gamma: 1 without max_visual_tokens turns it off)"
+        return why if self.uses_query else None
+
     @lru_cache(maxsize=4096)  # noqa: B019  a handful of instances per process
     def plan(self, height: int, width: int) -> ViewPlan:
         picture, side, options = Size(height, width), self.tower.side, self.options

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from foveate.errors import FoveateError, one_sentence
 from foveate.methods import DEFAULT, method_class
@@ -365,6 +366,19 @@ class FoveateProcessor(Shared, ProcessorMixin):
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         height, width = (int(n) for n in image_inputs["image_sizes"][image_idx])
         return self.image_token * self.image_processor.plan(height, width).tokens
+
+    # vLLM counts a picture's placeholders and views with it before any pixel is read.
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Placeholders and views (`num_image_patches`) of pictures of these heights and widths."""
+        if image_sizes is None:
+            return MultiModalData()
+        plans = [self.image_processor.plan(int(height), int(width)) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[plan.tokens for plan in plans],
+            num_image_patches=[len(plan.views) for plan in plans],
+        )
 
     @names_versions
     def __call__(
