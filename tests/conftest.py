@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if given is not None and not given.is_dir():
         raise pytest.UsageError(f"--golden {given}: no such folder")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no collection of garbage looks at it again.
+
+    Each end of a training collects all garbage, and would spend most of a second on these objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def golden_folder(config: pytest.Config) -> Path | None:
