@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test slow newest oldest constraints docs embedded clean
+.PHONY: demo install test types suite slow newest oldest constraints docs embedded clean
 
 # A question about a photograph of 9 megapixels, answered by the model that comes with the package.
 demo: .venv/core
@@ -15,18 +15,25 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-.venv/installed: .venv/core
+# All at once: what the package alone needs is part of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
-	touch $@
+	touch .venv/core $@
 
-# Lint, types, docs, then the tests: the last line is pytest's. One thread per process: on two cores, the
-# threads of several processes would wait for each other.
+# Lint, docs, then types beside the tests: the last line is pytest's, which takes longest. One thread per
+# process: on two cores, the threads of several processes would wait for each other.
 test slow: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@$(MAKE) --no-print-directory --jobs 2 types suite
+
+types: install
+	$(BIN)/mypy --no-error-summary
+
+suite: install
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The tests that `make test` leaves out.

@@ -8,10 +8,16 @@ import pty
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from threading import Thread
 from unittest.mock import patch
 
+import typer.main
+
 from foveate.cli import main
+
+# Reading all signatures of the command line takes longer than most commands.
+_command = cache(typer.main.get_command)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def on_a_terminal(*arguments: object, stdin: str = "") -> tuple[int, str]:
 
 def _exit_code() -> int:
     try:
-        main()
+        with patch.object(typer.main, "get_command", _command):
+            main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ import torch
 from tests.measuring import Measured, Measures, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
+# The files that take longest. They come first: a file runs in one process, and the last would run alone.
+LONGEST = ("docs/test_commands.py", "train/test_run.py", "methods/test_invariants.py", "lab/test_cells.py")
+LONGEST += ("test_annotate.py", "test_cli.py", "model/test_spoilt.py", "methods/test_inf_llava.py")
 # Properties of a test's report, which reaches the table at the end from other processes, too.
 MEASURE = "measure"  # a comparison
 UNREAD = "unread"  # a case, and what of it was not compared
@@ -47,6 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if given is not None and not given.is_dir():
         raise pytest.UsageError(f"--golden {given}: no such folder")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no collection of garbage looks at it again.
+
+    Each end of a training collects all garbage, and would spend most of a second on these objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def golden_folder(config: pytest.Config) -> Path | None:

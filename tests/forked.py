@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import torch
 from accelerate.state import AcceleratorState
@@ -29,6 +28,7 @@ class Forked:
     Args:
         work: what it does; its exit code is 0, that of a `SystemExit`, or 1 after any other error.
         output: where its standard output and errors go; nowhere by default.
+        errors: where its errors go instead.
         environment: variables that it has beside those of this process.
     """
 
@@ -37,6 +37,7 @@ class Forked:
         work: Callable[[], object],
         output: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        errors: Path | None = None,
     ) -> None:
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -48,8 +49,8 @@ class Forked:
                 os.environ.update(environment or {})
                 AcceleratorState._reset_state(reset_partial_state=True)  # who this process trained with
                 torch.set_num_threads(1)  # threads of this process are not in its copies
-                with Path(output or os.devnull).open("w") as stream:
-                    code = _exit_code(work, stream)
+                _write_to(output or Path(os.devnull), errors)
+                code = _exit_code(work)
             finally:
                 os._exit(code)
 
@@ -77,7 +78,10 @@ class Forked:
 
 
 def foveate(
-    *arguments: object, output: Path | None = None, environment: Mapping[str, str] | None = None
+    *arguments: object,
+    output: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    errors: Path | None = None,
 ) -> Forked:
     """`foveate` with these arguments, started."""
     sys_argv = ["foveate", *map(str, arguments)]
@@ -86,7 +90,7 @@ def foveate(
         sys.argv = sys_argv
         main()
 
-    return Forked(work, output, environment)
+    return Forked(work, output, environment, errors)
 
 
 def on_devices(number: int, *arguments: object, folder: Path) -> Result:
@@ -106,12 +110,17 @@ def on_devices(number: int, *arguments: object, folder: Path) -> Result:
     return Result(code, said, said)
 
 
-def _exit_code(work: Callable[[], object], stream: IO[str]) -> int:
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout = sys.stderr = stream  # type: ignore[assignment]
+def _write_to(output: Path, errors: Path | None) -> None:
+    """What this process and its own children print goes there."""
+    for number, path in ((1, output), (2, errors)):
+        opened = 1 if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(os.devnull)  # noqa: SIM115
     logging.raiseExceptions = False  # handlers of this process write to its own streams
+
+
+def _exit_code(work: Callable[[], object]) -> int:
     try:
         work()
     except SystemExit as end:
@@ -120,5 +129,6 @@ def _exit_code(work: Callable[[], object], stream: IO[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
     return 0

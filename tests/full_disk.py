@@ -88,7 +88,7 @@ def everything(elsewhere: Path) -> dict[str, Any]:
     ):
         found |= twice(name, kilobytes, arguments)
         clear()
-    recipe = two_stages(elsewhere)
+    recipe = two_stages(elsewhere, n=12)
     command("train", str(recipe))
     found |= twice("train", 1500, ["train", str(recipe), "output=train"])
     found["same weights as without interruption"] = same(

@@ -22,6 +22,7 @@ from foveate.files import alone, changed_folder, explained, new_file, new_folder
 from foveate.tiny import tiny_model
 from foveate.train.recipe import load_recipe, to_dict
 from foveate.train.run import train
+from tests import forked
 from tests.command import foveate
 from tests.train.support import two_stages
 
@@ -78,15 +79,17 @@ def test_the_labs_pictures_on_a_full_disk(small_disk: dict[str, Any]) -> None:
     assert small_disk["lab"].endswith("cannot be written: the disk is full")
 
 
-def test_output_that_cannot_be_written_is_one_sentence() -> None:
+def test_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    for arguments in (["--help"], ["inspect", str(PICTURE), "--method", "llava"]):
-        with full.open("w") as out:
-            done = subprocess.run([*PYTHON, *arguments], stdout=out, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == 2
-        assert done.stderr == "error: the output cannot be written: the disk is full\n"
+    sentence = "error: the output cannot be written: the disk is full\n"
+    with full.open("w") as out:  # in an interpreter of its own, which would write again as it ends
+        done = subprocess.run([*PYTHON, "--help"], stdout=out, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, sentence)
+    errors = tmp_path / "errors.txt"
+    inspected = forked.foveate("inspect", PICTURE, "--method", "llava", output=full, errors=errors)
+    assert (inspected.wait(), errors.read_text()) == (2, sentence)
 
 
 def test_two_at_once_on_one_folder(tmp_path: Path) -> None:
@@ -99,14 +102,18 @@ def test_two_at_once_on_one_folder(tmp_path: Path) -> None:
         " ".join(done.stderr.split())
         == f"error: another run is writing {out}: wait for its end, or choose another place"
     )
-    holder = "import sys, time; from pathlib import Path; from foveate.files import new_folder\n"
-    holder += "with new_folder(Path(sys.argv[1])) as part:\n    (part / 'half').touch(); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", holder, str(out)])
+
+    def hold() -> None:
+        with new_folder(out) as part:
+            (part / "half").touch()
+            time.sleep(600)
+
+    process = forked.Forked(hold)
     until((tmp_path / "model.unfinished" / "half").exists)
     with pytest.raises(FoveateError, match="another run is writing"), new_folder(out):
         pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     done = foveate("convert", EMBEDDED, out)
     assert done.code == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and not (out / "half").exists()

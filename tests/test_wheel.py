@@ -15,13 +15,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
-# Runs commands one after another in this process; prints where the package lies, and each exit code.
+# Makes the toy data, then runs commands one after another in this process; prints where the package lies, all
+# files of the data, and each exit code.
 COMMANDS = """
-import json, sys
+import json, runpy, sys
+from pathlib import Path
 import foveate
 from foveate.cli import main
 print(foveate.__file__)
-for arguments in json.loads(sys.argv[1]):
+arguments, sys.argv = sys.argv[1:], ["toy", "runs/toy"]
+runpy.run_module("foveate.data.toy", run_name="__main__")
+print(json.dumps(sorted(map(str, Path.cwd().rglob("*")))), flush=True)
+for arguments in json.loads(arguments[0]):
     sys.argv = ["foveate", *arguments]
     try:
         main()
@@ -68,8 +73,6 @@ def test_an_installed_wheel_works_without_a_clone(wheel: Path, tmp_path: Path) -
     empty.mkdir()
     run(*PIP, "install", "--no-index", "--no-deps", "--target", site, wheel)
     environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "80"}
-    run(sys.executable, "-m", "foveate.data.toy", "runs/toy", cwd=empty, env=environment)
-    before = sorted(empty.rglob("*"))
     commands = [
         ["ask", str(ROOT / "examples" / "signs.jpg"), "what digit is on the red shape?", "--json"],
         ["train", "tiny", "--dry-run"],
@@ -83,7 +86,7 @@ def test_an_installed_wheel_works_without_a_clone(wheel: Path, tmp_path: Path) -
         capture_output=True,
         text=True,
     )
-    place, *said = done.stdout.splitlines()
+    place, before, *said = done.stdout.splitlines()
     assert Path(place).is_relative_to(site), done.stderr
     assert [line for line in said if line.startswith("exit code")] == [
         "exit code 0",
@@ -100,4 +103,5 @@ def test_an_installed_wheel_works_without_a_clone(wheel: Path, tmp_path: Path) -
         f"error: no recipe at slim: give a YAML file, or the name of one in {recipes}: anyres, "
         in done.stderr
     )
-    assert sorted(empty.rglob("*")) == before
+    assert sorted(map(str, empty.rglob("*"))) == json.loads(before)
+    assert str(empty / "runs" / "toy" / "toy.json") in json.loads(before)

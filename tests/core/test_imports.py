@@ -15,10 +15,13 @@ import pytest
 import foveate
 from foveate.tiny import tiny_model
 
-# Imports torch once, then forks: each child is an interpreter without transformers and foveate.
+# Imports torch and other libraries that take long once, then forks: each child is an interpreter without
+# transformers and foveate.
 RUNNER = """
 import json, os, sys, traceback
-import torch
+import accelerate, huggingface_hub, jinja2, PIL.Image, scipy.optimize, sympy
+import torch, torch.distributed.tensor
+assert not {"transformers", "foveate"} & sys.modules.keys()
 failures = {}
 for name, code in json.loads(sys.stdin.read()).items():
     read, write = os.pipe()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from foveate import versions
+from foveate.tiny import tiny_model
+from tests import forked
+from tests.support import picture
 
 NEWER = "transformers 9.1.0 is newer than those that Foveate 0.1.0 was tested with"
 INSTALL = r"pip install 'transformers(<[\d.]+,>=[\d.]+|>=[\d.]+,<[\d.]+)'"
@@ -73,51 +76,26 @@ CALLS = {
 }
 
 
-# Each call in a child of one process, which has imported what takes long.
-RUNNER = """
-import os, sys, traceback
-import torch
-import transformers.models.llama.modeling_llama as m
-def forward(self, *, other): ...
-m.LlamaForCausalLM.forward = forward
-for code in sys.argv[1:]:
-    if not os.fork():
-        try:
-            exec(code, {})
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1, code
-    print("--- the next ---", file=sys.stderr, flush=True)
-"""
-
-
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="untested versions of transformers need Python 3.11")
-def test_every_door_says_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", CALLS)
+def test_every_door_says_it(door: str, tmp_path: Path) -> None:
     """With a transformers that calls itself 9.1.0 and whose LLM takes other arguments."""
-    from foveate.tiny import tiny_model
-    from tests.support import picture
-
     tiny, image = str(tmp_path / "tiny"), str(tmp_path / "picture.png")
     tiny_model("llava").save(tiny)
     picture(60, 90).save(image)
-    metadata = tmp_path / "newer" / "transformers-9.1.0.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.1.0\n")
-    path = os.pathsep.join([str(metadata.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.run(
-        [sys.executable, "-c", RUNNER, *(call.format(tiny=tiny, picture=image) for call in CALLS.values())],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    errors = process.stderr.split("--- the next ---\n")[:-1]
-    for door, error in zip(CALLS, errors, strict=True):
-        assert error.count(NEWER) == 1, f"{door}: {error}"
-        assert re.search(INSTALL, error), door
-        assert "TypeError" in error, door
+    described = tmp_path / "newer" / "transformers-9.1.0.dist-info" / "METADATA"
+    described.parent.mkdir(parents=True)
+    described.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.1.0\n")
+
+    def forward(self: Any, *, other: Any) -> None: ...
+
+    def work() -> None:
+        sys.path.insert(0, str(described.parents[1]))
+        LlamaForCausalLM.forward = forward
+        exec(CALLS[door].format(tiny=tiny, picture=image), {})
+
+    assert forked.Forked(work, output=tmp_path / "said.txt").wait() == 1
+    error = (tmp_path / "said.txt").read_text()
+    assert error.count(NEWER) == 1, error
+    assert re.search(INSTALL, error)
+    assert "TypeError" in error

@@ -90,21 +90,28 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lab's scales with so few steps and pictures that a run takes seconds."""
+    """The lab's scales with so few steps, pictures and layers that a run takes seconds."""
+    once = Schedule(steps=2, batch=2, lr=1e-3)
     for name in ("tiny", "small"):
         short = replace(
             SCALES[name],
-            tower=Schedule(steps=2, batch=4, lr=1e-3),
-            convnet=Schedule(steps=2, batch=4, lr=1e-3),
-            reader=Schedule(steps=2, batch=4, lr=1e-3),
-            cell=Schedule(steps=4, batch=4, lr=1e-3),
+            vision_width=16,
+            vision_layers=2,
+            vision_heads=2,
+            text_width=32,
+            text_layers=3,
+            text_heads=2,
+            tower=once,
+            convnet=once,
+            reader=once,
+            cell=once,
             tower_scenes=8,
             tower_test_scenes=40,
             scenes=16,
-            test_scenes=8,
+            test_scenes=4,
         )
         monkeypatch.setitem(SCALES, name, short)
-    monkeypatch.setattr(Experiment, "training", 4)  # where a file says how many steps
+    monkeypatch.setattr(Experiment, "training", 2)  # where a file says how many steps
     whole = lab_run.run
 
     def first_rows(experiment: Experiment, *arguments: Any, **more: Any) -> Path:

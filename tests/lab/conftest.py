@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate.lab.cell import Bench, make_bench
 from foveate.lab.parts import Parts, load_parts, prepare
 from foveate.lab.scales import SCALES, Schedule
 
@@ -45,6 +46,18 @@ def prepared(nano: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parts(prepared: Path) -> Parts:
     return load_parts("nano", prepared)
+
+
+@pytest.fixture(scope="session")
+def shared_bench(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A bench whose features are kept for other tests."""
+    return make_bench("words", "nano", tmp_path_factory.mktemp("bench"), parts)
+
+
+@pytest.fixture
+def bench(shared_bench: Bench, tmp_path: Path) -> Bench:
+    """The same pictures, and a folder that is empty."""
+    return replace(shared_bench, folder=tmp_path)

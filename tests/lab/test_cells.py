@@ -31,7 +31,7 @@ from foveate.lab.data import view_key
 from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
 from foveate.lab.levels import level_named
 from foveate.lab.packing import IGNORED
-from foveate.lab.parts import Parts, load_parts
+from foveate.lab.parts import load_parts
 from foveate.lab.report import markdown
 from foveate.lab.run import run
 from foveate.lab.scales import SCALES
@@ -44,11 +44,6 @@ from foveate.picture.geometry import Box, Size
 from tests.support import gap
 
 ALL = ("llava", "anyres", *CONTROLS)
-
-
-@pytest.fixture
-def bench(parts: Parts, tmp_path: Path) -> Bench:
-    return make_bench("words", "nano", tmp_path, parts)
 
 
 def cell(method: str, steps: int = 4, seed: int = 0, **options: object) -> Cell:

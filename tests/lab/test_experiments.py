@@ -7,34 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from foveate.lab.cell import Bench, Cell, make_bench
+from foveate.lab.cell import Bench, Cell
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student, under
 from foveate.lab.experiment import Experiment, Variant, read_experiment
-from foveate.lab.parts import Parts
 from foveate.shipped import find, shipped
 
 FILES = [find("experiment", name) for name in shipped("experiment")]
 ROWS = [(file.stem, variant) for file in FILES for variant in read_experiment(file).variants]
 
 
-@pytest.fixture
-def bench(parts: Parts, tmp_path: Path) -> Bench:
-    return make_bench("words", "nano", tmp_path, parts)
-
-
 @pytest.mark.parametrize(("file", "variant"), ROWS, ids=lambda value: str(value)[:40])
-def test_every_row_learns_in_every_stage(file: str, variant: Variant, bench: Bench) -> None:
+def test_every_row_learns_in_every_stage(file: str, variant: Variant, shared_bench: Bench) -> None:
     cell = Cell.of(Experiment((variant,), "words", "nano", steps=16), variant, 0)
     with controls():
-        student = make_student(cell, bench)
+        student = make_student(cell, shared_bench)
         student.ready()
         assert student.stages()
         for stage in student.stages():
             learner = under(student, stage)
             learner.model.train()
             learner.optimiser(stage)
-            learner.loss(bench.train, [0, 1], stage.captions).backward()
+            learner.loss(shared_bench.train, [0, 1], stage.captions).backward()
             for name in stage.trains:
                 grads = [p.grad for p in learner.model.get_submodule(name).parameters()]
                 assert any(grad is not None and grad.abs().max() > 0 for grad in grads), name

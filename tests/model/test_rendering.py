@@ -11,6 +11,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from foveate import FoveateError, load
+from foveate.model import rendering
 from foveate.model.rendering import bounded
 from foveate.model.text import TEMPLATES, chat_template, normalise_messages
 from foveate.tiny import tiny_model
@@ -90,8 +91,15 @@ RUNAWAYS = {
 }
 
 
+@pytest.fixture
+def low_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the real ones, and so reached sooner."""
+    for bound in ("STEPS", "SIZE", "TOTAL"):
+        monkeypatch.setattr(rendering, bound, getattr(rendering, bound) // 16)
+
+
 @pytest.mark.parametrize("name", RUNAWAYS)
-def test_what_runs_away_is_one_sentence(name: str) -> None:
+def test_what_runs_away_is_one_sentence(name: str, low_bounds: None) -> None:
     start = time.monotonic()
     with pytest.raises(FoveateError, match=r"^the chat template runs away: .*; name another template$"):
         bounded([SAID], RUNAWAYS[name])
@@ -244,6 +252,11 @@ def learning(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("door", [asking, asking_a_reader, asking_any_vlm, tokenizing, learning])
-def test_every_door_is_bounded(door: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_every_door_is_bounded(door: Callable[[Path], Any], low_bounds: None, tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="the chat template runs away"):
         door(tmp_path / "model")
+
+
+def test_the_real_bounds_end_a_template_too(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match=f"takes more than {2**19} steps, {2**26} characters or 4 seconds"):
+        asking(tmp_path / "model")

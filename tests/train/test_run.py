@@ -210,10 +210,14 @@ def test_every_method_trains(method: str, tmp_path: Path) -> None:
     assert found[-1] < found[0] - 1
 
 
+# Those whose connectors are like another one's, layer for layer.
+ALIKE = ("llava", "anyres", "chain_of_spot")
 SMALL_STEPS = {"bf16": True, "lr": 2e-5, "steps": 3, "schedule": "constant", "warmup_ratio": 0.0}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE[1:] else ()) for name in METHODS]
+)
 def test_what_trains_is_exact_in_a_model_of_bfloat16(method: str, tmp_path: Path) -> None:
     """Steps too small for bfloat16 add up; what is frozen stays in it; the folder is in it."""
     data = write_toy_data(tmp_path / "toy", 12)

@@ -22,7 +22,7 @@ from torch import Tensor
 from foveate.ask.answer import Ledger
 from foveate.ask.context import Context, Passage, can_go_on
 from foveate.methods.base import Rerun
-from foveate.model.cost import Pricer
+from foveate.model.cost import Pricer, shared_pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
 from foveate.model.queries import padded_queries
@@ -166,7 +166,7 @@ class Engine:
 
     @cached_property
     def pricer(self) -> Pricer:
-        return Pricer(self.model.config, self.model.dtype)
+        return shared_pricer(self.model.config, self.model.dtype)
 
     @names_versions
     @torch.inference_mode()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from threading import RLock
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel
 
 from foveate import upstream
+from foveate.methods import method_class
 from foveate.model.config import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.picture.geometry import Size, ViewPlan
@@ -190,8 +192,11 @@ class Vision(NamedTuple):
     inject: int  # FLOPs of the injectors in the prefill
 
 
+Prices: TypeAlias = Remembered[..., tuple[int, int, int]]
+
+
 class Pricer:
-    """Counts FLOPs on a weightless copy of a model.
+    """Counts FLOPs on a weightless copy of a model. Several threads may share one.
 
     Args:
         config: the model's configuration.
@@ -203,7 +208,14 @@ class Pricer:
             self.model = FoveateForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
         self._vision = Remembered(self._count_vision, most=256)
-        self._language = Remembered(self._count_language, most=256)
+        self._language: Prices = Remembered(self._count_language, most=256)
+        self._lock = RLock()  # held while the copy runs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=RLock())
 
     def plan(self, height: int, width: int) -> ViewPlan:
         return self.model.method.plan(height, width)
@@ -238,7 +250,7 @@ class Pricer:
             before = costs[-1] if costs else None
             kept = len(costs) * text_tokens + (before.visual_tokens if before else 0)
             tokens = plan.tokens + text_tokens
-            prefill, decode, kv = self._language(*((tokens, kept) if keep_context else (kept + tokens, 0)))
+            prefill, decode, kv = self.language(*((tokens, kept) if keep_context else (kept + tokens, 0)))
             again = None if keep_context else before
             costs.append(
                 Cost(
@@ -281,7 +293,7 @@ class Pricer:
         if model.method.reads_source:
             pixels = torch.zeros(*picture, 3, device="meta", dtype=torch.uint8)
             source = Source([pixels], torch.ones(1, 2, 3, device="meta"), look)
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             with FlopCounter() as encode:
                 features = model.encode_views(blank)
             with FlopCounter() as connect:
@@ -335,7 +347,7 @@ class Pricer:
         width = self.model.config.text_config.hidden_size
         embeds = torch.zeros(1, kept + tokens, width, device="meta", dtype=self.dtype)
         cache, name = None, upstream.CACHE
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
             if kept:
                 cache = language(inputs_embeds=embeds[:, :kept], use_cache=True)[name]
             with FlopCounter() as prefill:
@@ -346,3 +358,31 @@ class Pricer:
             with FlopCounter() as decode:
                 language(inputs_embeds=embeds[:, :1], **{name: cache})
         return prefill.total, decode.total, kv
+
+
+@dataclass(frozen=True)
+class _Same:
+    """One of those that have the same values, and cost the same."""
+
+    one: Any = field(compare=False)
+    values: Hashable
+
+
+def shared_pricer(config: FoveateConfig, dtype: torch.dtype) -> Pricer:
+    """The pricer of a loaded model: models that are alike share one, and equal LLMs have the same prices."""
+    vision, text = config.vision_config, config.text_config
+    llm = (dtype, text.to_json_string(use_diff=False), text._attn_implementation)
+    whole = (config.to_json_string(use_diff=False), vision._attn_implementation, method_class(config.method))
+    return _pricer(_Same(config, (*llm, *whole)), dtype, llm)
+
+
+@lru_cache(maxsize=32)
+def _pricer(config: _Same, dtype: torch.dtype, llm: Hashable) -> Pricer:
+    pricer = Pricer(copy.deepcopy(config.one), dtype)
+    pricer._language = _language(_Same(pricer, llm))
+    return pricer
+
+
+@lru_cache(maxsize=32)
+def _language(pricer: _Same) -> Prices:
+    return Remembered(pricer.one._count_language, most=1024)

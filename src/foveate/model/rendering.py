@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache
 from time import monotonic
 from types import CodeType
 from typing import Any
@@ -210,9 +210,9 @@ class Counted(ImmutableSandboxedEnvironment):
             raise TooMuch
 
     def _counted(self, name: str, function: Any) -> Callable[..., Any]:
-        skipped = 0 if getattr(function, "jinja_pass_arg", None) is None else 1
+        passed = getattr(function, "jinja_pass_arg", None)  # what Jinja gives it as first argument
+        skipped = 0 if passed is None else 1
 
-        @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = args[skipped:]
             for one in (*given, *kwargs.values()):
@@ -222,6 +222,8 @@ class Counted(ImmutableSandboxedEnvironment):
             self.meter.spend(self.meter.measure(result, deep=False))
             return result
 
+        if passed is not None:
+            vars(counted)["jinja_pass_arg"] = passed
         return counted
 
 

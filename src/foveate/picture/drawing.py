@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -238,21 +239,23 @@ def _places(boxes: Sequence[Edges], numbers: Sequence[Image.Image], page: Image.
     others, placed = np.array(boxes).reshape(-1, 4), np.empty((0, 4))
     for own, number in zip(boxes, numbers, strict=True):
         best, least = None, math.inf
-        for bother, x, y in _candidates(own, number.width, number.height):
-            if bother >= least:
-                continue
-            left, top = min(max(x, 0), page.width - number.width), min(max(y, 0), page.height - number.height)
-            spot = (left, top, left + number.width, top + number.height)
-            cost = bother + _disturbs(spot, own, others, placed)
-            if cost < least:
-                best, least = spot, cost
+        size, room = (number.width, number.height), (page.width - number.width, page.height - number.height)
+        for bother, corners in _candidates(own, *size):
+            if bother[0] >= least:
+                break
+            corners = np.clip(corners, 0, room)
+            spots = np.concatenate([corners, corners + size], axis=1)  # (k, 4)
+            costs = bother + _disturbs(spots, own, others, placed)
+            first = int(costs.argmin())
+            if costs[first] < least:
+                best, least = spots[first], costs[first]
         assert best is not None
         placed = np.concatenate([placed, [best]])
     return [(left, top, right, bottom) for left, top, right, bottom in placed.tolist()]
 
 
-def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, float, float]]:
-    """Costs and upper left corners of possible places for a number.
+def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Costs (k,) and upper left corners (k, 2) of possible places for a number, the cheapest first.
 
     They lie around the box, in its corners, then further and further away.
     """
@@ -266,35 +269,36 @@ def _candidates(box: Edges, width: int, height: int) -> Iterator[tuple[float, fl
         spots += [(x, bottom + away) for x in across] + [(left - away - width, top - away - height)]
         if ring == 0:
             spots += [(x, y) for y in (top, bottom - height) for x in (left, right - width)]
-        yield from ((0.6 * ring + 0.001 * rank, x, y) for rank, (x, y) in enumerate(spots))
+        yield 0.6 * ring + 0.001 * np.arange(len(spots)), np.array(spots)
 
 
-def _disturbs(spot: Edges, own: Edges, boxes: np.ndarray, placed: np.ndarray) -> float:
-    """The cost of a number's place: 0 if it hides nothing, more the larger the part that it hides.
+def _disturbs(spots: np.ndarray, own: Edges, boxes: np.ndarray, placed: np.ndarray) -> np.ndarray:
+    """The cost of places for a number (k, 4): 0 if one hides nothing, more the larger the part that it hides.
 
     `boxes` and `placed` (n, 4): all boxes, and the numbers that have their place.
     """
-    area = _area(spot)
-    cost = 4 * _common(placed, spot).sum() / area + 3 * _common(np.array([own]), spot)[0] / _area(own)
-    common = _common(boxes, spot)
-    hit = (common > 0) & (boxes != own).any(1)
-    boxes, common = boxes[hit], common[hit]
+    area = _area(tuple(spots[0]))  # all places have the number's size
+    costs = 4 * _common(placed, spots).sum(1) / area
+    costs += 3 * _common(np.array([own]), spots)[:, 0] / _area(own)
+    boxes = boxes[(boxes != own).any(1)]
+    common = _common(boxes, spots)  # (k, n)
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clip(min=1)
     around = (boxes[:, :2] <= (own[0] + 1, own[1] + 1)).all(1)
     around &= (boxes[:, 2:] >= (own[2] - 1, own[3] - 1)).all(1)
     # Inside another box that is not around its own, it would look like that box's number.
-    astray = (common / area)[~around].max(initial=0.0)
-    return float(cost + (common / areas).sum() + 0.4 * astray)
+    astray = common[:, ~around].max(axis=1, initial=0.0) / area
+    return np.asarray(costs + (common / areas).sum(1) + 0.4 * astray)
 
 
 def _area(box: Edges) -> float:
     return max((box[2] - box[0]) * (box[3] - box[1]), 1.0)
 
 
-def _common(boxes: np.ndarray, spot: Edges) -> np.ndarray:
-    """The area that each box (n, 4) shares with a spot, in pixels: (n,)."""
-    sides = np.minimum(boxes[:, 2:], spot[2:]) - np.maximum(boxes[:, :2], spot[:2])
-    return sides.clip(min=0).prod(1)
+def _common(boxes: np.ndarray, spots: np.ndarray) -> np.ndarray:
+    """The area that each box (n, 4) shares with each spot (k, 4), in pixels: (k, n)."""
+    across = np.minimum(boxes[:, 2], spots[:, 2:3]) - np.maximum(boxes[:, 0], spots[:, 0:1])
+    down = np.minimum(boxes[:, 3], spots[:, 3:4]) - np.maximum(boxes[:, 1], spots[:, 1:2])
+    return np.asarray(across.clip(min=0) * down.clip(min=0))
 
 
 def _centre(box: Edges) -> tuple[float, float]:
@@ -538,6 +542,7 @@ def _lacking(font: ImageFont.FreeTypeFont, letters: Iterable[str]) -> int:
     return sum(bytes(font.getmask(letter)) == none for letter in letters)
 
 
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # always, if a size is given
