@@ -19,6 +19,7 @@ BLOCK = 2**20  # bytes that are read at once
 LONGEST = 2**28  # bytes of a record
 NEAR = 16  # characters before the end of what has been read, in which a literal may be cut
 BLANKS = " \t\r\n"
+ENDS = (*BLANKS, ",", "]", "}", ":")  # what follows a value
 HUGE = "has a number of thousands of digits: write it as a text"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -155,7 +156,8 @@ class _Window:
             except RecursionError:
                 raise FoveateError(f"{self.path} {place} is nested too deeply to be a record") from None
             else:
-                if self.ended or end < len(self.text):  # a number may go on
+                cut = len(self.text) - end < NEAR and self.text[end : end + 1] not in ENDS
+                if self.ended or not cut:  # a number may go on
                     break
             if len(self.text) - self.at > LONGEST:
                 raise FoveateError(f"{self.path} {place} is longer than {LONGEST} bytes: write it smaller")
