@@ -1,0 +1,103 @@
+"""`foveate data`: what of a paper's data is on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from foveate.errors import FoveateError
+from foveate.shipped import shipped
+
+if TYPE_CHECKING:
+    from foveate.data.mixture import Mixture, RowReport
+
+app = typer.Typer(help="The data that the papers train on: what is there, and what can be built.")
+app.callback()(lambda: None)  # a single command would lose its name
+
+Data = Annotated[Path, typer.Option(help="The folder of data, from which all paths start.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command()
+def check(
+    mixture: Annotated[
+        str,
+        typer.Argument(
+            help=f"A YAML file, or the name of one of Foveate's: {', '.join(shipped('mixture'))}."
+        ),
+    ],
+    data: Data = Path("data"),
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage of the mixture; repeatable.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Look for every picture that the files name.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a paper's mixture with what is on disk. An error if anything is missing or differs."""
+    from foveate.data.mixture import check_mixture, load_mixture
+
+    wanted = load_mixture(mixture)
+    rows = check_mixture(wanted, data, stage or (), pictures)
+    problems = sum(len(row.problems()) for row in rows)
+    if as_json:
+        typer.echo(json.dumps([_values(row) for row in rows], indent=2, ensure_ascii=False))
+    else:
+        for line in _lines(wanted, rows):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
+    if problems:
+        things = "one thing is" if problems == 1 else f"{problems} things are"
+        raise FoveateError(f"the data of {wanted.title} in {data}: {things} missing or different, as listed")
+
+
+def _lines(mixture: Mixture, rows: list[RowReport]) -> list[str]:
+    lines = [f"{mixture.title} ({mixture.paper})"]
+    stage = ""
+    for report in rows:
+        if report.stage != stage:
+            stage = report.stage
+            total = mixture.stages[stage].paper
+            lines += ["", f"{stage}{'' if total is None else f', {total} in the paper'}"]
+        row = report.row
+        lines.append(f"  {row.name}{'' if row.paper is None else f', {row.paper} in the paper'}")
+        for part in row.files:
+            file = report.files[part.path]
+            problems = file.problems(part)
+            state = "missing" if not file.there else f"{file.records:,} records"
+            lines.append(f"    {'differs' if problems and file.there else state:>7}  {part.path}")
+            lines += [f"             {problem}" for problem in problems if file.there]
+            if file.twice:
+                twice = f"{file.twice:,}, such as {', '.join(file.twice_first)}"
+                lines.append(f"             note: records with an id that came before: {twice}")
+        own = {part.path for part in row.files}
+        lines += [f"             {text}" for place, text in report.problems() if place not in own]
+        if report.differs and report.whole:
+            lines.append(f"             note: {report.records:,} records are there, {row.paper} in the paper")
+        if row.note:
+            lines.append(f"             note: {row.note}")
+        if not all(file.there and not file.missing for file in report.files.values()):
+            for name in row.sources:
+                source = mixture.sources[name]
+                lines.append(f"             from {source.home}; licence: {source.licence}")
+    return lines
+
+
+def _values(report: RowReport) -> dict[str, Any]:
+    return {
+        "stage": report.stage,
+        "row": report.row.name,
+        "paper": report.row.paper,
+        "files": {
+            part.path: {
+                "there": report.files[part.path].there,
+                "records": report.files[part.path].records,
+                "published": part.records,
+                "missing_pictures": report.files[part.path].missing,
+            }
+            for part in report.row.files
+        },
+        "problems": [f"{place}: {text}" for place, text in report.problems()],
+    }
