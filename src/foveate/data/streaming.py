@@ -30,21 +30,21 @@ class Item(NamedTuple):
     Attributes:
         start: its first byte in the file.
         end: the byte after its last.
-        index: its number, from 0.
+        number: its place among them, from 0.
         key: in an object, the record's key.
         value: what it says.
     """
 
     start: int
     end: int
-    index: int
+    number: int
     key: str | None
     value: Any
 
     @property
     def place(self) -> str:
         """Its place in the file, as messages name it."""
-        return f"sample {self.index}" if self.key is None else f"record {self.key!r:.80}"
+        return f"sample {self.number}" if self.key is None else f"record {self.key!r:.80}"
 
 
 def listed(path: Path) -> Iterator[Item]:

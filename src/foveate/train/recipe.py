@@ -209,10 +209,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(path, "output, model, stages")
     for override in overrides:
         _override(values, override)
-    recipe = build_options(Recipe, values, where=str(path))
-    if recipe.mixture is not None:
-        find("mixture", recipe.mixture)
-    return recipe
+    built = build_options(Recipe, values, where=str(path))
+    if built.mixture is not None:
+        find("mixture", built.mixture)
+    return built
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
