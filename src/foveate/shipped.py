@@ -42,3 +42,9 @@ def find(kind: Kind, given: str | Path) -> Path:
 def _folder(kind: Kind) -> Path:
     package, folder = PLACES[kind]
     return Path(str(resources.files("foveate") / package / folder))
+
+
+def lines_of(*parts: str) -> list[str]:
+    """The lines of a text file of the package that are neither empty nor comments."""
+    text = resources.files("foveate").joinpath(*parts).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]

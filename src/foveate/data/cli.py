@@ -1,4 +1,4 @@
-"""`foveate data`: what of a paper's data is on disk."""
+"""`foveate data`: what of a paper's data is on disk, and the set of reasoning samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from foveate.data.mixture import Mixture, RowReport
 
 app = typer.Typer(help="The data that the papers train on: what is there, and what can be built.")
-app.callback()(lambda: None)  # a single command would lose its name
 
 Data = Annotated[Path, typer.Option(help="The folder of data, from which all paths start.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -51,6 +50,74 @@ def check(
     if problems:
         things = "one thing is" if problems == 1 else f"{problems} things are"
         raise FoveateError(f"the data of {wanted.title} in {data}: {things} missing or different, as listed")
+
+
+@app.command()
+def smr(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder with a folder for each source; picture paths start from it.")
+    ] = Path("data/SMR"),
+    out: Annotated[Path | None, typer.Option(help="The file; by default smr.json in the folder.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this source; repeatable.")] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with an evaluation set's pictures, which are left out; repeatable."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the lengths of questions and answers: .png, .svg or .pdf.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE in LLaVA's format to draw beside them; repeatable.")
+    ] = None,
+    dvqa: Annotated[int, typer.Option(min=1, help="Questions of DVQA, drawn at random.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Build SMR, science and mathematical reasoning, from ten published data sets."""
+    from rich.progress import Progress
+
+    from foveate.data.smr.build import CONVERTERS, Request, build
+
+    if compare and figure is None:
+        raise FoveateError("--compare needs --figure, which draws it")
+    request = Request(
+        folder=folder,
+        sources=tuple(only or CONVERTERS),
+        out=out or folder / "smr.json",
+        against=tuple(against or ()),
+        compare={name: Path(path) for name, path in map(_named, compare or ())},
+        figure=figure,
+        dvqa=dvqa,
+        seed=seed,
+        workers=workers,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    with Progress(console=console, disable=as_json, transient=True) as progress:
+        task = progress.add_task("samples", total=None)
+        reports = build(
+            request, lambda name, count: progress.update(task, description=f"{name}: {count:,} samples")
+        )
+    if as_json:
+        values = {name: report.values() for name, report in reports.items()}
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
+        return
+    for name, report in reports.items():
+        console.print(f"{name}: {report.kept:,} of {report.read:,} samples", markup=False)
+        for reason, count in report.left_out.most_common():
+            first = report.first[reason][0]
+            console.print(f"    left out {count:,}: {reason}, the first {first}", markup=False)
+    total = sum(report.kept for report in reports.values())
+    console.print(f"{total:,} samples written to {request.out}", markup=False)
+    if figure is not None:
+        console.print(f"lengths drawn in {figure}", markup=False)
+
+
+def _named(pair: str) -> tuple[str, str]:
+    name, equals, path = pair.partition("=")
+    if not (name and equals and path):
+        raise FoveateError(f"--compare {pair}: expected NAME=FILE")
+    return name, path
 
 
 def _lines(mixture: Mixture, rows: list[RowReport]) -> list[str]:
