@@ -49,7 +49,7 @@ def of_object(path: Path) -> Iterator[tuple[str, Fields]]:
 def of_file(path: Path) -> Fields:
     """The one record of a file."""
     try:
-        return Fields(json.loads(path.read_bytes().decode("utf-8-sig")), str(path))
+        record = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise FoveateError(f"{path} is not UTF-8 at byte {error.start}: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -58,6 +58,7 @@ def of_file(path: Path) -> Fields:
         raise FoveateError(f"{path} is not a record that can be read") from None
     except OSError as error:
         raise FoveateError(f"{path} cannot be read: {error.strerror}") from error
+    return Fields(record, str(path))
 
 
 def of_table(path: Path) -> Iterator[tuple[int, Fields]]:

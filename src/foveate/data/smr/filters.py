@@ -23,9 +23,9 @@ BLANK = "its picture shows nothing"
 EMPTY = "its question or its answer is empty"
 JUMBLED = "its text is jumbled"
 LEAK = "its picture is in an evaluation set"
-SIDE = 32  # pixels of a thumbnail
+SIDE = 16  # pixels of a thumbnail
 SMALLEST = 16  # pixels: a picture with a shorter side shows nothing
-NEAR = 12  # levels of 255 that no pixel of two thumbnails may differ by
+NEAR = 10  # levels of 255 that no pixel of two thumbnails may differ by
 SHAPE = 0.02  # by which the ratios of their sides may differ
 JUMBLE = 0.02  # of a text's characters that may be no characters
 KINDS = ("Cc", "Co", "Cn", "Cs")  # control, private, unassigned, halves of a pair
@@ -39,7 +39,7 @@ class Look:
     Attributes:
         digest: of its pixels and size.
         ratio: width by height.
-        thumbnail: (32 * 32,) uint8, its brightness.
+        thumbnail: (16 * 16,) uint8, its brightness.
     """
 
     digest: str
@@ -71,8 +71,8 @@ def look_at(picture: Path | bytes, limits: Limits = LIMITS) -> Look | str:
 class Evaluation:
     """The pictures of evaluation sets.
 
-    A picture is one of them if its pixels are the same; or, as after saving it anew or in another size, if its
-    shape is and no pixel of its thumbnail differs by more than 12 of 255 levels.
+    A picture is one of them if its pixels are the same; or, as after saving it anew or in another size, if
+    its shape is and no pixel of its thumbnail differs by more than 10 of 255 levels.
 
     Args:
         looks: of the pictures.
