@@ -389,7 +389,8 @@ def test_lengths_count_words_and_draw(root: Path, tmp_path: Path) -> None:
     figure = tmp_path / "lengths.png"
     result = foveate("data", "smr", root, "--figure", figure, "--compare", f"LLaVA={other}", "--workers", 1)
     assert result.code == 0, result.stderr
-    assert Image.open(figure).size == (1500, 540)
+    assert result.stdout.startswith("arxivqa: 1 of 1 samples\n")
+    assert Image.open(figure).size == (1500, 660)
     kept = json.loads((root / "smr.report.json").read_text())["sources"]["Geometry3K"]["lengths"]
     assert kept["samples"] == 1 and kept["answer_words_mean"] == 1.0
 

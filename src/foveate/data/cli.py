@@ -93,7 +93,7 @@ def smr(
         workers=workers,
     )
     console = Console(soft_wrap=True, highlight=False)
-    with Progress(console=console, disable=as_json, transient=True) as progress:
+    with Progress(console=console, disable=as_json or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("samples", total=None)
         reports = build(
             request, lambda name, count: progress.update(task, description=f"{name}: {count:,} samples")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def lengths_of(path: Path) -> Lengths:
 def draw(sets: dict[str, Lengths], out: Path, format: str) -> None:
     """Draws the shares of samples by the lengths of queries and answers.
 
-    The axes end where 99 % of the first set's samples lie, as in the paper; longer ones are in the last bin.
+    The axes end where 99 % of the first set's samples lie, as in the paper; the legend counts longer ones.
 
     Args:
         sets: by name; at least one, none empty.
@@ -87,23 +88,24 @@ def draw(sets: dict[str, Lengths], out: Path, format: str) -> None:
     require("matplotlib", "lab", "the figure of lengths")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes: Sequence[Any] = figure.subplots(1, 2)
     first = next(iter(sets.values()))
     for axis, name in zip(axes, ("queries", "answers"), strict=True):
-        reference = getattr(first, name)
-        end = max(1.0, float(np.quantile(reference, SHARE)))
-        edges = np.linspace(0, end, BINS + 1)
-        middles = (edges[1:] + edges[:-1]) / 2
+        end = max(1, math.ceil(np.quantile(getattr(first, name), SHARE)))
+        width = math.ceil(end / BINS)  # whole words: bins of other widths would hold one number or two
+        edges = np.arange(0, end + width + 1, width) - 0.5
         for label, lengths in sets.items():
-            values = np.minimum(getattr(lengths, name), end)
-            shares = np.histogram(values, edges)[0] / len(values)
-            axis.plot(middles, 100 * shares, label=f"{label} (mean {np.mean(getattr(lengths, name)):.1f})")
+            values = np.array(getattr(lengths, name))
+            shares = 100 * np.histogram(values, edges)[0] / len(values)
+            longer = 100 * np.mean(values > edges[-1])
+            text = f"{label}: mean {values.mean():.1f}, {longer:.0f} % longer"
+            axis.stairs(shares, edges, label=text, linewidth=1.4)
         axis.set_xlabel(f"words of {name}, all turns of a sample together")
         axis.set_ylabel("samples in %")
         axis.set_xlim(0, end)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))  # above the curves
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     with explained(out):
