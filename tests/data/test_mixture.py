@@ -97,7 +97,7 @@ def test_a_whole_mixture_passes(mixture: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([record("1")], "1 records, and 2 in the published file"),
+        ([record("1")], "1 record, and 2 in the published file"),
         (
             [record("1"), record("2", "2.png")],
             "pictures (1): data/pictures/2.png (data/a.json sample 1)",
@@ -160,7 +160,7 @@ def test_json_has_every_problem(mixture: Path) -> None:
     fill([record("1")])
     (row,) = json.loads(foveate("data", "check", mixture, "--json").stdout)
     assert row["files"]["a.json"] == {"there": True, "records": 1, "published": 2, "missing_pictures": 0}
-    assert row["problems"] == ["a.json: 1 records, and 2 in the published file"]
+    assert row["problems"] == ["a.json: 1 record, and 2 in the published file"]
 
 
 @pytest.mark.parametrize(

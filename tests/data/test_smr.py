@@ -188,7 +188,7 @@ def test_all_ten_are_built_and_can_be_trained_on(root: Path) -> None:
     assert result.code == 0, result.stderr
     assert "ai2d: 1 of 2 samples" in result.stdout and f"left out 1: {science.NO_LETTERS}" in result.stdout
     data = read_conversations(root / "smr.json")
-    assert len(data) == 16 and "16 samples written" in result.stdout
+    assert len(data) == 16 and "smr.json: 16 samples" in result.stdout
     for index in range(len(data)):
         (picture,) = [p["image"] for m in data.messages(index) for p in m["content"] if p["type"] == "image"]
         assert Path(picture).is_file()
@@ -255,6 +255,27 @@ def test_pictures_of_evaluation_sets_are_left_out(root: Path, tmp_path: Path, ch
         image = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.BICUBIC)
     image.save(held / ("x.jpg" if change == "jpeg" else "x.png"), quality=90)
     assert left_out(root, "DVQA", against=(tmp_path / "benchmark",)) == {LEAK: 1}
+
+
+def test_evaluation_sets_in_parquet_hold_their_pictures(root: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    held = [(root / "DVQA/images" / DVQA[i]["image"]).read_bytes() for i in (2, 4)]
+    rows = [{"question": "?", "images": [{"bytes": picture, "path": None}]} for picture in held]
+    Dataset.from_list(rows).to_parquet(tmp_path / "test-0.parquet")
+    assert left_out(root, "DVQA", against=(tmp_path / "test-0.parquet",)) == {LEAK: 2}
+
+
+def test_mathvision_in_parquet_holds_its_pictures(root: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    picture = {"bytes": draw(tmp_path / "p.png", 7).read_bytes(), "path": "1.jpg"}
+    for split, records in (("test", MATHVISION), ("testmini", MATHVISION[2:])):
+        (root / f"mathvision/{split}.jsonl").unlink()
+        rows = [{**record, "decoded_image": picture} for record in records]
+        Dataset.from_list(rows).to_parquet(root / f"mathvision/data/{split}-0.parquet")
+    build(only(root, "mathvision"))
+    assert [r["id"] for r in json.loads((root / "smr.json").read_text())] == ["mathvision-1", "mathvision-2"]
 
 
 def test_other_pictures_are_no_leaks(root: Path, tmp_path: Path) -> None:
@@ -389,7 +410,7 @@ def test_lengths_count_words_and_draw(root: Path, tmp_path: Path) -> None:
     figure = tmp_path / "lengths.png"
     result = foveate("data", "smr", root, "--figure", figure, "--compare", f"LLaVA={other}", "--workers", 1)
     assert result.code == 0, result.stderr
-    assert result.stdout.startswith("arxivqa: 1 of 1 samples\n")
+    assert result.stdout.startswith("arxivqa: 1 of 1 sample\n")
     assert Image.open(figure).size == (1500, 660)
     kept = json.loads((root / "smr.report.json").read_text())["sources"]["Geometry3K"]["lengths"]
     assert kept["samples"] == 1 and kept["answer_words_mean"] == 1.0

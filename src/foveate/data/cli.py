@@ -61,7 +61,9 @@ def smr(
     only: Annotated[list[str] | None, typer.Option(help="Only this source; repeatable.")] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder with an evaluation set's pictures, which are left out; repeatable."),
+        typer.Option(
+            help="Folder, or Parquet files, with pictures of an evaluation set, which are left out."
+        ),
     ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw the lengths of questions and answers: .png, .svg or .pdf.")
@@ -77,6 +79,7 @@ def smr(
     """Build SMR, science and mathematical reasoning, from ten published data sets."""
     from rich.progress import Progress
 
+    from foveate.data.mixture import counted
     from foveate.data.smr.build import CONVERTERS, Request, build
 
     if compare and figure is None:
@@ -103,12 +106,12 @@ def smr(
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
         return
     for name, report in reports.items():
-        console.print(f"{name}: {report.kept:,} of {report.read:,} samples", markup=False)
+        console.print(f"{name}: {report.kept:,} of {counted(report.read, 'sample')}", markup=False)
         for reason, count in report.left_out.most_common():
             first = report.first[reason][0]
             console.print(f"    left out {count:,}: {reason}, the first {first}", markup=False)
     total = sum(report.kept for report in reports.values())
-    console.print(f"{total:,} samples written to {request.out}", markup=False)
+    console.print(f"written to {request.out}: {counted(total, 'sample')}", markup=False)
     if figure is not None:
         console.print(f"lengths drawn in {figure}", markup=False)
 
@@ -121,6 +124,8 @@ def _named(pair: str) -> tuple[str, str]:
 
 
 def _lines(mixture: Mixture, rows: list[RowReport]) -> list[str]:
+    from foveate.data.mixture import counted
+
     lines = [f"{mixture.title} ({mixture.paper})"]
     stage = ""
     for report in rows:
@@ -133,7 +138,7 @@ def _lines(mixture: Mixture, rows: list[RowReport]) -> list[str]:
         for part in row.files:
             file = report.files[part.path]
             problems = file.problems(part)
-            state = "missing" if not file.there else f"{file.records:,} records"
+            state = "missing" if not file.there else counted(file.records, "record")
             lines.append(f"    {'differs' if problems and file.there else state:>7}  {part.path}")
             lines += [f"             {problem}" for problem in problems if file.there]
             if file.twice:
@@ -142,7 +147,9 @@ def _lines(mixture: Mixture, rows: list[RowReport]) -> list[str]:
         own = {part.path for part in row.files}
         lines += [f"             {text}" for place, text in report.problems() if place not in own]
         if report.differs and report.whole:
-            lines.append(f"             note: {report.records:,} records are there, {row.paper} in the paper")
+            lines.append(
+                f"             note: {counted(report.records, 'record')} here, {row.paper} in the paper"
+            )
         if row.note:
             lines.append(f"             note: {row.note}")
         if not all(file.there and not file.missing for file in report.files.values()):

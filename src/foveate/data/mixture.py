@@ -130,6 +130,11 @@ def rounded(text: str) -> tuple[float, float]:
     return float(match[1]) * unit - half, float(match[1]) * unit + half
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def leaves(path: str) -> str | None:
     """Why a path of the data may leave their folder; None if it does not.
 
@@ -180,11 +185,12 @@ class FileReport:
             return ["the file is missing"]
         found = [] if self.broken is None else [self.broken]
         if self.broken is None and part.records is not None and part.records != self.records:
-            found.append(f"{self.records:,} records, and {part.records:,} in the published file")
+            found.append(f"{counted(self.records, 'record')}, and {part.records:,} in the published file")
         for folder, count in part.folders.items():
             if self.broken is None and self.folders[folder] != count:
                 where = "without a picture" if folder == WITHOUT else f"with pictures in {folder}"
-                found.append(f"{self.folders[folder]:,} records {where}, and {count:,} in the published file")
+                number = counted(self.folders[folder], "record")
+                found.append(f"{number} {where}, and {count:,} in the published file")
         for count, what, first in (
             (self.missing, "missing pictures", self.missing_first),
             (self.outside, "picture paths that leave the folder of data, refused", self.outside_first),
@@ -260,7 +266,7 @@ def _look_at(
             known[picture] = _exists(images / picture)
             if not known[picture]:
                 report.missing += 1
-                _note(report.missing_first, f"{images / picture} ({where})")
+                _note(report.missing_first, f"{images / picture!s:.200} ({where})")
     try:
         to_messages(record, images)
     except FoveateError as error:
@@ -337,7 +343,9 @@ class RowReport:
         found = [(part.path, text) for part in files for text in self.files[part.path].problems(part)]
         unpublished = any(part.records is None for part in files)
         if self.differs and unpublished:
-            found.append((self.row.name, f"{self.records:,} records, and {self.row.paper} in the paper"))
+            found.append(
+                (self.row.name, f"{counted(self.records, 'record')}, and {self.row.paper} in the paper")
+            )
         return found
 
 

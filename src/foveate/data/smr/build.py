@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from foveate.data.mixture import leaves
 from foveate.data.smr.charts import DRAWN, chartqa, dvqa
 from foveate.data.smr.drafts import Draft
-from foveate.data.smr.filters import BLANK, LEAK, Evaluation, Look, look_at, pictures_in, text_problem
+from foveate.data.smr.filters import BLANK, LEAK, Evaluation, Look, look_at, pictures_of, text_problem
 from foveate.data.smr.maths import geometry3k, geoqa3, mathvision, tabmwp
 from foveate.data.smr.science import ai2d, arxivqa, scienceqa, textbookqa
 from foveate.data.smr.statistics import MARK, Lengths, draw, lengths_of
@@ -53,7 +53,7 @@ class Request:
         folder: of the sources; picture paths start from it.
         sources: names of `CONVERTERS`.
         out: the file of conversations, `.json`.
-        against: folders with the pictures of evaluation sets.
+        against: folders with the pictures of evaluation sets, or Parquet files that hold them.
         compare: files of conversations whose lengths are drawn beside, by name.
         figure: the drawing of lengths, `.png`, `.svg` or `.pdf`.
         dvqa: questions of DVQA that are drawn.
@@ -176,16 +176,17 @@ def _reasons(reports: dict[str, SourceReport]) -> str:
     return "; ".join(f"of {count:,}, {reason}" for reason, count in total.most_common()) or "they hold none"
 
 
-def _evaluation(folders: Sequence[Path], pool: Executor) -> Evaluation:
+def _evaluation(sets: Sequence[Path], pool: Executor) -> Evaluation:
     """The pictures of evaluation sets. Raises `FoveateError` for one that cannot be read."""
     looks = []
-    for folder in folders:
-        paths = list(pictures_in(folder))
-        for path, look in zip(paths, pool.map(look_at, paths), strict=True):
-            if isinstance(look, Look):
-                looks.append(look)
-            elif look != BLANK:
-                raise FoveateError(f"{path} of an evaluation set cannot be compared with: {look}")
+    for path in sets:
+        pictures = pictures_of(path)
+        while batch := list(islice(pictures, AT_ONCE)):
+            for (where, _), look in zip(batch, pool.map(look_at, [p for _, p in batch]), strict=True):
+                if isinstance(look, Look):
+                    looks.append(look)
+                elif look != BLANK:
+                    raise FoveateError(f"{where} of an evaluation set cannot be compared with: {look}")
     return Evaluation(looks)
 
 

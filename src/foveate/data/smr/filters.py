@@ -9,10 +9,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from foveate.data.shards import is_shards, open_rows
 from foveate.errors import FoveateError
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import read_picture
@@ -98,14 +100,37 @@ class Evaluation:
         return bool((np.abs(candidates - look.thumbnail).max(axis=1, initial=0) <= NEAR).any())
 
 
-def pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures below a folder. Raises `FoveateError` if there are none."""
-    if not folder.is_dir():
-        raise FoveateError(f"there is no folder {folder} with the pictures of an evaluation set")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not found:
-        raise FoveateError(f"{folder} holds no pictures: name the folder of those of an evaluation set")
-    yield from found
+def pictures_of(path: Path) -> Iterator[tuple[str, Path | bytes]]:
+    """The pictures of an evaluation set with their names: below a folder, or in the rows of Parquet files.
+
+    Raises `FoveateError` if there are none.
+    """
+    count = 0
+    if is_shards(path):
+        rows = open_rows(path)
+        for index in range(len(rows)):
+            file, place = rows.place(index)
+            for picture in _held(rows.record(index)):
+                count += 1
+                yield f"{file} {place}", picture
+    elif path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in PICTURES:
+                count += 1
+                yield str(file), file
+    else:
+        raise FoveateError(f"there is no folder {path} with the pictures of an evaluation set")
+    if not count:
+        raise FoveateError(f"{path} holds no pictures: name what has those of an evaluation set")
+
+
+def _held(value: Any) -> Iterator[bytes]:
+    """The pictures that a row holds."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _held(inner)
 
 
 def text_problem(query: str, answer: str) -> str | None:
