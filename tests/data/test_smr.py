@@ -347,6 +347,21 @@ def test_broken_files_are_named(root: Path, name: str, file: str, content: bytes
     assert "\n" not in str(error.value) and not (root / "smr.json").exists()
 
 
+def test_a_source_that_fails_late_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    """Not the samples of those before it, nor the pictures that were taken out of Parquet."""
+    from datasets import Dataset
+
+    picture = {"bytes": draw(tmp_path / "p.png", 7).read_bytes(), "path": "image.png"}
+    row = {key: value for key, value in SCIENCE.items() if key != "split"}
+    (root / "scienceqa/problems.json").unlink()
+    Dataset.from_list([{**row, "image": picture}]).to_parquet(root / "scienceqa/train-0.parquet")
+    (root / "ChartQA/train/train_human.json").write_bytes(b'[{"imgname": "x.png"}]')
+    before = {path.name for path in root.iterdir()}
+    with pytest.raises(FoveateError, match="sample 0: 'query' must be a text or a number, not missing"):
+        build(Request(root, ("scienceqa", "ChartQA"), root / "smr.json"))
+    assert {path.name for path in root.iterdir()} == before
+
+
 def test_a_record_that_came_before_word_for_word_is_left_out(root: Path) -> None:
     write_lines(root / "arxivqa/arxivqa.jsonl", [ARXIV, ARXIV])
     assert left_out(root, "arxivqa") == {"it came before, word for word": 1}

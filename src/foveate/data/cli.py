@@ -33,14 +33,16 @@ def check(
     stage: Annotated[
         list[str] | None, typer.Option(help="Only this stage of the mixture; repeatable.")
     ] = None,
-    pictures: Annotated[bool, typer.Option(help="Look for every picture that the files name.")] = True,
+    no_pictures: Annotated[
+        bool, typer.Option("--no-pictures", help="Do not look for the pictures that the files name.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a paper's mixture with what is on disk. An error if anything is missing or differs."""
     from foveate.data.mixture import check_mixture, load_mixture
 
     wanted = load_mixture(mixture)
-    rows = check_mixture(wanted, data, stage or (), pictures)
+    rows = check_mixture(wanted, data, stage or (), not no_pictures)
     problems = sum(len(row.problems()) for row in rows)
     if as_json:
         typer.echo(json.dumps([_values(row) for row in rows], indent=2, ensure_ascii=False))

@@ -23,7 +23,7 @@ from foveate.data.smr.maths import geometry3k, geoqa3, mathvision, tabmwp
 from foveate.data.smr.science import ai2d, arxivqa, scienceqa, textbookqa
 from foveate.data.smr.statistics import MARK, Lengths, draw, lengths_of
 from foveate.errors import FoveateError
-from foveate.files import changed_folder, explained, new_file
+from foveate.files import UNFINISHED, changed_folder, explained, new_file
 
 Convert = Callable[[Path, random.Random], Iterator[Draft]]
 CONVERTERS: dict[str, Convert] = {
@@ -42,6 +42,7 @@ AT_ONCE = 256  # samples whose pictures are decoded side by side
 SHOWN = 3  # examples of what is left out
 AGAIN = "it came before, word for word"
 EXTRACTED = "pictures"  # below the folder: those that Parquet files hold
+UNMATCHED = f"{UNFINISHED}{UNFINISHED}"  # no picture is stale: another file may name it
 DRAWINGS = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
@@ -221,7 +222,7 @@ class _Extracted:
     def add(self, picture: bytes) -> str:
         """Keeps a picture; returns its path below the folder."""
         if self.part is None:
-            self.part = self.stack.enter_context(changed_folder(self.folder / EXTRACTED, "nothing"))
+            self.part = self.stack.enter_context(changed_folder(self.folder / EXTRACTED, UNMATCHED))
         ending = "jpg" if picture.startswith(b"\xff\xd8") else "png"
         name = f"{hashlib.sha256(picture).hexdigest()[:24]}.{ending}"
         (self.part / name).write_bytes(picture)
