@@ -21,7 +21,7 @@ from foveate.data.smr.drafts import Draft
 from foveate.data.smr.filters import BLANK, LEAK, Evaluation, Look, look_at, pictures_of, text_problem
 from foveate.data.smr.maths import geometry3k, geoqa3, mathvision, tabmwp
 from foveate.data.smr.science import ai2d, arxivqa, scienceqa, textbookqa
-from foveate.data.smr.statistics import MARK, Lengths, draw, lengths_of
+from foveate.data.smr.statistics import MARK, Lengths, draw, lengths_of, require_drawing
 from foveate.errors import FoveateError
 from foveate.files import UNFINISHED, changed_folder, explained, new_file
 
@@ -131,6 +131,11 @@ def build(request: Request, progress: Callable[[str, int], None] | None = None) 
         FoveateError: a source that is missing or not in its published format, a path that leaves the folder,
             an id with two contents, nothing left; the message names the record. Nothing is written then.
     """
+    for path in filter(None, (request.out, request.figure)):  # before hours of work
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if request.figure is not None:
+        require_drawing()
     reports = {name: SourceReport() for name in request.sources}
     compared = {name: lengths_of(path) for name, path in request.compare.items()}
     for name, lengths in compared.items():
@@ -139,8 +144,6 @@ def build(request: Request, progress: Callable[[str, int], None] | None = None) 
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(request.workers))
         evaluation = _evaluation(request.against, pool)
-        with explained(request.out):
-            request.out.parent.mkdir(parents=True, exist_ok=True)
         part = stack.enter_context(new_file(request.out))  # gets its name last
         report_file = stack.enter_context(new_file(request.out.with_suffix(".report.json")))
         pictures = stack.enter_context(_Extracted(request.folder))

@@ -75,6 +75,11 @@ def lengths_of(path: Path) -> Lengths:
     return found
 
 
+def require_drawing() -> None:
+    """Raises `FoveateError` where matplotlib is not installed."""
+    require("matplotlib", "lab", "the figure of lengths")
+
+
 def draw(sets: dict[str, Lengths], out: Path, format: str) -> None:
     """Draws the shares of samples by the lengths of queries and answers.
 
@@ -85,7 +90,7 @@ def draw(sets: dict[str, Lengths], out: Path, format: str) -> None:
         out: the file.
         format: of the file: png, svg, pdf.
     """
-    require("matplotlib", "lab", "the figure of lengths")
+    require_drawing()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
