@@ -1,4 +1,4 @@
-"""Recipes and experiments that come with Foveate, found by their names."""
+"""Recipes, experiments and mixtures that come with Foveate, found by their names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Literal
 
 from foveate.errors import FoveateError
 
-Kind = Literal["recipe", "experiment"]
-PLACES: dict[Kind, tuple[str, str]] = {"recipe": ("train", "recipes"), "experiment": ("lab", "experiments")}
+Kind = Literal["recipe", "experiment", "mixture"]
+PLACES: dict[Kind, tuple[str, str]] = {
+    "recipe": ("train", "recipes"),
+    "experiment": ("lab", "experiments"),
+    "mixture": ("data", "mixtures"),
+}
 
 
 def shipped(kind: Kind) -> list[str]:
@@ -18,7 +22,7 @@ def shipped(kind: Kind) -> list[str]:
 
 
 def find(kind: Kind, given: str | Path) -> Path:
-    """The file of a recipe or an experiment, given as a path or by its name; a file at the path wins.
+    """The file of one of a kind, given as a path or by its name; a file at the path wins.
 
     Raises `FoveateError` that lists the names if there is neither.
     """
@@ -38,3 +42,9 @@ def find(kind: Kind, given: str | Path) -> Path:
 def _folder(kind: Kind) -> Path:
     package, folder = PLACES[kind]
     return Path(str(resources.files("foveate") / package / folder))
+
+
+def lines_of(*parts: str) -> list[str]:
+    """The lines of a text file of the package that are neither empty nor comments."""
+    text = resources.files("foveate").joinpath(*parts).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]

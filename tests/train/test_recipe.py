@@ -236,6 +236,13 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | bytes, message: str) 
     assert "\n" not in str(error.value)
 
 
+def test_a_mixture_is_one_that_exists_and_changes_no_run(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), ["mixture=llava"])
+    assert difference(to_dict(load_recipe(write(tmp_path, SMALL))), to_dict(recipe)) is None
+    with pytest.raises(FoveateError, match=r"no mixture at lava: .*: chain_of_spot, .*, slime$"):
+        load_recipe(write(tmp_path, SMALL), ["mixture=lava"])
+
+
 def test_a_mark_of_the_byte_order_changes_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL)
     plain = load_recipe(path)

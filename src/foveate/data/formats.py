@@ -32,12 +32,12 @@ from urllib.request import url2pathname
 import numpy as np
 
 from foveate.data.shards import Rows, is_shards, open_rows
+from foveate.data.streaming import lines, listed
 from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN
 from foveate.model.text import checked_part, decoded, kind_of
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-BLANKS = " \t\r\n"
 NEWLINE = b"\n"
 TURNS = ("conversations", "messages")
 PICTURES = ("image", "images")
@@ -53,9 +53,7 @@ ALIASES = {
 LEARNT = ("loss", "weight")  # of a turn
 UNLEARNT = ("train", "learn", "mask", "loss_mask", "loss_weight", "train_on_turn", "weights")
 LONGEST_PATH = 4096  # characters; longer ones are pictures in base64
-HUGE = "has a number of thousands of digits: write it as a text"
 SHOWN = 80  # characters of an id in messages
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 HOW_TO_CONVERT = {
     ".csv": "from_csv",
     ".arrow": "from_file",
@@ -210,8 +208,12 @@ def open_records(path: Path, images: Path | None, check: Callable[[Any, int, str
 
 def _each(path: Path) -> Iterator[tuple[int, int, tuple[Path, str], Any]]:
     """Records of a JSON file: first byte, the one after the last, file and place for messages, record."""
-    for start, end, place, record in _lines(path) if path.suffix == ".jsonl" else _items(path):
-        yield start, end, (path, place), record
+    if path.suffix == ".jsonl":
+        for start, end, place, record in lines(path):
+            yield start, end, (path, place), record
+        return
+    for item in listed(path):
+        yield item.start, item.end, (path, item.place), item.value
 
 
 def _each_row(rows: Rows) -> Iterator[tuple[int, int, tuple[Path, str], Any]]:
@@ -492,81 +494,3 @@ def record_name(path: Path, place: str, record: Any) -> str:
         return f"{path} {place}"
     name = str(record["id"]).encode("utf-8", "backslashreplace").decode()
     return f"{path} {place} (id {name if len(name) <= SHOWN else name[:SHOWN] + '...'})"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, str, Any]]:
-    """Records of a JSONL file: first byte, the one after the last, place for messages, record."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-            if content.strip():
-                if start == 0 and content.lstrip().startswith(b"["):
-                    raise FoveateError(
-                        f"{path} line {number} begins a JSON list: give the file the ending .json"
-                    )
-                where = f"{path} line {number}"
-                yield (
-                    start + len(line) - len(content),
-                    start + len(line),
-                    f"line {number}",
-                    _parse(content, where),
-                )
-            start += len(line)
-
-
-def _items(path: Path) -> Iterator[tuple[int, int, str, Any]]:
-    """Records of a JSON list, parsed one at a time: all together they would take several times the memory."""
-    text = path.read_bytes().decode("latin-1")  # a character a byte: positions are byte offsets
-    decoder = json.JSONDecoder()
-    position = _skip(text, 3 if text.startswith(BYTE_ORDER_MARK.decode("latin-1")) else 0)
-    if text[position : position + 1] != "[":
-        raise FoveateError(
-            f"{path} should hold a JSON list of records; one record a line goes in a .jsonl file"
-        )
-    index, separator = 0, "["
-    while True:
-        position = _skip(text, position + 1)
-        if separator == "[" and text[position : position + 1] == "]":
-            return
-        try:
-            record, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise FoveateError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
-        except ValueError:
-            raise FoveateError(f"{path} sample {index} {HUGE}") from None
-        except RecursionError:
-            raise FoveateError(f"{path} sample {index} is nested too deeply to be a record") from None
-        source = text[position:end]
-        if not source.isascii():
-            record = _parse(source.encode("latin-1"), f"{path} sample {index}")
-        yield position, end, f"sample {index}", record
-        index, position = index + 1, _skip(text, end)
-        separator = text[position : position + 1]
-        if separator == "]":
-            if _skip(text, position + 1) < len(text):
-                raise FoveateError(f"{path} is not valid JSON: there is more after the list's end")
-            return
-        if separator != ",":
-            line = text.count("\n", 0, position) + 1
-            raise FoveateError(f"{path} line {line} is not valid JSON: expected a comma or the list's end")
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in BLANKS:
-        position += 1
-    return position
-
-
-def _parse(source: bytes, where: str) -> Any:
-    try:
-        return json.loads(source.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise FoveateError(f"{where} is not UTF-8 at byte {error.start}: save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        place = f"{error.msg} at character {error.pos + 1}"
-        raise FoveateError(f"{where} is not valid JSON: {place}; a record takes one line") from None
-    except ValueError:
-        raise FoveateError(f"{where} {HUGE}") from None
-    except RecursionError:
-        raise FoveateError(f"{where} is nested too deeply to be a record") from None

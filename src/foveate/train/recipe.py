@@ -21,7 +21,7 @@ from foveate.written import read_pair, read_yaml
 
 MOST = 1_000_000  # epochs, and repeats of a file
 # Settings that do not affect the result: a resumed run may change them.
-WITHOUT_EFFECT = ("save_steps", "log_steps", "workers", "max_pixels")
+WITHOUT_EFFECT = ("save_steps", "log_steps", "workers", "max_pixels", "mixture")
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class Recipe:
     model: ModelSpec
     stages: dict[str, Stage]  # by name, in order
     seed: int = 42
+    mixture: str | None = None  # the data of the paper, for `foveate data check`: a YAML file, or its name
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -231,7 +232,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(path, "output, model, stages")
     for override in overrides:
         _override(values, override)
-    return build_options(Recipe, values, where=str(path))
+    built = build_options(Recipe, values, where=str(path))
+    if built.mixture is not None:
+        find("mixture", built.mixture)
+    return built
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
