@@ -25,8 +25,9 @@ from typing import Any
 
 from jinja2 import Environment, Template
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -154,3 +155,32 @@ def attention_maps(layer: nn.Module) -> Iterator[list[Tensor]]:
 def changes(tensor: Tensor) -> int:
     """A number that rises whenever a tensor is changed in place; 0 for inference tensors."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+# A processor checks every part that its `__init__` names by `check_argument_for_proper_class`; `get_attributes`
+# names them in their order, which is the one that `from_args_and_dict` takes.
+def pictures_alone(
+    kind: type[ProcessorMixin], images: Any, tokenizer: Any, values: Mapping[str, Any]
+) -> ProcessorMixin:
+    """A processor that reads pictures and text; its parts for videos and sound are None.
+
+    Args:
+        kind: the processor's class.
+        images: its image processor.
+        tokenizer: its tokenizer.
+        values: the content of its `processor_config.json`.
+    """
+
+    class Pictures(kind):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return argument is None or super().check_argument_for_proper_class(argument_name, argument)
+
+    Pictures.__name__ = kind.__name__
+    parts = {"image_processor": images, "tokenizer": tokenizer}
+    return Pictures.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], dict(values))
+
+
+# The classes of processors by the type of their model.
+def usual_processor(model_type: str) -> str | None:
+    """The name of the processor's class for models of a type; None if transformers has none."""
+    return PROCESSOR_MAPPING_NAMES.get(model_type)
