@@ -27,7 +27,6 @@ from jinja2 import Environment, Template
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -183,4 +182,6 @@ def pictures_alone(
 # The classes of processors by the type of their model.
 def usual_processor(model_type: str) -> str | None:
     """The name of the processor's class for models of a type; None if transformers has none."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
     return PROCESSOR_MAPPING_NAMES.get(model_type)

@@ -51,7 +51,7 @@ ROOMS = (
     ("model",),
     ("ask", "data"),
     ("zoom",),
-    ("composing", "tiny", "train", "lab", "annotate", "clients"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients"),
     ("cli", "__main__"),
 )
 

@@ -84,12 +84,12 @@ def resolution(picture: Size, black: Tensor, views: Callable[[np.ndarray], Tenso
             looks.append((x, y))
     if not looks:
         return None
-    parts = Size(*(round(_union([look[axis] for look in looks])) for axis in (1, 0)))
-    part = Size(*(_near(n, whole) for n, whole in zip(parts, picture, strict=True)))
+    seen_of = [_union([look[axis] for look in looks]) for axis in (1, 0)]
+    part = Size(*(_near(round(n), whole) for n, whole in zip(seen_of, picture, strict=True)))
     looks.sort(key=lambda look: -look[0].scale * look[1].scale)
     for x, y in looks:
         finer = [look for look in looks if look[0].scale > 0.97 * x.scale and look[1].scale > 0.97 * y.scale]
-        if _cover(finer) >= 0.97 * parts.height * parts.width:
+        if _cover(finer) >= 0.97 * seen_of[0] * seen_of[1]:
             alike = [look for look in finer if look[0].scale * look[1].scale < 1.06 * x.scale * y.scale]
             sides = (
                 _side(picture.height, y.scale, [look[1] for look in alike]),

@@ -253,8 +253,8 @@ def _processor(folder: Path, config: Any) -> Any:
     files = [values, *(read_json(folder / name) for name in (PROCESSORS[1], "tokenizer_config.json"))]
     usual = upstream.usual_processor(config.model_type)
     name = next((file["processor_class"] for file in files if file.get("processor_class")), usual)
-    kind = vars(transformers).get(name) or getattr(transformers, str(name), None)
-    if not isinstance(kind, type) or not hasattr(kind, "from_args_and_dict"):
+    kind = getattr(transformers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, ProcessorMixin):
         raise FoveateError(f"{shown(folder)} names {shown(name)} as its processor, which transformers has not")
     if not any((folder / file).is_file() for file in PROCESSORS):
         raise FoveateError(f"{shown(folder)} has neither {PROCESSORS[0]} nor {PROCESSORS[1]}")
@@ -281,7 +281,8 @@ class _StandIn(PreTrainedTokenizerFast):
         if not token.endswith("_token") or token.startswith("_") or token in self.SPECIAL_TOKENS_ATTRIBUTES:
             return super().__getattr__(name)
         text = f"<{token}>"
-        return text if name == token else self.convert_tokens_to_ids(text)
+        number = self.convert_tokens_to_ids(text)
+        return text if name == token else number
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         for token in [tokens] if isinstance(tokens, str) else tokens:
