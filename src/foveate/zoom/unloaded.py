@@ -249,6 +249,8 @@ def _processor(folder: Path, config: Any) -> Any:
     import transformers
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    if not any((folder / file).is_file() for file in PROCESSORS):
+        raise FoveateError(f"{shown(folder)} has neither {PROCESSORS[0]} nor {PROCESSORS[1]}")
     values = read_json(folder / PROCESSORS[0])
     files = [values, *(read_json(folder / name) for name in (PROCESSORS[1], "tokenizer_config.json"))]
     usual = upstream.usual_processor(config.model_type)
@@ -256,8 +258,6 @@ def _processor(folder: Path, config: Any) -> Any:
     kind = getattr(transformers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, ProcessorMixin):
         raise FoveateError(f"{shown(folder)} names {shown(name)} as its processor, which transformers has not")
-    if not any((folder / file).is_file() for file in PROCESSORS):
-        raise FoveateError(f"{shown(folder)} has neither {PROCESSORS[0]} nor {PROCESSORS[1]}")
     what = f"{shown(folder)}: its processor cannot be made"
     try:
         with one_sentence(what):
