@@ -91,7 +91,7 @@ def test_a_size_is_a_picture_of_that_size() -> None:
     picture = Path(__file__).parents[1] / "docs/images/street.png"
     seen = json.loads(foveate("inspect", picture, "--method", "anyres", "--json").stdout)
     assert seen == priced("--method", "anyres")
-    for written in ("4000X3000", " 4000 x 3000 ", "4000×3000"):
+    for written in ("4000X3000", " 4000 x 3000 ", "4000\u00d73000"):
         assert foveate("inspect", "--size", written, "--method", "llava").code == 0
 
 
@@ -146,7 +146,9 @@ def test_layouts_that_foveate_reads_are_priced_as_methods(tmp_path: Path) -> Non
     assert [*priced("--model", folder)["methods"]] == ["anyres"]
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "projector_hidden_act": "silu", "multimodal_projector_bias": False}))
+    path.write_text(
+        json.dumps({**config, "projector_hidden_act": "silu", "multimodal_projector_bias": False})
+    )
     (row,) = priced("--model", folder)["methods"].values()
     assert row["title"] == "LlavaNextForConditionalGeneration" and row["visual_tokens"] > 0
 

@@ -23,7 +23,7 @@ from foveate.zoom.unloaded import Unloaded
 from foveate.zoom.vlm import is_vlm
 
 BUDGET = "max_visual_tokens"
-SIZE = re.compile(r"([0-9]{1,9})\s*[xX×]\s*([0-9]{1,9})")
+SIZE = re.compile(r"([0-9]{1,9})\s*[xX\u00d7]\s*([0-9]{1,9})")
 
 
 @dataclass
@@ -184,5 +184,9 @@ def _check_known(options: Mapping[str, Any], kinds: Mapping[str, type[Method]]) 
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r} of {known[near[0]]}?" if near else "their pages list what they have"
+            hint = (
+                f"did you mean {near[0]!r} of {known[near[0]]}?"
+                if near
+                else "their pages list what they have"
+            )
             raise FoveateError(f"--option {key}: none of {', '.join(kinds)} has it; {hint}")

@@ -234,7 +234,8 @@ def inspect(
         typer.Option(help="A method's name, repeatable, or all; by default all, or that of --model."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id whose shapes are used; any VLM of transformers.")
+        str | None,
+        typer.Option(help="Model folder or hub id whose shapes are used; any VLM of transformers."),
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = "",
@@ -243,7 +244,9 @@ def inspect(
     ] = 64,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="key=value for all methods, method.key=value for one; repeatable."),
+        typer.Option(
+            "--option", "-o", help="key=value for all methods, method.key=value for one; repeatable."
+        ),
     ] = None,
     as_json: AsJson = False,
     max_pixels: MaxPixels = None,
@@ -651,9 +654,7 @@ def _remarks(rows: dict[str, Any], refused: dict[str, str], size: Size) -> list[
             turns = len(row.get("turns", ())) or 1
             whole = f" in its {turns} turns together; the bound holds for each picture" if turns > 1 else ""
             bound = row["max_visual_tokens"]
-            sentences.append(
-                f"* {row['title']}: more than max_visual_tokens {bound}{whole}"
-            )
+            sentences.append(f"* {row['title']}: more than max_visual_tokens {bound}{whole}")
         if "picture_tokens" in row:  # a VLM of transformers, which is one row
             sentences += _remarks_on_vlm(row, size)
     return sentences + [f"no row for {name}: {reason}" for name, reason in refused.items()]

@@ -156,8 +156,8 @@ def changes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# A processor checks every part that its `__init__` names by `check_argument_for_proper_class`; `get_attributes`
-# names them in their order, which is the one that `from_args_and_dict` takes.
+# A processor checks every part that its `__init__` names by `check_argument_for_proper_class`;
+# `get_attributes` names them in their order, which is the one that `from_args_and_dict` takes.
 def pictures_alone(
     kind: type[ProcessorMixin], images: Any, tokenizer: Any, values: Mapping[str, Any]
 ) -> ProcessorMixin:
@@ -170,9 +170,10 @@ def pictures_alone(
         values: the content of its `processor_config.json`.
     """
 
-    class Pictures(kind):  # type: ignore[misc, valid-type]
+    class Pictures(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return argument is None or super().check_argument_for_proper_class(argument_name, argument)
+            known = super().check_argument_for_proper_class
+            return None if argument is None else known(argument_name, argument)
 
     Pictures.__name__ = kind.__name__
     parts = {"image_processor": images, "tokenizer": tokenizer}

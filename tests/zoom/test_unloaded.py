@@ -149,7 +149,9 @@ def llava_onevision(folder: Path) -> Unloaded:
 
 def internvl(folder: Path) -> Unloaded:
     config = InternVLConfig(text_config={**SHORT, "model_type": "qwen2"}, vision_config=SHORT)
-    images = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, crop_to_patches=True, max_patches=12)
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 448, "width": 448}, crop_to_patches=True, max_patches=12
+    )
     return real(folder, config, images, "InternVLProcessor", image_seq_length=256)
 
 

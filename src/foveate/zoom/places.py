@@ -100,7 +100,7 @@ def resolution(picture: Size, black: Tensor, views: Callable[[np.ndarray], Tenso
 
 
 class _Span(NamedTuple):
-    """One side of a view: what it shows of the picture's side, in original pixels, with how many of its own."""
+    """One side of a view: what it shows of the picture's side, in original pixels, and how many it has."""
 
     start: float
     end: float

@@ -106,9 +106,9 @@ class Unloaded:
         self.config = config_of(folder)
         self.processor = _processor(folder, self.config)
         self.alone = isinstance(self.processor.tokenizer, _StandIn)
-        with one_sentence(f"{shown(folder / 'config.json')}: its network cannot be built"):
-            with torch.device("meta"):
-                network = AutoModelForImageTextToText.from_config(self.config, dtype=torch.bfloat16)
+        what = f"{shown(folder / 'config.json')}: its network cannot be built"
+        with one_sentence(what), torch.device("meta"):
+            network = AutoModelForImageTextToText.from_config(self.config, dtype=torch.bfloat16)
         self.network: PreTrainedModel = network.eval().requires_grad_(False)
 
     def price(self, picture: Size, text_tokens: int = 64) -> Price:
@@ -123,9 +123,7 @@ class Unloaded:
             prefill, decode, kv = self._language(found.picture_tokens + text_tokens)
         notes = []
         if self.alone:
-            notes.append(
-                "the folder has no tokenizer: marks around the picture's tokens are not counted"
-            )
+            notes.append("the folder has no tokenizer: marks around the picture's tokens are not counted")
         if features not in (None, found.visual_tokens):
             notes.append(
                 f"the network makes {features} features of the picture, and the processor leaves "
@@ -257,7 +255,9 @@ def _processor(folder: Path, config: Any) -> Any:
     name = next((file["processor_class"] for file in files if file.get("processor_class")), usual)
     kind = getattr(transformers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, ProcessorMixin):
-        raise FoveateError(f"{shown(folder)} names {shown(name)} as its processor, which transformers has not")
+        raise FoveateError(
+            f"{shown(folder)} names {shown(name)} as its processor, which transformers has not"
+        )
     what = f"{shown(folder)}: its processor cannot be made"
     try:
         with one_sentence(what):
