@@ -135,7 +135,7 @@ def test_a_vlm_by_its_configuration(qwen: Path) -> None:
     assert row["visual_tokens"] == 30 and row["over_budget"] and row["shrunk"]
     assert row["prefill_flops"] > row["decode_flops"] > 0 < row["kv_bytes"]
     shown = foveate(*TWELVE, "--model", qwen, "-o", "max_visual_tokens=20").stdout
-    assert "the picture is shrunk to 84 x 70, 0.0% of its pixels" in shown and "30 *" in shown
+    assert "the picture is shrunk to 84 x 70, 0.049 % of its pixels" in shown and "30 *" in shown
     small = foveate("inspect", "--size", "42x42", "--model", qwen).stdout
     assert "the picture is not shrunk" in small
 
@@ -150,7 +150,7 @@ def test_layouts_that_foveate_reads_are_priced_as_methods(tmp_path: Path) -> Non
         json.dumps({**config, "projector_hidden_act": "silu", "multimodal_projector_bias": False})
     )
     (row,) = priced("--model", folder)["methods"].values()
-    assert row["title"] == "LlavaNextForConditionalGeneration" and row["visual_tokens"] > 0
+    assert row["class"] == "LlavaNextForConditionalGeneration" and row["visual_tokens"] > 0
 
 
 def test_llava_that_foveate_does_not_read(tmp_path: Path) -> None:
@@ -163,7 +163,8 @@ def test_wrong_input_for_vlms(qwen: Path, tmp_path: Path) -> None:
     refused(foveate(*TWELVE, "--model", qwen, "--method", "llava"), "--method")
     refused(foveate(*TWELVE, "--model", qwen, "-o", "grids=[[2, 2]]"), "grids")
     refused(foveate(*TWELVE, "--model", qwen, "-o", "max_visual_tokens=0"), "max_visual_tokens")
-    refused(foveate("inspect", "--size", "1x1000", "--model", qwen), "aspect ratio")
+    refused(foveate("inspect", "--size", "1x1000", "--model", qwen), "too narrow")
+    refused(foveate("inspect", "--size", "130000000x1", "--model", qwen), "too narrow")
     refused(foveate(*TWELVE, "--model", tmp_path / "none"), "none")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     refused(foveate(*TWELVE, "--model", tmp_path), "gpt2")

@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
@@ -54,6 +55,8 @@ def subject(model: str, hub: Hub, limits: Limits = LIMITS) -> FoveateConfig | Un
     """
     folder = found(model, hub, CONFIGURATIONS)
     kind = read_json(folder / "config.json").get("model_type")
+    if kind == FoveateConfig.model_type:
+        return read_config(folder)
     if not is_vlm(kind):
         return read_config(model, hub=hub)
     own = kind == "llava"  # which other layouts also use
@@ -113,7 +116,8 @@ def price_vlm(
         )
     bound = build_options(MethodOptions, merged(MethodOptions, {}, options), "--option").max_visual_tokens
     price = vlm.price(size, text_tokens).to_dict()
-    return Prices({name: {"title": vlm.name, **_judged(price, size, bound)}})
+    title = Path(name).resolve().name if Path(name).exists() else name.rpartition("/")[2]
+    return Prices({name: {"title": title, "class": vlm.name, **_judged(price, size, bound)}})
 
 
 def _row(

@@ -667,7 +667,7 @@ def _remarks_on_vlm(row: dict[str, Any], size: Size) -> list[str]:
         sentences.insert(0, f"only a part of the picture is seen, about {width} x {height} of its pixels")
     if row["shrunk"]:
         share = row["effective_width"] * row["effective_height"] / (size.width * size.height)
-        sentences.insert(0, f"the picture is shrunk to {_seen_at(row)}, {share:.1%} of its pixels")
+        sentences.insert(0, f"the picture is shrunk to {_seen_at(row)}, {100 * share:.2g} % of its pixels")
     elif row["shrunk"] is False:
         sentences.insert(0, "the picture is not shrunk")
     if row["picture_tokens"] != row["visual_tokens"]:

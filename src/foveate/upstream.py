@@ -181,8 +181,8 @@ def pictures_alone(
 
 
 # The classes of processors by the type of their model.
-def usual_processor(model_type: str) -> str | None:
-    """The name of the processor's class for models of a type; None if transformers has none."""
+def processors_by_type() -> Mapping[str, str]:
+    """Type of a model -> the name of its processor's class, importable here or not."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    return PROCESSOR_MAPPING_NAMES.get(model_type)
+    return PROCESSOR_MAPPING_NAMES

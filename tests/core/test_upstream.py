@@ -309,12 +309,8 @@ def test_a_processor_for_pictures_alone_needs_no_part_for_videos() -> None:
     from tests.vlms import internvl
 
     whole = internvl().processor
-    made = upstream.pictures_alone(
-        InternVLProcessor,
-        whole.image_processor,
-        whole.tokenizer,
-        {"image_seq_length": 4, "video_processor": {}},
-    )
+    values = {"image_seq_length": 4, "video_processor": {}}
+    made = upstream.pictures_alone(InternVLProcessor, whole.image_processor, whole.tokenizer, values)
     assert isinstance(made, InternVLProcessor) and type(made).__name__ == "InternVLProcessor"
     assert made.video_processor is None and made.image_seq_length == 4
     image = picture(50, 40)
@@ -325,5 +321,5 @@ def test_a_processor_for_pictures_alone_needs_no_part_for_videos() -> None:
 
 
 def test_processors_by_type_of_model() -> None:
-    assert upstream.usual_processor("qwen3_vl") == "Qwen3VLProcessor"
-    assert upstream.usual_processor("gpt2") is None
+    assert upstream.processors_by_type()["qwen3_vl"] == "Qwen3VLProcessor"
+    assert "gpt2" not in upstream.processors_by_type()

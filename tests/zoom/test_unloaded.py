@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from foveate import upstream
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, installed
 from foveate.picture.geometry import Size
 from foveate.picture.limits import Limits
 from foveate.zoom.unloaded import Unloaded
@@ -176,7 +176,7 @@ def gemma3(folder: Path) -> Unloaded:
     [
         (qwen3_vl, 4000, 3000, (4000, 3008), 125 * 94, 1),
         (qwen3_vl, 400, 5000, (384, 4992), 12 * 156, 1),
-        (llava_onevision, 2000, 1500, (2304, 1728), 7309, 31),
+        (llava_onevision, 3000, 2250, (2304, 1728), 7309, 31),
         (llava_onevision, 500, 400, (768, 615), 729 + 44 * 54 + 44, 5),
         (internvl, 2000, 1500, (1792, 1344), 13 * 256, 13),
         (internvl, 1000, 3000, (896, 2688), 13 * 256, 13),
@@ -221,7 +221,7 @@ def test_config_and_processor_that_do_not_belong_together(tmp_path: Path) -> Non
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
     folder = write(vlm_of("qwen3_vl"), tmp_path)
-    with pytest.raises(FoveateError, match="aspect ratio"):
+    with pytest.raises(FoveateError, match="too narrow"):
         Unloaded(folder).price(Size(1, 1000))
     with pytest.raises(FoveateError, match="max_pixels 100"):
         Unloaded(folder, Limits(max_pixels=100)).price(Size(20, 20))
@@ -235,6 +235,10 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     for name, said in (("SeeingProcessor", "SeeingProcessor"), ("CLIPModel", "CLIPModel"), (7, "7")):
         path.write_text(json.dumps({**values, "processor_class": name}))
         with pytest.raises(FoveateError, match=said):
+            Unloaded(folder)
+    if not installed("torchvision"):
+        path.write_text(json.dumps({**values, "processor_class": "PixtralProcessor"}))
+        with pytest.raises(FoveateError, match="torchvision"):
             Unloaded(folder)
     path.unlink()
     with pytest.raises(FoveateError, match="neither"):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from foveate import upstream
-from foveate.errors import FoveateError, first_line, missing_extra, one_sentence
+from foveate.errors import FoveateError, first_line, installed, missing_extra, one_sentence
 from foveate.model.checkpoints import config_of
 from foveate.model.cost import FlopCounter
 from foveate.model.folders import checked, read_json, shown
@@ -34,6 +34,7 @@ from foveate.zoom.vlm import is_vlm
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 OF_THE_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+NARROW = 200  # as in Qwen's processors
 SPECIAL = re.compile(r"[<\[].+[>\]]")  # how special tokens look
 
 
@@ -117,6 +118,11 @@ class Unloaded:
         Raises `FoveateError` for a size beyond the limits, or one that the processor or the network refuses.
         """
         self.limits.check("the picture", picture.width, picture.height)
+        if max(picture) > NARROW * min(picture):  # some processors scale by the shorter side alone
+            raise FoveateError(
+                f"a picture of {picture.width} x {picture.height} pixels is too narrow to price a VLM with: "
+                f"its sides may differ by a factor of {NARROW}"
+            )
         found = self.shown(picture)
         with one_sentence(f"{self.name} cannot be priced"):
             features, encode = self._encode(found.inputs)
@@ -172,13 +178,17 @@ class Unloaded:
     def _read(self, pixels: np.ndarray) -> BatchFeature:
         """The processor's inputs for one picture (h, w, 3) and no other text."""
         what = f"{type(self.processor).__name__} does not accept a picture of {pixels.shape[1]} x "
-        with one_sentence(f"{what}{pixels.shape[0]} pixels"):
-            return self.processor(
-                images=Image.fromarray(pixels),
-                text=self.processor.image_token,
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
+        what = f"{what}{pixels.shape[0]} pixels"
+        try:
+            with one_sentence(what):
+                return self.processor(
+                    images=Image.fromarray(pixels),
+                    text=self.processor.image_token,
+                    return_tensors="pt",
+                    add_special_tokens=False,
+                )
+        except MemoryError as error:
+            raise FoveateError(f"{what}: what it makes of one does not fit into memory") from error
 
     def _place(self, ids: Tensor) -> int:
         """The id of a feature's place; processors such as Gemma 3's name the mark before these instead."""
@@ -251,10 +261,13 @@ def _processor(folder: Path, config: Any) -> Any:
         raise FoveateError(f"{shown(folder)} has neither {PROCESSORS[0]} nor {PROCESSORS[1]}")
     values = read_json(folder / PROCESSORS[0])
     files = [values, *(read_json(folder / name) for name in (PROCESSORS[1], "tokenizer_config.json"))]
-    usual = upstream.usual_processor(config.model_type)
+    known = upstream.processors_by_type()
+    usual = known.get(config.model_type)
     name = next((file["processor_class"] for file in files if file.get("processor_class")), usual)
     kind = getattr(transformers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, ProcessorMixin):
+        if name in known.values() and not installed("torchvision"):
+            raise missing_extra("torchvision", "detector", f"{name}, the processor in {shown(folder)},")
         raise FoveateError(
             f"{shown(folder)} names {shown(name)} as its processor, which transformers has not"
         )
