@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -378,6 +381,27 @@ VLMS: dict[str, Callable[[], VLM]] = {
     "foveate-llava": lambda: foveate_model("llava"),
     "foveate-anyres": lambda: foveate_model("anyres"),
 }
+
+
+def write(vlm: VLM, folder: Path, tokenizer: bool = True) -> Path:
+    """Writes configuration and processor as released models have them, and no weights.
+
+    The tests' processors are written as their own classes, with all that these take.
+    """
+    vlm.model.config.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    kind = type(vlm.processor)
+    kind = kind.__mro__[1] if kind.__name__.startswith("_") else kind
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text())
+    for name in signature(kind.__init__).parameters:
+        value = vars(vlm.processor).get(name)
+        if isinstance(value, int | str) and name != "chat_template":
+            values[name] = value
+    path.write_text(json.dumps({**values, "processor_class": kind.__name__}))
+    for file in () if tokenizer else folder.glob("tokenizer*"):
+        file.unlink()
+    return folder
 
 
 def _siglip(side: int, patch: int) -> SiglipVisionConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import io
 import json
@@ -22,7 +21,7 @@ from foveate.data.cli import app as data
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
-from foveate.options import build_options, merged
+from foveate.options import build_options
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
     from foveate.ask.answer import Answer
     from foveate.ask.foveate import Foveate
+    from foveate.methods.base import Method
+    from foveate.picture.geometry import Size
     from foveate.picture.limits import Limits
 
 app = typer.Typer(
@@ -232,17 +233,31 @@ def chat(
 
 @app.command()
 def inspect(
-    picture: Picture,
-    method: Annotated[
-        str | None, typer.Option(help="A method's name, or all; by default all, or that of --model.")
+    picture: Annotated[
+        str | None, typer.Argument(help="The picture: a file, or its http or https URL.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub id whose shapes are used.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Its size instead, width x height in pixels: 4000x3000.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method's name, repeatable, or all; by default all, or that of --model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model folder or hub id whose shapes are used; any VLM of transformers."),
+    ] = None,
     revision: Revision = None,
     subfolder: Subfolder = "",
     text_tokens: Annotated[
         int, typer.Option(min=1, max=MOST_TOKENS, help="Length of the text around the picture.")
     ] = 64,
-    option: Option = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", help="key=value for all methods, method.key=value for one; repeatable."
+        ),
+    ] = None,
     as_json: AsJson = False,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
@@ -251,41 +266,30 @@ def inspect(
 
     Without --model, the shapes are those of a 7B model: CLIP ViT-L/14-336 and Vicuna-7B, bfloat16.
     """
-    from foveate.picture.fetching import named
-    from foveate.picture.reading import read_size
-
-    size = read_size(picture, _limits(max_pixels, allow_private))
-    _quiet()
-    from foveate.methods import EVERY, method_class, usable_methods
-
-    config = None
-    if model is not None:
-        from foveate.model.checkpoints import read_config
-        from foveate.model.folders import Hub
-
-        config = read_config(model, hub=Hub(revision, subfolder))
-        method = method or config.method
-    elif revision is not None or subfolder:
+    if (picture is None) == (size is None):
+        raise FoveateError("give a picture, or --size WIDTHxHEIGHT without one")
+    limits = _limits(max_pixels, allow_private)
+    if model is None and (revision is not None or subfolder):
         raise FoveateError("--revision and --subfolder belong to --model: give one")
-    if method in (None, EVERY):
-        kinds, problems = usable_methods()
-        for problem in problems:
-            Console(stderr=True, soft_wrap=True).print(problem, style="dim", markup=False)
+    options = _given(option)
+    shape, title = _shape(picture, size, limits)
+    _quiet()
+    from foveate.choosing import Prices, price_methods, price_vlm, subject
+    from foveate.model.folders import Hub
+    from foveate.zoom.unloaded import Unloaded
+
+    config = None if model is None else subject(model, Hub(revision, subfolder), limits)
+    if isinstance(config, Unloaded):
+        if method:
+            raise FoveateError(f"--method {method[0]}: {model} is priced as it is; leave out --method")
+        prices: Prices = price_vlm(str(model), config, shape, options, text_tokens)
     else:
-        kinds = {method: method_class(method)}
-    rows: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        pricer = _pricer(name, config, _given(option))
-        rows[name] = {"title": kind.title, **pricer.price(size, text_tokens).to_dict()}
-        turns = pricer.turns(size, text_tokens)
-        if len(turns) > 1:
-            anew = pricer.price(size, text_tokens, keep_context=False)
-            rows[name] |= {"turns": [turn.to_dict() for turn in turns], "read_anew": anew.to_dict()}
+        kinds = _kinds(method or ([] if config is None else [config.method]))
+        prices = price_methods(shape, kinds, options, config, text_tokens)
     if as_json:
-        _print_json({"width": size.width, "height": size.height, "text_tokens": text_tokens, "methods": rows})
-        return
-    name = escape(named(picture).rpartition("/")[2])
-    table = Table(title=f"{name}: {size.width} x {size.height} pixels, {text_tokens} text tokens")
+        value = {"width": shape.width, "height": shape.height, "text_tokens": text_tokens}
+        _print_json({**value, "methods": prices.rows, "refused": prices.refused})
+    table = Table(title=f"{title}{shape.width} x {shape.height} pixels, {text_tokens} text tokens")
     columns = (
         "method",
         "views",
@@ -298,12 +302,12 @@ def inspect(
     )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for title, row in _lines_of(rows):
+    for name, row in _lines_of(prices.rows):
         table.add_row(
-            title,
+            escape(name),
             str(row["views"]),
-            str(row["visual_tokens"]),
-            f"{row['effective_width']} x {row['effective_height']}",
+            f"{row['visual_tokens']}{' *' if row.get('over_budget') else ''}",
+            _seen_at(row),
             f"{row['encode_flops'] / 1e12:.2f}",
             f"{row['prefill_flops'] / 1e12:.2f}",
             f"{row['decode_flops'] / 1e9:.1f}",
@@ -312,7 +316,12 @@ def inspect(
     console = Console()
     whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, whole)  # numbers that are cut off would be wrong ones
-    console.print(table)
+    if prices.rows and not as_json:
+        console.print(table)
+    for sentence in () if as_json else _remarks(prices.rows, prices.refused, shape):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    if not prices.rows:
+        raise FoveateError(f"none of the {len(prices.refused)} methods can do this")
 
 
 @app.command()
@@ -721,17 +730,66 @@ def _lines_of(rows: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
-def _pricer(method: str, given: Any, options: dict[str, Any]) -> Any:
-    from foveate.methods import method_class
-    from foveate.model.cost import Pricer, reference_config
+def _shape(picture: str | None, size: str | None, limits: Limits) -> tuple[Size, str]:
+    """A picture's size, of the picture or as written, and what the table's title calls it."""
+    if picture is None:
+        from foveate.choosing import size_of
 
-    if given is None:
-        return Pricer(reference_config(method, merged(method_class(method).Options, {}, options)))
-    config = copy.deepcopy(given)
-    if config.method != method:
-        config.method, config.options = method, {}
-    config.options = merged(method_class(method).Options, config.options, options)
-    return Pricer(config)
+        return size_of(size or "", limits), ""
+    from foveate.picture.fetching import named
+    from foveate.picture.reading import read_size
+
+    return read_size(picture, limits), f"{escape(named(picture).rpartition('/')[2])}: "
+
+
+def _kinds(names: list[str]) -> dict[str, type[Method]]:
+    """Methods by name; all usable ones if none is named, with a sentence on each other one."""
+    from foveate.methods import EVERY, method_class, usable_methods
+
+    if names and EVERY not in names:
+        return {name: method_class(name) for name in names}
+    kinds, problems = usable_methods()
+    for name in names:
+        if name != EVERY:
+            method_class(name)
+    for problem in problems:
+        Console(stderr=True, soft_wrap=True).print(problem, style="dim", markup=False)
+    return kinds
+
+
+def _seen_at(row: dict[str, Any]) -> str:
+    width, height = row["effective_width"], row["effective_height"]
+    return "not known" if width is None else f"{width} x {height}"
+
+
+def _remarks(rows: dict[str, Any], refused: dict[str, str], size: Size) -> list[str]:
+    """What the table cannot show, one sentence each."""
+    sentences = []
+    for row in rows.values():
+        if row.get("over_budget"):
+            turns = len(row.get("turns", ())) or 1
+            whole = f" in its {turns} turns together; the bound holds for each picture" if turns > 1 else ""
+            bound = row["max_visual_tokens"]
+            sentences.append(f"* {row['title']}: more than max_visual_tokens {bound}{whole}")
+        if "picture_tokens" in row:  # a VLM of transformers, which is one row
+            sentences += _remarks_on_vlm(row, size)
+    return sentences + [f"no row for {name}: {reason}" for name, reason in refused.items()]
+
+
+def _remarks_on_vlm(row: dict[str, Any], size: Size) -> list[str]:
+    sentences = [*row["notes"]]
+    if row["part"] is not None:
+        height, width = row["part"]
+        sentences.insert(0, f"only a part of the picture is seen, about {width} x {height} of its pixels")
+    if row["shrunk"]:
+        share = row["effective_width"] * row["effective_height"] / (size.width * size.height)
+        sentences.insert(0, f"the picture is shrunk to {_seen_at(row)}, {100 * share:.2g} % of its pixels")
+    elif row["shrunk"] is False:
+        sentences.insert(0, "the picture is not shrunk")
+    if row["picture_tokens"] != row["visual_tokens"]:
+        marks = row["picture_tokens"] - row["visual_tokens"]
+        sentences.append(f"{marks} marks around the visual tokens are priced with them")
+    return sentences
 
 
 def _save(foveate: Foveate, folder: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import Environment, Template
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -154,3 +154,35 @@ def attention_maps(layer: nn.Module) -> Iterator[list[Tensor]]:
 def changes(tensor: Tensor) -> int:
     """A number that rises whenever a tensor is changed in place; 0 for inference tensors."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+# A processor checks every part that its `__init__` names by `check_argument_for_proper_class`;
+# `get_attributes` names them in their order, which is the one that `from_args_and_dict` takes.
+def pictures_alone(
+    kind: type[ProcessorMixin], images: Any, tokenizer: Any, values: Mapping[str, Any]
+) -> ProcessorMixin:
+    """A processor that reads pictures and text; its parts for videos and sound are None.
+
+    Args:
+        kind: the processor's class.
+        images: its image processor.
+        tokenizer: its tokenizer.
+        values: the content of its `processor_config.json`.
+    """
+
+    class Pictures(kind):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            known = super().check_argument_for_proper_class
+            return None if argument is None else known(argument_name, argument)
+
+    Pictures.__name__ = kind.__name__
+    parts = {"image_processor": images, "tokenizer": tokenizer}
+    return Pictures.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], dict(values))
+
+
+# The classes of processors by the type of their model.
+def processors_by_type() -> Mapping[str, str]:
+    """Type of a model -> the name of its processor's class, importable here or not."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return PROCESSOR_MAPPING_NAMES

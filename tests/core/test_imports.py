@@ -54,7 +54,7 @@ ROOMS = (
     ("model",),
     ("ask", "data"),
     ("zoom",),
-    ("composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
     ("cli", "__main__"),
 )
 

@@ -301,3 +301,25 @@ def test_image_new_shares_pixels(tmp_path: Path) -> None:
         plain = opened._new(opened.im)
     assert type(plain) is Image.Image and plain.im is opened.im
     assert plain.tobytes() == picture(8, 9).tobytes()
+
+
+def test_a_processor_for_pictures_alone_needs_no_part_for_videos() -> None:
+    from transformers import InternVLProcessor
+
+    from tests.vlms import internvl
+
+    whole = internvl().processor
+    values = {"image_seq_length": 4, "video_processor": {}}
+    made = upstream.pictures_alone(InternVLProcessor, whole.image_processor, whole.tokenizer, values)
+    assert isinstance(made, InternVLProcessor) and type(made).__name__ == "InternVLProcessor"
+    assert made.video_processor is None and made.image_seq_length == 4
+    image = picture(50, 40)
+    ours, theirs = (p(images=image, text=p.image_token)["input_ids"] for p in (made, whole))
+    assert ours == theirs
+    with pytest.raises(TypeError, match="image_processor"):
+        upstream.pictures_alone(InternVLProcessor, whole.tokenizer, whole.tokenizer, {})
+
+
+def test_processors_by_type_of_model() -> None:
+    assert upstream.processors_by_type()["qwen3_vl"] == "Qwen3VLProcessor"
+    assert "gpt2" not in upstream.processors_by_type()

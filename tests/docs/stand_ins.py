@@ -26,6 +26,8 @@ from foveate.model.text import chat_template
 from foveate.tiny import tiny_text, tiny_tokenizer, tiny_vision
 from tests.methods import inf_llava_release
 from tests.methods.slime_release import write_release
+from tests.vlms import VLMS
+from tests.vlms import write as write_vlm
 
 SIZES = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -96,6 +98,11 @@ def original_inf_llava(folder: Path) -> None:
     inf_llava_release.write_release(folder, folder.parents[1] / TOWER)
 
 
+def qwen3_vl(folder: Path) -> None:
+    """Qwen3-VL's configuration and processor, without weights."""
+    write_vlm(VLMS["qwen3_vl"](), folder)
+
+
 # A name on a page -> its stand-in.
 STAND_INS: dict[str, Callable[[Path], None]] = {
     "llava-hf/llava-1.5-7b-hf": hf_llava,
@@ -106,6 +113,7 @@ STAND_INS: dict[str, Callable[[Path], None]] = {
     "lmsys/vicuna-7b-v1.5": language_model,
     "yifanzhang114/SliME-vicuna-7B": original_slime,
     "WeihuangLin/INF-LLaVA-sft": original_inf_llava,
+    "Qwen/Qwen3-VL-4B-Instruct": qwen3_vl,
 }
 
 

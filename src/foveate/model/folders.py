@@ -15,7 +15,8 @@ from foveate.errors import FoveateError
 from foveate.methods.layouts import Json
 from foveate.model.foreign import check_generation
 
-PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
+CONFIGURATIONS = ("*.json", "*.model", "*.jinja", "*.txt")  # all but weights
+PATTERNS = (*CONFIGURATIONS, "*.safetensors", "*.bin")
 # Files that transformers reads by itself, and must be objects.
 JSONS: tuple[str, ...] = (
     "config.json",
@@ -89,8 +90,10 @@ def shown(name: object) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
 
 
-def found(name: str | Path, hub: Hub = HERE) -> Path:
+def found(name: str | Path, hub: Hub = HERE, patterns: tuple[str, ...] = PATTERNS) -> Path:
     """The folder of a path or an id on the Hugging Face hub, whatever it holds.
+
+    From the hub come the files whose names fit the `patterns`.
 
     Raises `FoveateError` if there is none, or not this revision or subfolder of it.
     """
@@ -98,7 +101,7 @@ def found(name: str | Path, hub: Hub = HERE) -> Path:
         raise FoveateError(f"a model is given as a folder or as an id on the hub, not as {shown(repr(name))}")
     folder = Path(name)
     if not _exists(folder):
-        folder = _download(str(name), hub)
+        folder = _download(str(name), hub, patterns)
     elif hub.revision not in (None, MAIN):
         raise FoveateError(
             f"{shown(name)} is a folder of this machine, which has no revision {shown(hub.revision)}: "
@@ -154,7 +157,7 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _download(name: str, hub: Hub) -> Path:
+def _download(name: str, hub: Hub, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
@@ -170,7 +173,7 @@ def _download(name: str, hub: Hub) -> Path:
                 cache_dir=hub.cache_dir,
                 local_files_only=hub.local_files_only,
                 force_download=hub.force_download,
-                allow_patterns=[inside + pattern for pattern in PATTERNS],
+                allow_patterns=[inside + pattern for pattern in patterns],
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,103 @@ def token_places(vlm: VLM, picture: Size) -> Places:
     return [box and _inside(box, picture) for box in places]
 
 
+class Resolution(NamedTuple):
+    """How finely a picture is seen.
+
+    Attributes:
+        size: (height, width) of the picture at the finest scale at which its whole `part` is seen, pixels.
+        part: (height, width) of what is seen of it, in original pixels; the picture's own size if all is.
+    """
+
+    size: Size
+    part: Size
+
+
+def resolution(picture: Size, black: Tensor, views: Callable[[np.ndarray], Tensor]) -> Resolution | None:
+    """How finely views show a picture of this size, measured in them; None if they show nothing of it.
+
+    Args:
+        picture: its size.
+        black: the views of a black picture of this size, `pixel_values` with 3 channels before height, width.
+        views: pixels (h, w, 3) of such a picture -> its views, likewise.
+    """
+    where, inside = _looks(picture, black.flatten(0, -4).float(), lambda array: views(array).flatten(0, -4))
+    looks = []
+    for place, seen in zip(where, inside, strict=True):
+        if seen.any():
+            x = _span(place[0] * picture.width, seen, picture.width)
+            y = _span((place[1] * picture.height).T, seen.T, picture.height)
+            looks.append((x, y))
+    if not looks:
+        return None
+    seen_of = [_union([look[axis] for look in looks]) for axis in (1, 0)]
+    part = Size(*(_near(round(n), whole) for n, whole in zip(seen_of, picture, strict=True)))
+    looks.sort(key=lambda look: -look[0].scale * look[1].scale)
+    for x, y in looks:
+        finer = [look for look in looks if look[0].scale > 0.97 * x.scale and look[1].scale > 0.97 * y.scale]
+        if _cover(finer) >= 0.97 * seen_of[0] * seen_of[1]:
+            alike = [look for look in finer if look[0].scale * look[1].scale < 1.06 * x.scale * y.scale]
+            sides = (
+                _side(picture.height, y.scale, [look[1] for look in alike]),
+                _side(picture.width, x.scale, [look[0] for look in alike]),
+            )
+            return Resolution(Size(*sides), part)
+    return None
+
+
+class _Span(NamedTuple):
+    """One side of a view: what it shows of the picture's side, in original pixels, and how many it has."""
+
+    start: float
+    end: float
+    pixels: int
+
+    @property
+    def scale(self) -> float:
+        return self.pixels / max(self.end - self.start, 1e-6)
+
+
+def _span(place: Tensor, seen: Tensor, length: int) -> _Span:
+    columns = seen.any(0).nonzero()[:, 0]
+    first, last, n = int(columns[0]), int(columns[-1]) + 1, place.shape[1]
+    at = _axis(place, seen, length)
+    start, end = (min(max(at(edge / n), 0.0), float(length)) for edge in (first, last))
+    return _Span(start, end, last - first)
+
+
+def _union(spans: list[_Span]) -> float:
+    """The length that spans cover together."""
+    covered, upto = 0.0, 0.0
+    for start, end, _ in sorted(spans):
+        covered += max(end - max(start, upto), 0.0)
+        upto = max(upto, end)
+    return covered
+
+
+def _near(length: int, whole: int) -> int:
+    """A measured length; the whole if it differs by no more than it is measured to."""
+    return whole if length >= whole - max(0.02 * whole, 1) else length
+
+
+def _cover(looks: list[tuple[_Span, _Span]]) -> float:
+    """The area that views cover together, in original pixels."""
+    edges = sorted({edge for x, _ in looks for edge in (x.start, x.end)})
+    return sum(
+        (right - left) * _union([y for x, y in looks if x.start < (left + right) / 2 < x.end])
+        for left, right in pairwise(edges)
+    )
+
+
+def _side(length: int, scale: float, spans: list[_Span]) -> int:
+    """A side of the picture at a scale: whole pixels of tiles that lie side by side, else rounded."""
+    chosen: list[_Span] = []
+    for span in sorted(spans):
+        if not chosen or span.start > chosen[-1].start + 0.5 * (chosen[-1].end - chosen[-1].start):
+            chosen.append(span)
+    together = sum(span.pixels for span in chosen)
+    return together if abs(together - length * scale) <= max(0.02 * together, 1) else round(length * scale)
+
+
 def _of_views(vlm: VLM, picture: Size, black: Tensor, tokens: int) -> Places:
     """Places from views (V, 3, h, w): in the order of the model's features, else as a grid per view."""
     packs = [part for part in vlm.model.modules() if hasattr(part, "pack_image_features")]
@@ -91,12 +189,7 @@ def _packed(vlm: VLM, picture: Size, black: Tensor, pack: Callable[..., Any]) ->
 def _view_grids(vlm: VLM, picture: Size, black: Tensor, grid: Size) -> list[Places]:
     """Per view the places of a grid of tokens."""
     height, width = picture
-    ramp = np.zeros((height, width, 3), dtype=np.uint8)
-    ramp[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
-    ramp[..., 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
-    white = _views(_inputs(vlm, np.full_like(ramp, 255))) - black
-    inside = white.abs().amin(1) > 0.5 * white.abs().max()  # (V, h, w)
-    where = (_views(_inputs(vlm, ramp)) - black) / white.where(white != 0, torch.ones(()))
+    where, inside = _looks(picture, black, lambda pixels: _views(_inputs(vlm, pixels)))
     return [
         _grid(
             grid,
@@ -105,6 +198,26 @@ def _view_grids(vlm: VLM, picture: Size, black: Tensor, grid: Size) -> list[Plac
         )
         for place, seen in zip(where, inside, strict=True)
     ]
+
+
+def _looks(picture: Size, black: Tensor, views: Callable[[np.ndarray], Tensor]) -> tuple[Tensor, Tensor]:
+    """What the views of a picture show: (V, 3, h, w) x and y as fractions in its first channels, and where.
+
+    Args:
+        picture: its size.
+        black: the views (V, 3, h, w) of a black picture of this size.
+        views: pixels (h, w, 3) of such a picture -> views (V, 3, h, w).
+
+    Returns:
+        The fractions, and (V, h, w) bool, False for padding.
+    """
+    height, width = picture
+    pixels = np.full((height, width, 3), 255, dtype=np.uint8)
+    white = views(pixels) - black
+    inside = white.abs().amin(1) > 0.5 * white.abs().max()
+    pixels[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
+    pixels[..., 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
+    return (views(pixels) - black) / white.where(white != 0, torch.ones(())), inside
 
 
 def _axis(place: Tensor, seen: Tensor, length: int) -> Callable[[float], float]:

@@ -292,12 +292,19 @@ def _by_transformers(
     return network.to(device).eval(), processor
 
 
-def _loads_by_itself(model_type: str | None) -> bool:
-    """Whether to use transformers' own class at once. Not for `llava`, which other layouts also use."""
+def is_vlm(model_type: object) -> bool:
+    """Whether transformers has a VLM of its own of this type."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from foveate.model.config import FoveateConfig
 
-    if model_type in ("llava", FoveateConfig.model_type) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return False
-    return CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return model_type != FoveateConfig.model_type and (
+        CONFIG_MAPPING[model_type] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
+
+
+def _loads_by_itself(model_type: object) -> bool:
+    """Whether to use transformers' own class at once. Not for `llava`, which other layouts also use."""
+    return model_type != "llava" and is_vlm(model_type)
