@@ -22,8 +22,10 @@ install: .venv/installed
 	touch .venv/core $@
 
 # Lint, docs, then types beside the tests: the last line is pytest's, which takes longest. One thread per
-# process: on two cores, the threads of several processes would wait for each other.
+# process: on two cores, the threads of several processes would wait for each other. Bytecode is kept, whatever
+# the environment says, for the interpreters that tests start.
 test slow: export OMP_NUM_THREADS ?= 1
+test slow: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

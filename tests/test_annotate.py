@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ N = 26  # records; every sixth has no picture
 QUESTIONS = N - N // 6
 BATCH = 3
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_answers() -> Iterator[None]:
+    """A random model never ends an answer that is to be compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foveate.annotate.ANSWER_TOKENS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")

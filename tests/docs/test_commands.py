@@ -85,6 +85,8 @@ ONLY_READ = (
     "chain_of_spot",
 )
 SHORT = ("steps=2", "batch=4", "micro_batch=2")  # what every training on a page is cut to
+BOUND = "--max-new-tokens"
+FEW = (BOUND, "16")  # what every answer is cut to: random models write up to the bound
 EXPECTED = re.compile(r"# -> (.*)$", re.MULTILINE)  # after a print: its output
 
 
@@ -183,6 +185,8 @@ class Page:
         if "train" in words:  # with fewer and smaller steps
             stages = load_recipe(words[words.index("train") + 1]).stages
             words += [f"stages.{stage}.{size}" for stage in stages for size in SHORT]
+        if words[:2] == ["foveate", "ask"] and BOUND not in words:
+            words += FEW
         before, pipe, last = self.local(command).rpartition(" | ")
         if words[0] == "foveate" and not {"|", ">", "&&", ";"} & set(words):
             result = run_foveate(*words[1:])

@@ -178,6 +178,11 @@ def test_the_authors_parser_in_a_conversation() -> None:
 # Asking.
 
 
+@pytest.fixture(autouse=True)
+def _short_regions() -> None:
+    """Not here, where they are what is tested."""
+
+
 @pytest.fixture(scope="module")
 def made() -> Foveate:
     return fresh("chain_of_spot")

@@ -152,7 +152,7 @@ def shown(answer: Answer) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+@pytest.mark.parametrize("copied", [pickled, pytest.param(copy.deepcopy, marks=pytest.mark.slow)])
 def test_a_copy_answers_alike(method: str, copied: Callable[[Any], Any]) -> None:
     """And with weights of its own, in hooks and remembered functions, too."""
     made = fresh(method)
