@@ -24,6 +24,7 @@ app = typer.Typer(
 ScaleName = Annotated[str, typer.Option(help="Sizes of the networks.")]
 LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, near, words, dense or signs.")]
 Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights and reports.")]
+Background = Annotated[Path | None, typer.Option(help="A photograph as background, instead of the lab's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
@@ -66,13 +67,15 @@ def questions(
     scale: ScaleName = "small",
     count: Annotated[int, typer.Option(min=1, help="How many questions.")] = 200,
     seed: Seed = 0,
+    background: Background = None,
 ) -> None:
     """Write questions about held-out pictures, with answers, for `foveate eval`."""
     from foveate.lab.levels import level_named
     from foveate.lab.questionnaire import write_questions
     from foveate.lab.scales import scale_named
 
-    path = write_questions(out, level_named(level), scale_named(scale), count, seed=seed)
+    hard, sizes = level_named(level), scale_named(scale)
+    path = write_questions(out, hard, sizes, count, seed=seed, photographs=_photographs(background))
     Console().print(f"{count} questions written to {path}", style="dim", soft_wrap=True)
 
 
@@ -236,25 +239,21 @@ def show(
     scale: ScaleName = "tiny",
     seed: Seed = 0,
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 6,
-    background: Annotated[
-        Path | None, typer.Option(help="A photograph as background, instead of the lab's.")
-    ] = None,
+    background: Background = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for each scene as a separate picture, to ask a model about.")
     ] = None,
 ) -> None:
     """Draw scenes of a level: as they are, and as the tower's base view shows them."""
-    import numpy as np
     from PIL import Image
 
     from foveate.lab.gallery import gallery, scenes
     from foveate.lab.levels import level_named
     from foveate.lab.scales import scale_named
-    from foveate.picture.reading import read_picture, write_drawing
+    from foveate.picture.reading import write_drawing
 
     hard, sizes = level_named(level), scale_named(scale)
-    behind = [] if background is None else [np.asarray(read_picture(background))]
-    shown = scenes(hard, sizes, seed, count, behind)
+    shown = scenes(hard, sizes, seed, count, _photographs(background))
     write_drawing(gallery(hard, sizes, shown), out)
     if pictures is not None:
         with explained(pictures):
@@ -262,6 +261,17 @@ def show(
         for i, scene in enumerate(shown):
             write_drawing(Image.fromarray(scene.picture), pictures / f"{i}.png")
     Console().print(f"{count} scenes written to {out}")
+
+
+def _photographs(background: Path | None) -> list[Any]:
+    """A photograph (H, W, 3) to draw scenes on; none: the lab's own."""
+    if background is None:
+        return []
+    import numpy as np
+
+    from foveate.picture.reading import read_picture
+
+    return [np.asarray(read_picture(background))]
 
 
 def _the_file_says(context: typer.Context, *names: str) -> None:

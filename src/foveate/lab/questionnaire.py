@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,27 @@ FILE = "questions.jsonl"
 
 
 def write_questions(
-    out: Path, level: Level, scale: Scale, count: int, split: Split = "test", seed: int = 0
+    out: Path,
+    level: Level,
+    scale: Scale,
+    count: int,
+    split: Split = "test",
+    seed: int = 0,
+    photographs: Sequence[np.ndarray] = (),
 ) -> Path:
     """Draws scenes until there are `count` questions, and writes them to a new folder; returns its file.
 
     Each has its answer, the box to look at, its kind as `category` and its scene as `group`.
 
     Raises:
-        FoveateError: the folder exists and is not empty.
+        FoveateError: the folder exists and is not empty; `photographs`, (H, W, 3) bytes each, on which the
+            scenes are drawn instead of the split's, are too small.
     """
     rows: list[dict[str, object]] = []
     with new_folder(out) as folder:
         scene_number = 0
         while len(rows) < count:
-            scene = make_scene(level, scale.view, scale.magnify, split, seed, scene_number)
+            scene = make_scene(level, scale.view, scale.magnify, split, seed, scene_number, photographs)
             name = f"{scene_number:05d}.png"
             Image.fromarray(scene.picture).save(folder / name)
             rng = np.random.default_rng([seed, SPLITS.index(split), scene_number, 1])
