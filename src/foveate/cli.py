@@ -626,7 +626,7 @@ def evaluate(
         strict=strict,
         limits=limits,
         transparency=transparency,
-        console=None if as_json else console,
+        console=None if as_json else Console(stderr=True),
     )
     _print_json(report) if as_json else show(console, report, out)
 
