@@ -27,6 +27,7 @@ from foveate.ask.live import Live, printable
 from foveate.methods import METHODS
 from foveate.tiny import tiny_tokenizer
 from foveate.towers.vit import VisionTower
+from tests import vlms
 from tests.command import Result, foveate, on_a_terminal
 from tests.support import picture
 
@@ -591,3 +592,21 @@ def test_pictures_by_url_and_their_bounds(
         foveate(command, photo, *rest, "--max-pixels", pixels - 1), f"max_pixels {pixels - 1}", "--max-pixels"
     )
     assert foveate(command, photo, *rest, "--max-pixels", pixels).code == 0
+
+
+def test_any_vlm_answers_with_and_without_a_closer_look(photo: Path, tmp_path: Path) -> None:
+    """One that Foveate does not read; and options that only its own models have."""
+    folder = tmp_path / "vlm"
+    made = vlms.gemma3()
+    made.model.save_pretrained(vlms.write(made, folder))
+    plain = json.loads(ask(photo, "Why?", "--model", folder, "--json").stdout)
+    assert plain["regions"] == [] and plain["zoomed"] is None and 0 < plain["confidence"] <= 1
+    drawing = tmp_path / "seen.png"
+    closer = ask(photo, "Why?", "--model", folder, "--zoom", "relevance", "--out", drawing)
+    assert closer.code == 0 and "looked closer at [" in closer.stdout and drawing.exists()
+    refused(
+        ask(photo, "Why?", "--model", folder, "-o", "grids=[[1, 1]]"), "--option is for models that Foveate"
+    )
+    refused(
+        ask(photo, "Why?", "--zoom", "answer", "--method", "llava"), "--method is for models that Foveate"
+    )

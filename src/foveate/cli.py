@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,6 +96,10 @@ Positions = Annotated[
         "--max-positions", min=1, help="Longest conversation in tokens, for an LLM that reads beyond its own."
     ),
 ]
+CloserLook = Annotated[
+    Literal["answer", "relevance"] | None,
+    typer.Option("--zoom", help="A closer look at a region that the model's answer or its relevance names."),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
 
@@ -123,16 +128,25 @@ def ask(
     option: Option = None,
     max_positions: Positions = None,
     quantize: Quantized = None,
+    zoom: CloserLook = None,
     max_pixels: MaxPixels = None,
     allow_private: AllowPrivate = False,
 ) -> None:
-    """Answer questions about a picture."""
+    """Answer questions about a picture; with --zoom by any VLM that transformers loads."""
     for question in questions:
         check_text(question, "the question")
     if out is not None:
         from foveate.picture.reading import drawing_path
 
         drawing_path(out)  # before the model loads
+    if zoom is not None or _is_others(model, revision, subfolder):
+        ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
+        ours |= {"quantize": quantize, "transparency": transparency}
+        if given := [name for name, value in ours.items() if value]:
+            raise FoveateError(f"--{given[0]} is for models that Foveate reads, without --zoom: leave it out")
+        closely = _Closely(zoom, model, device, dtype, max_positions, revision, subfolder)
+        closely.ask(picture, questions, _limits(max_pixels, allow_private), max_new_tokens, as_json, out)
+        return
     image, foveate = _ready(
         picture,
         _limits(max_pixels, allow_private),
@@ -558,10 +572,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
     max_new_tokens: NewTokens = 64,
-    zoom: Annotated[
-        Literal["answer", "relevance"] | None,
-        typer.Option(help="Give the model a closer look, at a region found by its answer or relevance."),
-    ] = None,
+    zoom: CloserLook = None,
     name: Annotated[str | None, typer.Option(help="The model's name on a server.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a picture that the model sees smaller than it is.")
@@ -696,6 +707,84 @@ def _load(
         subfolder=subfolder,
         transparency=transparency,
     )
+
+
+def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
+    """Whether a model is a VLM of transformers that Foveate does not read."""
+    if model is None:
+        return False
+    from foveate.model.adapters import with_base
+    from foveate.model.checkpoints import recognise
+    from foveate.model.folders import Hub, read_json
+    from foveate.zoom.vlm import is_vlm
+
+    folder, _ = with_base(model, Hub(revision, subfolder))
+    if not is_vlm(read_json(folder / "config.json").get("model_type")):
+        return False
+    try:
+        recognise(folder)
+    except FoveateError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Closely:
+    """Questions to any VLM, with a closer look or in one."""
+
+    zoom: Literal["answer", "relevance"] | None
+    model: str | None
+    device: str | None
+    dtype: str | None
+    max_positions: int | None
+    revision: str | None
+    subfolder: str
+
+    def ask(
+        self,
+        picture: str,
+        questions: list[str],
+        limits: Limits,
+        max_new_tokens: int,
+        as_json: bool,
+        out: Path | None,
+    ) -> None:
+        """Prints the answers, and draws them."""
+        from foveate.picture.reading import fetched, read_size
+        from foveate.zoom.vlm import VLM
+        from foveate.zoom.zoom import Zoom
+
+        _quiet()
+        once = fetched(picture, limits)
+        read_size(once, limits)
+        if self.model is None:
+            Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
+        vlm = VLM.load(self.model, self.device, self.dtype, revision=self.revision, subfolder=self.subfolder)
+        asked = Zoom(
+            vlm.model, vlm.processor, self.zoom or "answer", max_positions=self.max_positions, limits=limits
+        )
+        answers = [
+            asked.ask(once, question, no_zoom=self.zoom is None, max_new_tokens=max_new_tokens)
+            for question in questions
+        ]
+        if as_json:
+            values = [answer.to_dict() for answer in answers]
+            _print_json(values[0] if len(values) == 1 else values)
+        console = Console()
+        for i, answer in enumerate(answers):
+            if not as_json:
+                from foveate.ask.live import show_text
+
+                _print_dim(console, answer.question)
+                show_text(console, answer.text)
+                looked = [f"looked closer at {list(box.rounded())}" for box in answer.regions]
+                for line in (*looked, *answer.account.notes, f"confidence {answer.confidence:.2f}"):
+                    _print_dim(console, line)
+            if out is not None:
+                drawing = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+                answer.show(drawing)
+                if not as_json:
+                    console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
 
 
 def _ready(picture: str, limits: Limits, *loading: Any) -> tuple[Image.Image, Foveate]:
