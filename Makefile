@@ -2,6 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# pip compiles all that it installs, a file after another, tests included. Here all cores do it. What is left out
+# is compiled where it is imported; some files are for other Pythons.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib \
+	-x '/tests?/|/pip/|/transformers/models/(?!__init__|auto/|clip/|llama/|llava|qwen|siglip)' || true
+
 .PHONY: demo install test types suite slow newest oldest constraints docs embedded clean
 
 # A question about a photograph of 9 megapixels, answered by the model that comes with the package.
@@ -12,13 +18,15 @@ install: .venv/installed
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(PIP_INSTALL) --editable .
+	$(COMPILE)
 	touch $@
 
 # All at once: what the package alone needs is part of it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(PIP_INSTALL) --editable '.[dev,docs]'
+	$(COMPILE)
 	touch .venv/core $@
 
 # Lint, docs, then types beside the tests: the last line is pytest's, which takes longest. One thread per

@@ -10,9 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-import torch
 
-from foveate.methods import chain_of_spot
 from tests.measuring import Measured, Measures, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--golden")
     if given is not None and not given.is_dir():
         raise pytest.UsageError(f"--golden {given}: no such folder")
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    if not _only_deals(config):
+        import torch
+
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def _only_deals(config: pytest.Config) -> bool:
+    """Whether this process leaves all tests to others: it need not import what they need."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,7 +119,7 @@ def _nothing_deprecated() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _short_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models never end the reply that should be a box: they would write up to the bound each time."""
-    monkeypatch.setattr(chain_of_spot, "REGION_TOKENS", 12)
+    monkeypatch.setattr("foveate.methods.chain_of_spot.REGION_TOKENS", 12)
 
 
 @pytest.fixture
