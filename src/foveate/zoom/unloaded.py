@@ -109,7 +109,9 @@ class Unloaded:
         self.alone = isinstance(self.processor.tokenizer, _StandIn)
         what = f"{shown(folder / 'config.json')}: its network cannot be built"
         with one_sentence(what), torch.device("meta"):
-            network = AutoModelForImageTextToText.from_config(self.config, dtype=torch.bfloat16)
+            network = AutoModelForImageTextToText.from_config(
+                self.config, dtype=torch.bfloat16, trust_remote_code=False
+            )
         self.network: PreTrainedModel = network.eval().requires_grad_(False)
 
     def price(self, picture: Size, text_tokens: int = 64) -> Price:
