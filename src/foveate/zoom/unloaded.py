@@ -276,9 +276,9 @@ def _processor(folder: Path, config: Any) -> Any:
     what = f"{shown(folder)}: its processor cannot be made"
     try:
         with one_sentence(what):
-            images = AutoImageProcessor.from_pretrained(folder)
+            images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
             if any((folder / file).is_file() for file in TOKENIZERS):
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             else:
                 tokenizer = _stand_in()
             return upstream.pictures_alone(kind, images, tokenizer, values)
