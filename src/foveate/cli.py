@@ -139,17 +139,19 @@ def ask(
         from foveate.picture.reading import drawing_path
 
         drawing_path(out)  # before the model loads
+    limits = _limits(max_pixels, allow_private)
+    once = _found(picture, limits)  # what is no picture ends it before any model is looked for
     if zoom is not None or _is_others(model, revision, subfolder):
         ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
         ours |= {"quantize": quantize, "transparency": transparency}
         if given := [name for name, value in ours.items() if value]:
             raise FoveateError(f"--{given[0]} is for models that Foveate reads, without --zoom: leave it out")
         closely = _Closely(zoom, model, device, dtype, max_positions, revision, subfolder)
-        closely.ask(picture, questions, _limits(max_pixels, allow_private), max_new_tokens, as_json, out)
+        closely.ask(once, questions, limits, max_new_tokens, as_json, out)
         return
     image, foveate = _ready(
-        picture,
-        _limits(max_pixels, allow_private),
+        once,
+        limits,
         model,
         revision,
         subfolder,
@@ -206,9 +208,10 @@ def chat(
     allow_private: AllowPrivate = False,
 ) -> None:
     """Talk about a picture, line by line; an empty line or the end of input stops."""
+    limits = _limits(max_pixels, allow_private)
     image, foveate = _ready(
-        picture,
-        _limits(max_pixels, allow_private),
+        _found(picture, limits),
+        limits,
         model,
         revision,
         subfolder,
@@ -742,7 +745,7 @@ class _Closely:
 
     def ask(
         self,
-        picture: str,
+        picture: Any,
         questions: list[str],
         limits: Limits,
         max_new_tokens: int,
@@ -750,13 +753,10 @@ class _Closely:
         out: Path | None,
     ) -> None:
         """Prints the answers, and draws them."""
-        from foveate.picture.reading import fetched, read_size
         from foveate.zoom.vlm import VLM
         from foveate.zoom.zoom import Zoom
 
         _quiet()
-        once = fetched(picture, limits)
-        read_size(once, limits)
         if self.model is None:
             Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
         vlm = VLM.load(self.model, self.device, self.dtype, revision=self.revision, subfolder=self.subfolder)
@@ -764,7 +764,7 @@ class _Closely:
             vlm.model, vlm.processor, self.zoom or "answer", max_positions=self.max_positions, limits=limits
         )
         answers = [
-            asked.ask(once, question, no_zoom=self.zoom is None, max_new_tokens=max_new_tokens)
+            asked.ask(picture, question, no_zoom=self.zoom is None, max_new_tokens=max_new_tokens)
             for question in questions
         ]
         if as_json:
@@ -787,14 +787,21 @@ class _Closely:
                     console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
 
 
-def _ready(picture: str, limits: Limits, *loading: Any) -> tuple[Image.Image, Foveate]:
-    """The picture, as the model is to see it, and the model; what is no picture ends it before that loads."""
-    from foveate.picture.reading import fetched, read_picture, read_size
+def _found(picture: str, limits: Limits) -> Any:
+    """A picture's file, or what its URL gave, whose header has been read."""
+    from foveate.picture.reading import fetched, read_size
 
     once = fetched(picture, limits)
     read_size(once, limits)
+    return once
+
+
+def _ready(picture: Any, limits: Limits, *loading: Any) -> tuple[Image.Image, Foveate]:
+    """The picture, as the model is to see it, and the model."""
+    from foveate.picture.reading import read_picture
+
     foveate = _load(*loading)
-    return read_picture(once, limits, foveate.processor.image_processor.transparency), foveate
+    return read_picture(picture, limits, foveate.processor.image_processor.transparency), foveate
 
 
 def _limits(max_pixels: int | None, allow_private: bool) -> Limits:
