@@ -63,18 +63,13 @@ def test_a_terminal_shows_the_answer() -> None:
     assert len(lines) == 4 and "visual tokens" in lines[3]
 
 
-@pytest.mark.parametrize(
-    ("repeats", "most", "words"), [(2, 8, 1), pytest.param(5, 24, 4, marks=pytest.mark.slow)]
-)
-def test_objects_of_a_ninth_of_a_photograph_are_read(
-    repeats: int, most: int, words: int, model: Foveate
-) -> None:
+def test_objects_of_a_ninth_of_a_photograph_are_read(model: Foveate) -> None:
     """Letters, digits and words on a photograph of 16 megapixels that no training has seen."""
-    found = list(trials(model, [EXAMPLES / "dandelions.jpg"], parts=(1 / 4, 1 / 9), repeats=repeats))
+    found = list(trials(model, [EXAMPLES / "dandelions.jpg"], parts=(1 / 4, 1 / 9), repeats=5))
     right = {kind: [trial.right for trial in found if trial.kind == kind] for kind in KINDS}
-    assert [len(answers) for answers in right.values()] == [2 * repeats] * 3
-    assert sum(map(sum, right.values())) >= most
-    assert sum(right["word"]) >= words  # words that no training has shown
+    assert [len(answers) for answers in right.values()] == [10, 10, 10]
+    assert sum(map(sum, right.values())) >= 24
+    assert sum(right["word"]) >= 4  # words that no training has shown
 
 
 def test_what_is_not_there_is_none(model: Foveate) -> None:

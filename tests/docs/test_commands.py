@@ -151,6 +151,9 @@ class Page:
         if block.title is not None:
             self.write(block)
         elif block.language in ("bash", "console"):
+            assert block.language == "bash" or block.text.startswith("$ "), (
+                f"{block.place}: what a console prints follows the command that prints it"
+            )
             for command, output in commands(block):
                 self.command(block, command, output)
         elif block.language == "python":
@@ -316,6 +319,7 @@ def test_runner_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "```bash\nfoveate ask nothing.png Why? --model nowhere\n```",
         "```bash\nfalse | true\n```",
         "```console\n$ echo one\ntwo\n```",
+        "```console\nprinted by nobody\n```",
         "```python\nprint(1)  # -> 2\n```",
     ):
         (block,) = parse(text, "page.md")
