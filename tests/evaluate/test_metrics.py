@@ -126,6 +126,8 @@ def test_pairs_of_mme() -> None:
     assert found == pytest.approx({"acc_plus": 1 / 3, "mme_score": ((100 + 100) + 50) / 2 + 0})
     with pytest.raises(FoveateError, match="group '2' has 1 questions, not a pair"):
         mme_pairs(samples[:3], said[:3])
+    with pytest.raises(FoveateError, match="group '2' has 1 questions, not a pair"):
+        chosen(["mme"], samples[:3])  # before any question is asked
 
 
 def test_regions() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from foveate import FoveateError, Zoom
 from foveate.evaluate.compare import compare
 from foveate.evaluate.metrics import chosen
-from foveate.evaluate.models import AnyVLM, Given, Own, shown_size
+from foveate.evaluate.models import AnyVLM, Given, Own
 from foveate.evaluate.run import evaluate
 from foveate.evaluate.samples import read_questions
 from foveate.evaluate.statistics import interval
@@ -92,9 +92,7 @@ def test_what_made_an_answer(data: Path, tmp_path: Path) -> None:
     assert len(plan["model"]["weights"]) == 16 and plan["model"]["dtype"] == "float32"
     assert {"foveate", "torch", "transformers", "python"} <= report["versions"].keys()
     first, last = records(tmp_path / "out")[0], records(tmp_path / "out")[-1]
-    assert first["size"] == [90, 50] and first["shown"] == list(
-        reversed(shown_size(made.processor.image_processor.plan(50, 90)))
-    )
+    assert first["size"] == [90, 50] and first["shown"] == [56, 31]  # padded to a square of 56
     assert last["downscaled"] and report["downscaled"] == sum(
         r["downscaled"] for r in records(tmp_path / "out")
     )
@@ -197,6 +195,12 @@ def test_any_vlm_and_its_closer_look(data: Path, tmp_path: Path) -> None:
     made = fresh("llava")
     plain = run(AnyVLM(VLM(made.model, made.processor)), data, tmp_path / "plain", max_new_tokens=4)
     assert plain["plan"]["model"]["zoom"] is None and plain["visual_tokens"] == 16
+    run(Own(made), data, tmp_path / "own", max_new_tokens=4)
+    for measured, planned in zip(records(tmp_path / "plain"), records(tmp_path / "own"), strict=True):
+        same = ("downscaled", "visual_tokens", "prediction", "prompt")
+        assert [measured[name] for name in same] == [planned[name] for name in same]
+        pairs = zip(measured["shown"], planned["shown"], strict=True)
+        assert all(abs(one - other) <= 1 for one, other in pairs)  # of a pixel that is shown in part
     zoom = Zoom(made.model, made.processor, "relevance")
     zoomed = run(AnyVLM(zoom.vlm, zoom), data, tmp_path / "zoom", max_new_tokens=4)
     assert "Relevant" in zoomed["plan"]["model"]["zoom"]["region"]

@@ -296,7 +296,7 @@ METRICS = {
 def chosen(names: Sequence[str], samples: Sequence[Sample]) -> list[Metric]:
     """Metrics by name; without names those that fit the samples.
 
-    Raises `FoveateError` for an unknown name, or a sample that lacks what a metric needs.
+    Raises `FoveateError` for an unknown name, or samples that lack what a metric needs.
     """
     if unknown := [name for name in names if name not in METRICS]:
         raise FoveateError(f"unknown metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
@@ -305,6 +305,8 @@ def chosen(names: Sequence[str], samples: Sequence[Sample]) -> list[Metric]:
         for sample in samples:
             if (problem := metric.lacks(sample)) is not None:
                 raise FoveateError(f"{sample.where} {problem}: it cannot be scored by metric {metric.name}")
+        if metric.more is not None:  # for its errors, before any question is asked
+            metric.more(samples, [Prediction("")] * len(samples))
     return metrics
 
 

@@ -10,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from PIL import Image
 
 from foveate.ask.foveate import Foveate
 from foveate.errors import FoveateError, first_line, require
 from foveate.layers import weights_of
-from foveate.picture.geometry import Box, Size, ViewPlan
+from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import Transparency
+from foveate.remembered import Remembered
+from foveate.zoom.places import resolution
 from foveate.zoom.vlm import VLM, message
 from foveate.zoom.zoom import Zoom
 
@@ -31,7 +35,8 @@ class Given:
         text: the answer.
         regions: parts of the picture that were looked at, in original pixels.
         tokens: visual tokens that the LLM read; None if unknown.
-        shown: of the picture, as the model sees it at most; None if unknown.
+        shown: the resolution at which the model sees the whole picture, never more than its own pixels; None
+            if unknown, or if it sees a part.
         prompt: the text that the LLM read first, a placeholder for each picture; None if unknown.
         notes: sentences about how the model came to it.
     """
@@ -86,7 +91,7 @@ class Own:
                 answer.text,
                 answer.account.regions or [],
                 answer.ledger.visual_tokens,
-                shown_size(answer.plan),
+                answer.plan.effective,
                 self.model.processor.apply_chat_template(message(*pair), add_generation_prompt=True),
                 answer.notes,
             )
@@ -94,24 +99,17 @@ class Own:
         ]
 
 
-def shown_size(plan: ViewPlan) -> Size:
-    """The pixels at which a plan shows the picture, at most its own."""
-    sizes = [
-        Size(
-            int(min(canvas.content.height, canvas.source.height)),
-            int(min(canvas.content.width, canvas.source.width)),
-        )
-        for canvas in plan.canvases
-    ]
-    return max(sizes, key=lambda size: size.height * size.width)
-
-
-@dataclass
 class AnyVLM:
-    """Any VLM that transformers loads, in one turn or with a closer look."""
+    """Any VLM that transformers loads, in one turn or with a closer look.
 
-    vlm: VLM
-    zoom: Zoom | None = None
+    Args:
+        vlm: the model.
+        zoom: asks it, with a closer look; None: it answers in one.
+    """
+
+    def __init__(self, vlm: VLM, zoom: Zoom | None = None) -> None:
+        self.vlm, self.zoom = vlm, zoom
+        self.seen = Remembered(self._seen, most=4096)
 
     @property
     def transparency(self) -> Transparency:
@@ -135,22 +133,42 @@ class AnyVLM:
         for _, question in pairs:
             self.vlm.check_question(question)
         said = self.vlm.answer([message(*pair) for pair in pairs], max_new_tokens=max_new_tokens)
-        return [Given(one.text, [], *self._read(*pair)) for one, pair in zip(said, pairs, strict=True)]
+        return [
+            Given(one.text, [], *self.seen(Size(pair[0].height, pair[0].width)), self._prompt(*pair))
+            for one, pair in zip(said, pairs, strict=True)
+        ]
 
     def _zoomed(self, picture: Image.Image, question: str, max_new_tokens: int) -> Given:
         assert self.zoom is not None
         answer = self.zoom.ask(picture, question, max_new_tokens=max_new_tokens)
-        _, shown, prompt = self._read(picture, question)
-        return Given(answer.text, answer.regions, None, shown, prompt, answer.account.notes)
+        _, shown = self.seen(Size(picture.height, picture.width))
+        notes = answer.account.notes
+        return Given(answer.text, answer.regions, None, shown, self._prompt(picture, question), notes)
 
-    def _read(self, picture: Image.Image, question: str) -> tuple[int, Size | None, str]:
-        """Visual tokens, the size at which the picture is shown, if known, and the prompt."""
-        asked = message(picture, question)
-        inputs, size = self.vlm.inputs([asked]), Size(picture.height, picture.width)
+    def _seen(self, picture: Size) -> tuple[int, Size | None]:
+        """Of a picture of this size its visual tokens, and the size at which all of it is seen, if known.
+
+        Measured in what the processor makes of blank ones.
+        """
+
+        def read(pixels: np.ndarray) -> Any:
+            return self.vlm.inputs([message(Image.fromarray(pixels), "?")])
+
+        inputs = read(np.zeros((*picture, 3), dtype=np.uint8))
         tokens = int((inputs["input_ids"] == self.vlm.image_token_id).sum())
-        shown = self.vlm.shown(inputs, size)
-        prompt = self.vlm.processor.apply_chat_template(asked, add_generation_prompt=True)
-        return tokens, None if shown is size else shown, str(prompt)
+        if "image_grid_thw" in inputs:
+            return tokens, _at_most(self.vlm.shown(inputs, picture), picture)
+        views = inputs["pixel_values"] if "pixel_values" in inputs else torch.empty(0)
+        if views.ndim < 4 or views.shape[-3] != 3:
+            return tokens, None
+        found = resolution(picture, views.cpu(), lambda pixels: read(pixels)["pixel_values"].float().cpu())
+        if found is None or found.part != picture:
+            return tokens, None
+        return tokens, _at_most(found.size, picture)
+
+    def _prompt(self, picture: Image.Image, question: str) -> str:
+        asked = message(picture, question)
+        return str(self.vlm.processor.apply_chat_template(asked, add_generation_prompt=True))
 
 
 @dataclass
@@ -200,6 +218,10 @@ class Remote:
         if not reply.choices or reply.choices[0].message.content is None:
             raise FoveateError(f"{self.url} gave an answer without text")
         return Given(reply.choices[0].message.content.strip())
+
+
+def _at_most(size: Size, most: Size) -> Size:
+    return Size(min(size.height, most.height), min(size.width, most.width))
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -123,13 +123,17 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         transparency=transparency or answering.transparency,
     )
+    workers, parts = processes(), out / "parts"
+    first = workers.process_index == 0
     if (out / "report.json").is_file():
         report = read_json(out / "report.json", ANEW)
         plan.refuse_if_other(report.get("plan"), out)
-        samples = [json.loads(line) for line in (out / "samples.jsonl").read_bytes().splitlines()]
-        return _reported(plan, questions, samples, metrics, out)  # other metrics of the same answers
-    workers, parts = processes(), out / "parts"
-    first = workers.process_index == 0
+        workers.wait_for_everyone()  # all have seen it before it is written again
+        if first:  # other metrics of the same answers
+            samples = [json.loads(line) for line in (out / "samples.jsonl").read_bytes().splitlines()]
+            report = _reported(plan, questions, samples, metrics, out)
+        workers.wait_for_everyone()
+        return report
     with alone(parts, out) if first else nullcontext():
         if first:
             note = parts / "plan.json"
