@@ -7,8 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -146,8 +145,8 @@ def ask(
         ours |= {"quantize": quantize, "transparency": transparency}
         if given := [name for name, value in ours.items() if value]:
             raise FoveateError(f"--{given[0]} is for models that Foveate reads, without --zoom: leave it out")
-        closely = _Closely(zoom, model, device, dtype, max_positions, revision, subfolder)
-        closely.ask(once, questions, limits, max_new_tokens, as_json, out)
+        rest = (zoom, limits, max_positions, max_new_tokens, as_json, out)
+        _ask_closely(once, questions, *rest, model, device, dtype, revision=revision, subfolder=subfolder)
         return
     image, foveate = _ready(
         once,
@@ -181,11 +180,7 @@ def ask(
         for answer in answers:
             _print_answer(console, answer)
     if out is not None:
-        for i, answer in enumerate(answers):
-            drawing = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-            answer.show(drawing)
-            if not as_json:
-                console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
+        _draw(console, answers, out, as_json)
 
 
 @app.command()
@@ -731,60 +726,53 @@ def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _Closely:
-    """Questions to any VLM, with a closer look or in one."""
+def _ask_closely(
+    picture: Any,
+    questions: list[str],
+    zoom: Literal["answer", "relevance"] | None,
+    limits: Limits,
+    max_positions: int | None,
+    max_new_tokens: int,
+    as_json: bool,
+    out: Path | None,
+    *loading: Any,
+    **hub: Any,
+) -> None:
+    """Asks any VLM, with a closer look or without, prints its answers and draws them."""
+    _quiet()
+    from foveate.ask.live import show_text
+    from foveate.zoom.vlm import VLM
+    from foveate.zoom.zoom import Zoom
 
-    zoom: Literal["answer", "relevance"] | None
-    model: str | None
-    device: str | None
-    dtype: str | None
-    max_positions: int | None
-    revision: str | None
-    subfolder: str
+    if loading[0] is None:
+        Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
+    vlm, console = VLM.load(*loading, **hub), Console()
+    asked = Zoom(vlm.model, vlm.processor, zoom or "answer", max_positions=max_positions, limits=limits)
+    answers = [
+        asked.ask(picture, question, no_zoom=zoom is None, max_new_tokens=max_new_tokens)
+        for question in questions
+    ]
+    if as_json:
+        values = [answer.to_dict() for answer in answers]
+        _print_json(values[0] if len(values) == 1 else values)
+    else:
+        for answer in answers:
+            _print_dim(console, answer.question)
+            show_text(console, answer.text)
+            looked = [f"looked closer at {list(box.rounded())}" for box in answer.regions]
+            for line in (*looked, *answer.account.notes, f"confidence {answer.confidence:.2f}"):
+                _print_dim(console, line)
+    if out is not None:
+        _draw(console, answers, out, as_json)
 
-    def ask(
-        self,
-        picture: Any,
-        questions: list[str],
-        limits: Limits,
-        max_new_tokens: int,
-        as_json: bool,
-        out: Path | None,
-    ) -> None:
-        """Prints the answers, and draws them."""
-        from foveate.zoom.vlm import VLM
-        from foveate.zoom.zoom import Zoom
 
-        _quiet()
-        if self.model is None:
-            Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
-        vlm = VLM.load(self.model, self.device, self.dtype, revision=self.revision, subfolder=self.subfolder)
-        asked = Zoom(
-            vlm.model, vlm.processor, self.zoom or "answer", max_positions=self.max_positions, limits=limits
-        )
-        answers = [
-            asked.ask(picture, question, no_zoom=self.zoom is None, max_new_tokens=max_new_tokens)
-            for question in questions
-        ]
-        if as_json:
-            values = [answer.to_dict() for answer in answers]
-            _print_json(values[0] if len(values) == 1 else values)
-        console = Console()
-        for i, answer in enumerate(answers):
-            if not as_json:
-                from foveate.ask.live import show_text
-
-                _print_dim(console, answer.question)
-                show_text(console, answer.text)
-                looked = [f"looked closer at {list(box.rounded())}" for box in answer.regions]
-                for line in (*looked, *answer.account.notes, f"confidence {answer.confidence:.2f}"):
-                    _print_dim(console, line)
-            if out is not None:
-                drawing = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-                answer.show(drawing)
-                if not as_json:
-                    console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
+def _draw(console: Console, answers: Sequence[Any], out: Path, quiet: bool) -> None:
+    """Draws each answer, to a file of its own if there are several."""
+    for i, answer in enumerate(answers):
+        drawing = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+        answer.show(drawing)
+        if not quiet:
+            console.print(f"drawing written to {drawing}", style="dim", soft_wrap=True)
 
 
 def _found(picture: str, limits: Limits) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import Environment, Template
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -126,10 +126,15 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList | None:
 
 
 # The config knows the attention in use as `_attn_implementation`; only the setter is public.
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The name of the attention that a model computes; None if it has not been chosen yet."""
+    return config._attn_implementation
+
+
 @contextmanager
 def eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
     """Lets a decoder compute its attention maps, which other implementations never store."""
-    before = decoder.config._attn_implementation
+    before = attention_of(decoder.config)
     decoder.set_attn_implementation("eager")
     try:
         yield

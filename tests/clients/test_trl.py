@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import foveate
 from foveate import Foveate, FoveateError
 from foveate.tiny import tiny_model
 
-trl = pytest.importorskip("trl", reason="trl is not installed")
-datasets = pytest.importorskip("datasets")
+if sys.version_info < (3, 11):
+    pytest.skip("trl needs Python 3.11", allow_module_level=True)
+datasets, trl = import_module("datasets"), import_module("trl")
 
 COLORS = ["red", "green", "blue", "white"]
 PICTURES = [Image.new("RGB", (90 + 10 * i, 60), color) for i, color in enumerate(COLORS)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from PIL import Image
 
 from foveate import FoveateError
@@ -20,8 +21,6 @@ from foveate.evaluate.models import Remote
 from foveate.evaluate.run import evaluate
 from foveate.evaluate.samples import read_questions
 from tests.support import picture
-
-pytest.importorskip("openai")
 
 
 class Server(ThreadingHTTPServer):
@@ -92,6 +91,7 @@ def test_a_server_is_evaluated(server: Server, data: Path, tmp_path: Path) -> No
     server.failures = [429]
     questions = read_questions(data)
     remote = Remote(server.url, "served", "secret")
+    assert isinstance(remote.client, OpenAI)
     metrics = chosen(["exact"], questions.samples)
     report = evaluate(remote, questions, metrics, tmp_path / "out", batch=3, max_new_tokens=7)
     assert report["scores"]["exact"]["mean"] == 1 and report["visual_tokens"] is None

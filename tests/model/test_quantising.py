@@ -26,11 +26,6 @@ HERE: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 KINDS = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
 
 
-@pytest.fixture
-def bitsandbytes() -> Any:
-    return pytest.importorskip("bitsandbytes")
-
-
 def test_other_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="quantize should be 8bit or 4bit, not '3bit'"):
         foveate.load(quantize="3bit", **HERE)  # type: ignore[arg-type]
@@ -50,7 +45,7 @@ def dense(model: Any, like: Any) -> Any:
 
 @pytest.mark.parametrize("quantize", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_answers(method: str, quantize: Any, bitsandbytes: Any, tmp_path: Path) -> None:
+def test_every_method_answers(method: str, quantize: Any, tmp_path: Path) -> None:
     tiny_model(method).save(tmp_path)
     made = foveate.load(tmp_path, quantize=quantize, **HERE)
     kinds: dict[str, set[str]] = {}
@@ -69,7 +64,7 @@ def test_every_method_answers(method: str, quantize: Any, bitsandbytes: Any, tmp
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_regions_of_zoom(quantize: Any, bitsandbytes: Any, tmp_path: Path) -> None:
+def test_regions_of_zoom(quantize: Any, tmp_path: Path) -> None:
     tiny_model("llava").save(tmp_path)
     made, whole = foveate.load(tmp_path, quantize=quantize, **HERE), foveate.load(tmp_path, **HERE)
     asked = foveate.Zoom(made.model, made.processor, region="answer").ask(picture(90, 120), "What?")
@@ -84,7 +79,7 @@ def test_regions_of_zoom(quantize: Any, bitsandbytes: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_other_layouts_and_adapters(quantize: Any, bitsandbytes: Any, tmp_path: Path) -> None:
+def test_other_layouts_and_adapters(quantize: Any, tmp_path: Path) -> None:
     hf_llava(tmp_path / "hf")
     made = foveate.load(tmp_path / "hf", quantize=quantize, **HERE)
     assert type(made.model.language_model.model.layers[0].mlp.up_proj).__name__ == KINDS[quantize]
@@ -108,7 +103,7 @@ def test_other_layouts_and_adapters(quantize: Any, bitsandbytes: Any, tmp_path: 
     assert gap(said, expected) < (gap(without, expected) / 2 if quantize == "8bit" else 1e-3)
 
 
-def test_what_it_cannot_do(bitsandbytes: Any, tmp_path: Path) -> None:
+def test_what_it_cannot_do(tmp_path: Path) -> None:
     tiny_model("llava").save(tmp_path / "model")
     made = foveate.load(tmp_path / "model", quantize="4bit", **HERE)
     for do in (
@@ -123,7 +118,7 @@ def test_what_it_cannot_do(bitsandbytes: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_an_adapter_of_peft_learns_on_it(quantize: Any, bitsandbytes: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_peft_learns_on_it(quantize: Any, tmp_path: Path) -> None:
     tiny_model("llava").save(tmp_path)
     made = foveate.load(tmp_path, quantize=quantize, **HERE)
     model = get_peft_model(made.model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -140,7 +135,7 @@ def test_an_adapter_of_peft_learns_on_it(quantize: Any, bitsandbytes: Any, tmp_p
     assert losses[-1] < losses[0]
 
 
-def test_a_configuration_of_one_s_own(bitsandbytes: Any, tmp_path: Path) -> None:
+def test_a_configuration_of_one_s_own(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig
 
     tiny_model("coroi").save(tmp_path)
@@ -155,7 +150,7 @@ def test_a_configuration_of_one_s_own(bitsandbytes: Any, tmp_path: Path) -> None
     assert not [n for n, m in made.language_model.named_modules() if type(m).__name__ == "Linear4bit"]
 
 
-def test_the_command(bitsandbytes: Any, tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     tiny_model("anyres").save(tmp_path / "model")
     picture(60, 90).save(tmp_path / "picture.png")
     done = run_foveate(

@@ -371,8 +371,12 @@ class _Same:
 def shared_pricer(config: FoveateConfig, dtype: torch.dtype) -> Pricer:
     """The pricer of a loaded model: models that are alike share one, and equal LLMs have the same prices."""
     vision, text = config.vision_config, config.text_config
-    llm = (dtype, text.to_json_string(use_diff=False), text._attn_implementation)
-    whole = (config.to_json_string(use_diff=False), vision._attn_implementation, method_class(config.method))
+    llm = (dtype, text.to_json_string(use_diff=False), upstream.attention_of(text))
+    whole = (
+        config.to_json_string(use_diff=False),
+        upstream.attention_of(vision),
+        method_class(config.method),
+    )
     return _pricer(_Same(config, (*llm, *whole)), dtype, llm)
 
 
