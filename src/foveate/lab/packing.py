@@ -22,17 +22,17 @@ VISUAL, PADDING = 0, -1  # block numbers; questions count from 1
 class Sample(NamedTuple):
     """A question and its answer as token ids; `answer` is where the answer starts.
 
-    `earlier`: start and end of a part before it that is also learnt, if there is one.
+    `earlier`: starts and ends of parts before it that are also learnt.
     """
 
     ids: list[int]
     answer: int
-    earlier: tuple[int, int] | None = None
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def learnt(self) -> list[tuple[int, int]]:
         """Starts and ends of the parts that are learnt."""
-        return [*([self.earlier] if self.earlier else []), (self.answer, len(self.ids))]
+        return [*self.earlier, (self.answer, len(self.ids))]
 
 
 @dataclass(frozen=True)

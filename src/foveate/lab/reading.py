@@ -1,9 +1,9 @@
 """The LLM on many questions about a few pictures, without the work that nobody reads.
 
-What the model's own forward computes for [visual tokens][question][answer], in three parts: the tokens that all
-questions of a picture read first (the stem), those that belong to one row alone (the branch), and the texts.
-A stem passes the LLM once a picture. Behind the last layer only the tokens before an answer's are read, so there
-the others are only keys and values.
+What the model's own forward computes for [visual tokens][question][answer], in three parts: the tokens that
+all questions of a picture read first (the stem), those that belong to one row alone (the branch), and the
+texts. A stem passes the LLM once a picture. Behind the last layer only the tokens before an answer's are
+read, so there the others are only keys and values.
 """
 
 from __future__ import annotations
@@ -87,13 +87,18 @@ class Answers(NamedTuple):
     def loss(self) -> Tensor:
         return F.cross_entropy(self.logits.float(), self.labels)
 
-    def right(self, rows: int) -> list[list[bool]]:
-        """Per row and question, whether greedy decoding would give exactly what is learnt of it."""
+    def right(self, rows: int, end: int | None = None) -> list[list[bool]]:
+        """Per row and question, whether greedy decoding would give exactly what is learnt of it.
+
+        `end`: token that ends each answer, if a text has several: only the last one counts.
+        """
         blocks = int(self.block.max())
         missed = torch.zeros(rows, blocks, dtype=torch.bool)
         there = torch.zeros(rows, blocks, dtype=torch.bool)
         there[self.row, self.block - 1] = True
         wrong = self.logits.argmax(-1) != self.labels
+        if end is not None:
+            wrong &= ~_before_the_last(self.labels == end, self.row * blocks + self.block)
         missed[self.row[wrong], self.block[wrong] - 1] = True
         return [
             [not bad for bad, asked in zip(*pair, strict=True) if asked]
@@ -106,6 +111,7 @@ def read(
     visual: Seen,
     packed: Packed,
     shown: Tensor | None = None,
+    placeholder: int | None = None,
     changes: Mapping[int, Change] | None = None,
 ) -> Answers:
     """The LLM's answers to packed texts about visual tokens.
@@ -114,12 +120,15 @@ def read(
         llm: of any size, in training or not.
         visual: what the rows see before their texts.
         packed: the texts, of R rows, without visual tokens before them.
-        shown: (R, T, D) visual tokens within the texts, zero elsewhere.
+        shown: (n, D) visual tokens within the texts.
+        placeholder: id that stands for each of them.
         changes: decoder layer -> what changes the visual tokens of all rows behind it.
     """
     stem, owners, branch, kept = visual
     texts = llm.get_input_embeddings()(packed.input_ids)  # (R, T, D)
-    rest = torch.cat([branch, texts if shown is None else texts + shown], 1)  # (R, B + T, D)
+    if shown is not None:
+        texts = texts.masked_scatter((packed.input_ids == placeholder)[..., None], shown)
+    rest = torch.cat([branch, texts], 1)  # (R, B + T, D)
     stem_places = torch.arange(stem.shape[1])[None]
     places = (stem.shape[1] + kept.long().cumsum(1) - 1).clamp(min=0)
     places = torch.cat([places, visual.tokens[:, None] + packed.position_ids], 1)
@@ -158,6 +167,13 @@ def read(
     row, _ = wanted.nonzero(as_tuple=True)
     labels, blocks = (part[:, 1:].gather(1, asked)[wanted] for part in (packed.labels, packed.blocks))
     return Answers(logits, labels, row, blocks)
+
+
+def _before_the_last(ends: Tensor, text: Tensor) -> Tensor:
+    """(n,) bool: tokens of answers that another answer of the same text follows; `text` increases."""
+    later = ends.long().flip(0).cumsum(0).flip(0)  # ends from here on
+    after = F.pad(later, (0, 1))[torch.searchsorted(text, text, right=True)]  # those of later texts
+    return later - after > 1
 
 
 def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:

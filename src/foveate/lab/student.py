@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from foveate.lab.told import told_windows
 from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.model.modeling import EncodedPictures
-from foveate.picture.geometry import Box, ViewPlan
+from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.picture.source import Look, Source
 
 OWN_TOWER_LR = 0.25  # of the connector's, factor for towers that a method builds itself
@@ -81,10 +81,34 @@ class Graded(NamedTuple):
     regions: list[Box] | None
 
 
+class KeptSource(Source):
+    """Takes parts of pictures from where they are kept.
+
+    `kept`: parts, with the number of their picture -> features (L, N, C); None: they are encoded.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Tensor],
+        norms: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        memory: Sequence[dict[Look, Tensor]],
+        kept: Callable[[Sequence[tuple[int, Look]]], Tensor | None],
+    ) -> None:
+        super().__init__(pictures, norms, encode, memory)
+        self.kept = kept
+
+    def look(self, wanted: Sequence[tuple[int, Look]], side: Size) -> Tensor:
+        found = self.kept(wanted)
+        return super().look(wanted, side) if found is None else found
+
+
 class Student:
     """A method's model and its inputs."""
 
     template = "plain"
+    curve_pictures = 400  # for each point of a learning curve
+    told_when_measured = False  # whether being told the region changes nothing in training
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         self.cell, self.bench = cell, bench
@@ -117,7 +141,14 @@ class Student:
     def _features(self, data: Examples) -> Features:
         parts = self.bench.parts
         tower = parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
-        return Features(self.bench.folder, data, tower, self._encode_frozen, self._views)
+        return Features(
+            self.bench.folder,
+            data,
+            tower,
+            self._encode_frozen,
+            self._views,
+            self.processor.image_processor.norms,
+        )
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
         return self.processor.image_processor.views(Image.fromarray(picture), plan)
@@ -131,7 +162,7 @@ class Student:
         if self.builds_tower:
             return None
         for features in self.features.values():
-            features.ready(self.plan)
+            features.ready(self.plan, self.method.looks(self.plan))
         return next((f.fallback for f in self.features.values() if f.fallback), None)
 
     def pointing(self, data: Examples, captions: bool) -> Examples:
@@ -227,11 +258,14 @@ class Student:
     def _source(self, data: Examples, pictures: Sequence[int]) -> Source:
         """The pictures themselves; a frozen tower's features are cached."""
         memory = self.memories[data.key]
-        return Source(
+        return KeptSource(
             [torch.from_numpy(np.array(data.pictures[i])) for i in pictures],
             torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(pictures))),
             torch.no_grad()(self.model.encode_views),
             [memory.setdefault(i, {}) for i in pictures],
+            lambda wanted: self.features[data.key].gather_looks(
+                self.plan, [(pictures[p], look) for p, look in wanted]
+            ),
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:

@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from foveate.errors import FoveateError
 from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
+from foveate.lab.curve import Point, has_converged
 from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
-from foveate.lab.optimise import warm_cosine
+from foveate.lab.optimise import Trapezoid, warm_cosine
 from foveate.lab.questions import Question
 from foveate.lab.student import Student
-from foveate.model.cost import Pricer
+from foveate.model.cost import shared_pricer
 from foveate.picture.geometry import Size
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
@@ -68,11 +70,11 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
     start = time.process_time()
     fallback = student.ready()
     caching = time.process_time() - start
-    training, losses = _train(student, place / "checkpoint.pt", report)
+    trained = _sibling(student, place, report, command) or _train(student, place / "checkpoint.pt", report)
     start = time.process_time()
     measured = measure(student, bench.test)
     measuring = time.process_time() - start
-    price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
+    price = shared_pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
     asked = bench.test.asked
     result = {
         "cell": asdict(cell) | {"options": dict(cell.options)},
@@ -85,8 +87,11 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
         "tflop": (price.encode_flops + price.prefill_flops) / 1e12,
         "parameters": sum(p.numel() for p in student.model.parameters()),
         "connector_parameters": sum(p.numel() for p in student.model.connector.parameters()),
-        "seconds": {"caching": caching, "training": training, "measuring": measuring},
-        "losses": losses,
+        "seconds": {"caching": caching, "training": trained.seconds, "measuring": measuring},
+        "losses": trained.losses,
+        "curve": [point._asdict() for point in trained.curve],
+        "steps": trained.steps,
+        "converged": has_converged(trained.curve),
         "features": fallback,
     }
     text = json.dumps(result, indent=2) + "\n"
@@ -97,36 +102,69 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
     return json.loads(text)
 
 
-def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
-    """Trains through all stages. Returns CPU seconds and the mean loss of every `SAVE_EVERY` steps."""
+class Trained(NamedTuple):
+    """CPU seconds, the mean loss of every `SAVE_EVERY` steps, the learning curve, and the steps."""
+
+    seconds: float
+    losses: list[float]
+    curve: list[Point]
+    steps: int
+
+
+def _sibling(student: Student, place: Path, report: Report | None, command: str) -> Trained | None:
+    """Takes the weights of the same row without being told, if they are trained alike; else None."""
+    if not student.told_when_measured:
+        return None
+    own = replace(student.cell, told=False)
+    result = train_cell(own, student.bench, report, command)
+    weights = torch.load(place.parent / own.key / "weights.pt", weights_only=True)
+    student.model.load_state_dict(weights, strict=False)
+    curve = [_point(values) for values in result["curve"]]
+    return Trained(result["seconds"]["training"], result["losses"], curve, result["steps"])
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    return Point(**{**values, "questions": tuple(values["questions"])})
+
+
+def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained:
+    """Trains through all stages, the last one until it converges if the cell says so."""
     cell, bench = student.cell, student.bench
     start, shared = _start(cell, bench)
     kept = next((path for path in (checkpoint, start) if path.is_file()), None)
     saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
+    curve = [_point(values) for values in saved["curve"]] if saved else []
     if saved:
         student.model.load_state_dict(saved["weights"], strict=False)
     order = batches(len(bench.train.pictures), cell.batch or bench.scale.cell.batch, cell.seed)
     for _ in range(first):
         next(order)
+    measuring = 0.0
     clock, recent, end = time.process_time(), list[float](saved["recent"] if saved else ()), 0
 
     def seconds() -> float:
-        return spent + time.process_time() - clock
+        return spent + time.process_time() - clock - measuring
 
-    for stage in student.stages():
+    stages = student.stages()
+    for number, stage in enumerate(stages):
         begin, end = end, end + stage.steps
         if first >= end:
             continue
         learner = under(student, stage, fresh=first == begin == 0)
         learner.model.train()
         optimise = learner.optimiser(stage)
-        rates = warm_cosine(optimise, stage.steps)
+        until = cell.converge if number + 1 == len(stages) else None
+        shape = Trapezoid(stage.steps)
+        rates = LambdaLR(optimise, shape) if until else warm_cosine(optimise, stage.steps)
         if saved and first > begin:
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
-        for step in range(max(first, begin) + 1, end + 1):
+            end = begin + shape.end
+        step = max(first, begin)
+        while step < end:
+            step += 1
             captions = stage.captions or stage.regions
             loss = learner.loss(learner.bench.train, next(order), captions)
             optimise.zero_grad()
@@ -136,16 +174,41 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             rates.step()
             recent.append(loss.item())
             if report:
-                report(step, cell.steps, recent[-1])
+                report(step, end, recent[-1])
+            turned = shape.top < stage.steps
+            if step * cell.points // cell.steps > (step - 1) * cell.points // cell.steps or step == end:
+                before = time.process_time()
+                curve.append(_measured(learner, step, before - clock + spent - measuring, turned))
+                measuring += time.process_time() - before
+                mine = [point for point in curve if point.step > begin]
+                stops = until is not None and step >= until.least and has_converged(mine, step)
+            else:
+                stops = False
+            if until and not turned and (stops or step == int(cell.steps * (1 - until.decay))):
+                end = min(round(step / (1 - until.decay)), cell.steps)
+                shape.turned(step - begin, end - begin)
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds())
+                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds(), curve)
         if learner is not student:
             student.take(learner)
         if end == shared:
-            _save(start, learner, optimise, rates, end, losses, recent, seconds())
-    return seconds(), losses
+            _save(start, learner, optimise, rates, end, losses, recent, seconds(), curve)
+    return Trained(seconds(), losses, curve, end)
+
+
+@torch.inference_mode()
+def _measured(student: Student, step: int, seconds: float, turned: bool) -> Point:
+    """A point of the learning curve, on some of the held-out pictures."""
+    whole = student.bench.test
+    count = min(student.curve_pictures, len(whole.pictures))
+    some = replace(whole, pictures=whole.pictures[:count], questions=whole.questions[:count])
+    accuracy = measure(student, some).accuracy
+    student.model.train()
+    asked = [sum(q.kind in kinds for q in some.asked) for kinds in (FINE, ("attr", "count"))]
+    fine, coarse = (accuracy.get(name, 0.0) for name in GROUPS)
+    return Point(step, seconds, fine, coarse, (asked[0], asked[1]), turned)
 
 
 def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
@@ -160,11 +223,12 @@ def _save(
     path: Path,
     student: Student,
     optimise: torch.optim.Optimizer,
-    rates: torch.optim.lr_scheduler.LambdaLR,
+    rates: LambdaLR,
     step: int,
     losses: list[float],
     recent: list[float],
     seconds: float,
+    curve: list[Point],
 ) -> None:
     state = {
         "weights": student.trained(),
@@ -174,6 +238,7 @@ def _save(
         "losses": losses,
         "recent": recent,
         "seconds": seconds,
+        "curve": [point._asdict() for point in curve],
     }
     with new_file(path) as part:
         torch.save(state, part)

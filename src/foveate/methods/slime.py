@@ -337,7 +337,8 @@ class SlimeConnector(Connector):
         if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
             rows, kept, weights = self._route(tokens[-1], places, query)
             accounts = [
-                Account(heat=partial(self.heat, plans[p], row)) for p, row in zip(owners, weights, strict=True)
+                Account(heat=partial(self.heat, plans[p], row))
+                for p, row in zip(owners, weights, strict=True)
             ]
         else:
             rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
@@ -413,7 +414,7 @@ class Places:
         per_tile: int,
         owners: Sequence[int],
     ) -> Places:
-        """`sources`: `SlimeConnector.token_sources` of each picture; `owners`: the picture of each question."""
+        """`sources`: `SlimeConnector.token_sources` of each picture; `owners`: the questions' pictures."""
         globals_before = [0, *accumulate(plan.views[0].role == "global" for plan in plans)]
         locals_in = [plan.tiles.height * plan.tiles.width * per_tile for plan in plans]
         locals_before = [0, *accumulate(locals_in)]
