@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,10 +19,10 @@ from foveate.errors import FoveateError
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
 from foveate.lab.levels import level_named
-from foveate.lab.packing import Sample, pack
+from foveate.lab.packing import Sample, pack, portions
 from foveate.lab.questions import Question
 from foveate.lab.reading import Answers, read, seen
-from foveate.lab.student import Graded, Stage, Student
+from foveate.lab.student import SHORT, Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
 from foveate.methods.base import IMAGE_TOKEN, Method
@@ -84,12 +85,18 @@ class ConversingStudent(Student):
 
     def told(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Answers:
         """The LLM's answers within these pictures' lessons, all of which read the same view first."""
-        lessons = [self._drilled(data, i, captions) for i in indices]
-        samples = [[drill.sample for drill in row] for row in lessons]
-        shown = [part for row in lessons for drill in row for part in drill.shown]
+        drills = self._drilled(data, indices, captions)
+        runs = [portions([len(d.sample.ids) for d in row], max(SHORT, self.plan.tokens)) for row in drills]
+        samples = [
+            [row[k].sample for k in run] for row, some in zip(drills, runs, strict=True) for run in some
+        ]
+        owners = [p for p, some in enumerate(runs) for _ in some]
+        shown = [part for row in drills for drill in row for part in drill.shown]
         packed = pack(samples, 0, self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id)
         first = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
-        visual = seen(first.pooler_output, first.kept, torch.arange(len(indices)))
+        if first.kept is not None or first.injection is not None:
+            raise FoveateError(f"{self.method.title}: the lab trains it in turns only if all tokens are read")
+        visual = seen(first.pooler_output, None, torch.tensor(owners))
         later = None
         if shown:
             features = torch.cat([part.features for part in shown]).float()
@@ -97,29 +104,45 @@ class ConversingStudent(Student):
             later = torch.cat(connected.pooler_output)
         return read(self.model.language_model, visual, packed, later, self.model.config.image_token_id)
 
-    def _drilled(self, data: Examples, i: int, captions: bool) -> list[Drill]:
-        """A picture's lessons as the LLM reads them, made once."""
+    def _drilled(self, data: Examples, indices: Sequence[int], captions: bool) -> list[list[Drill]]:
+        """The lessons about each picture as the LLM reads them, made once."""
         memory = self.drills.setdefault((data.key, captions), {})
-        if i not in memory:
-            parts: dict[bytes, Shown] = {}  # many questions are about the same part
-            lessons = self._of_picture(data, i, captions)
-            memory[i] = [self._drill(lesson, parts) for lesson in lessons]
-        return memory[i]
+        new = [i for i in dict.fromkeys(indices) if i not in memory]
+        made = {i: [self._cut(lesson) for lesson in self._of_picture(data, i, captions)] for i in new}
+        views: dict[tuple[int, bytes], np.ndarray] = {}  # many questions are about the same part
+        sizes: dict[tuple[int, bytes], Size] = {}
+        for i, lessons in made.items():
+            for _, pictures in lessons:
+                for picture in pictures:
+                    key = (i, picture.tobytes())
+                    if key not in views:
+                        sizes[key] = Size(picture.height, picture.width)
+                        plan = self.method.plan(*sizes[key])
+                        views[key] = self.processor.image_processor.views(picture, plan)
+        shown: dict[tuple[int, bytes], Shown] = {}
+        if views:
+            features = self._encode_frozen(np.concatenate(list(views.values()))).to(torch.bfloat16)
+            parts = features.split([len(some) for some in views.values()])
+            for (key, size), part in zip(sizes.items(), parts, strict=True):
+                shown[key] = Shown(size, self.method.plan(*size).tokens, part.clone())
+        for i, lessons in made.items():
+            memory[i] = []
+            for messages, pictures in lessons:
+                mine = [shown[i, picture.tobytes()] for picture in pictures]
+                tokens = [part.tokens for part in mine]
+                memory[i].append(Drill(_sample(self.bench.parts.tokenizer, messages, tokens), mine))
+        return [memory[i] for i in indices]
 
-    def _drill(self, lesson: Sequence[dict[str, Any]], parts: dict[bytes, Shown]) -> Drill:
+    def _cut(self, lesson: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        """A lesson's messages, and the pictures in it but for the first.
+
+        Raises `FoveateError` if it does not begin with the picture.
+        """
         messages = cut_out(lesson, self.processor.image_processor.read)
-        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
         if messages[0]["content"][0]["type"] != "image" or messages[0]["role"] != "user":
             raise FoveateError(f"{self.method.title}: the lab needs lessons that begin with the picture")
-        shown = []
-        for picture in pictures[1:]:
-            key = picture.tobytes() + repr(picture.size).encode()
-            if key not in parts:
-                plan = self.method.plan(picture.height, picture.width)
-                features = self._encode_frozen(self.processor.image_processor.views(picture, plan))
-                parts[key] = Shown(plan.picture, plan.tokens, features.to(torch.bfloat16))
-            shown.append(parts[key])
-        return Drill(_sample(self.bench.parts.tokenizer, messages, [part.tokens for part in shown]), shown)
+        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+        return messages, pictures[1:]
 
     def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
         size = Size(picture.height, picture.width)
@@ -153,14 +176,14 @@ class ConversingStudent(Student):
 
     def _grade_told(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Whether greedy decoding would give exactly the answers, after the lessons' own first turns."""
-        rights, graded = self.told(data, indices).right(len(indices), self.model.config.eos_token_id), []
-        for i, hits in zip(indices, rights, strict=True):
-            for question, hit, drill in zip(
-                data.questions[i], hits, self._drilled(data, i, False), strict=True
-            ):
-                tokens = self.plan.tokens + sum(part.tokens for part in drill.shown)
-                graded.append(Graded(question, hit, tokens, None))
-        return graded
+        drills = self._drilled(data, indices, False)
+        answers, end = self.told(data, indices), self.model.config.text_config.eos_token_id
+        hits = iter([hit for row in answers.right(end) for hit in row])
+        return [
+            Graded(question, next(hits), self.plan.tokens + sum(part.tokens for part in drill.shown), None)
+            for i, row in zip(indices, drills, strict=True)
+            for question, drill in zip(data.questions[i], row, strict=True)
+        ]
 
 
 class Shown(NamedTuple):

@@ -13,21 +13,26 @@ POINTS = 8  # of a curve, if an experiment does not say
 
 
 class Point(NamedTuple):
-    """Accuracy after some steps.
+    """Accuracy after some steps. Pairs are of fine and coarse questions.
 
     Attributes:
         step: of the cell.
+        stage: its number, from 0.
+        since: steps of the stage.
         seconds: of processor time in training so far.
-        fine, coarse: accuracy, 0 to 1.
-        questions: how many fine and how many coarse questions were asked.
+        accuracy: 0 to 1.
+        questions: how many were asked; the same at every point.
+        changed: part of them whose answer was right at the point before and is wrong now, or the reverse.
         turned: whether the learning rate was already falling.
     """
 
     step: int
+    stage: int
+    since: int
     seconds: float
-    fine: float
-    coarse: float
+    accuracy: tuple[float, float]
     questions: tuple[int, int]
+    changed: tuple[float, float]
     turned: bool = False
 
 
@@ -53,34 +58,32 @@ class Converge:
             raise FoveateError(f"decay must be between 0 and 1, not {self.decay}")
 
 
-def noise(accuracy: float, questions: int) -> float:
-    """One standard error of the difference of two measurements of an accuracy with so many questions each."""
-    return math.sqrt(2 * accuracy * (1 - accuracy) / questions) if questions else 0.0
+def noise(changed: float, questions: int) -> float:
+    """One standard error of the difference of two accuracies on the same questions.
+
+    `changed`: part of them whose answer is right in one of the two measurements only.
+    """
+    return math.sqrt(changed / questions) if questions else 0.0
 
 
-def has_converged(curve: Sequence[Point], step: int | None = None) -> bool:
+def has_converged(curve: Sequence[Point]) -> bool:
     """Whether a curve shows no gain beyond noise in its last quarter.
 
-    Gain: the mean accuracy over the points in the last quarter of the steps, less that over the points of the
-    quarter before. Neither the gain of fine nor that of coarse questions may be above their `noise`. Points
-    with a falling learning rate say nothing of this, as they rise with the fall; the steps are those before.
-
-    Args:
-        curve: in order of steps.
-        step: the last one that counts; by default the last point's.
+    Only the last stage counts, up to where the learning rate begins to fall, with which accuracy rises. Gain:
+    the mean accuracy over the points in the last quarter of these steps, less that over the points of the
+    quarter before. Neither the gain of fine nor that of coarse questions may be above `noise`.
 
     Returns:
         False also for a curve without a point in one of the two quarters.
     """
-    points = [point for point in curve if not point.turned]
-    last = step or max((point.step for point in points), default=0)
-    late = [point for point in points if 0.75 * last < point.step <= last]
-    before = [point for point in points if 0.5 * last < point.step <= 0.75 * last]
+    points = [point for point in curve if point.stage == curve[-1].stage and not point.turned]
+    last = max((point.since for point in points), default=0)
+    late = [point for point in points if 0.75 * last < point.since]
+    before = [point for point in points if 0.5 * last < point.since <= 0.75 * last]
     if not late or not before:
         return False
-    for number, kind in enumerate(("fine", "coarse")):
-        now, then = ([getattr(point, kind) for point in some] for some in (late, before))
-        gain = sum(now) / len(now) - sum(then) / len(then)
-        if gain > noise(sum(now) / len(now), late[-1].questions[number]):
+    for kind in range(2):
+        now, then = (sum(p.accuracy[kind] for p in some) / len(some) for some in (late, before))
+        if now - then > noise(max(p.changed[kind] for p in late), late[-1].questions[kind]):
             return False
     return True

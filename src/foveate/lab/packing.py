@@ -115,6 +115,21 @@ def pack(
     )
 
 
+def portions(lengths: Sequence[int], most: int) -> list[range]:
+    """Cuts texts of these lengths into runs of at most `most` tokens, or of one text.
+
+    Attention costs the square of a row's length: several short rows are cheaper than a long one.
+    """
+    runs: list[range] = []
+    start, total = 0, 0
+    for i, length in enumerate(lengths):
+        if total and total + length > most:
+            runs.append(range(start, i))
+            start, total = i, 0
+        total += length
+    return [*runs, range(start, len(lengths))]
+
+
 def visible(blocks: Tensor) -> Tensor:
     """(B, T) block numbers -> (B, 1, T, T): a token sees earlier ones of its block, and visual ones."""
     causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()

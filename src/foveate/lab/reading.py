@@ -46,11 +46,15 @@ class Seen(NamedTuple):
 def seen(
     tokens: Sequence[Tensor], kept: Sequence[Tensor] | None, owners: Tensor, closed: bool = True
 ) -> Seen:
-    """Finds what the rows of a picture share. Per row its tokens (n, D), and which of them exist (n,).
+    """Finds what the rows of a picture share. Per row its tokens (n, D), and which of them exist (n,); or per
+    picture, if its rows read the same.
 
     `closed`: tokens that do not exist are left out, as far as rows of one length allow.
     """
     rows = torch.stack(list(tokens))  # (R, n, D)
+    if len(rows) < len(owners):
+        empty = torch.ones(len(owners), 0, dtype=torch.bool)
+        return Seen(rows, owners, rows[owners, :0], empty)
     there = torch.ones(rows.shape[:2], dtype=torch.bool) if kept is None else torch.stack(list(kept))
     pictures, first = int(owners.max()) + 1, torch.zeros(int(owners.max()) + 1, dtype=torch.long)
     first[owners.flip(0)] = torch.arange(len(owners)).flip(0)  # a picture's first row
@@ -87,18 +91,18 @@ class Answers(NamedTuple):
     def loss(self) -> Tensor:
         return F.cross_entropy(self.logits.float(), self.labels)
 
-    def right(self, rows: int, end: int | None = None) -> list[list[bool]]:
+    def right(self, second: int | None = None) -> list[list[bool]]:
         """Per row and question, whether greedy decoding would give exactly what is learnt of it.
 
-        `end`: token that ends each answer, if a text has several: only the last one counts.
+        `second`: token that ends each answer, if a text has several: only the second one counts.
         """
-        blocks = int(self.block.max())
+        rows, blocks = 1 + int(self.row.max()), int(self.block.max())
         missed = torch.zeros(rows, blocks, dtype=torch.bool)
         there = torch.zeros(rows, blocks, dtype=torch.bool)
         there[self.row, self.block - 1] = True
         wrong = self.logits.argmax(-1) != self.labels
-        if end is not None:
-            wrong &= ~_before_the_last(self.labels == end, self.row * blocks + self.block)
+        if second is not None:
+            wrong &= _ended(self.labels == second, self.row * (blocks + 1) + self.block) == 1
         missed[self.row[wrong], self.block[wrong] - 1] = True
         return [
             [not bad for bad, asked in zip(*pair, strict=True) if asked]
@@ -169,11 +173,10 @@ def read(
     return Answers(logits, labels, row, blocks)
 
 
-def _before_the_last(ends: Tensor, text: Tensor) -> Tensor:
-    """(n,) bool: tokens of answers that another answer of the same text follows; `text` increases."""
-    later = ends.long().flip(0).cumsum(0).flip(0)  # ends from here on
-    after = F.pad(later, (0, 1))[torch.searchsorted(text, text, right=True)]  # those of later texts
-    return later - after > 1
+def _ended(ends: Tensor, text: Tensor) -> Tensor:
+    """(n,): how many answers of the same text end before each token; `text` (n,) is in order."""
+    before = F.pad(ends.long().cumsum(0), (1, 0))[:-1]
+    return before - before[torch.searchsorted(text, text)]
 
 
 def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from foveate.lab.data import Examples, Features
 from foveate.lab.experiment import StageSpec
 from foveate.lab.levels import level_named
 from foveate.lab.optimise import optimiser
-from foveate.lab.packing import Sample, pack
+from foveate.lab.packing import Sample, pack, portions
 from foveate.lab.questions import Question
 from foveate.lab.reading import Answers, Change, Seen, read, seen
 from foveate.lab.told import told_windows
@@ -31,6 +31,7 @@ from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.picture.source import Look, Source
 
 OWN_TOWER_LR = 0.25  # of the connector's, factor for towers that a method builds itself
+SHORT = 64  # tokens of text that share a row, if there are fewer visual ones
 WARM_UP_LR = 2.0  # of the connector's, factor while the LLM is frozen
 
 
@@ -181,7 +182,7 @@ class Student:
         rows = self.rows(data, indices)
         found = self.forward(data, rows)
         graded = []
-        for n, (row, hits) in enumerate(zip(rows, found.answers.right(len(rows)), strict=True)):
+        for n, (row, hits) in enumerate(zip(rows, found.answers.right(), strict=True)):
             regions = None if found.regions is None else found.regions[n]
             graded += [
                 Graded(q, hit, found.tokens[n], regions) for q, hit in zip(row.asked, hits, strict=True)
@@ -189,7 +190,7 @@ class Student:
         return graded
 
     def rows(self, data: Examples, indices: Sequence[int], captions: bool = False) -> list[Row]:
-        """Questions about these pictures; those that share their visual tokens share a row."""
+        """Questions about these pictures; some of those that share their visual tokens share a row."""
         rows: list[Row] = []
         for i in indices:
             asked = [*data.questions[i], *(data.captions[i] if captions else [])]
@@ -199,7 +200,9 @@ class Student:
                 regions = dict.fromkeys(question.region for question in asked)
                 rows += [Row(i, region, [q for q in asked if q.region == region]) for region in regions]
             else:
-                rows.append(Row(i, None, asked))
+                lengths = [len(self.bench.samples[q.text, q.answer].ids) for q in asked]
+                runs = portions(lengths, max(SHORT, self.plan.tokens))
+                rows += [Row(i, None, [asked[k] for k in run]) for run in runs]
         return rows
 
     def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
@@ -213,7 +216,10 @@ class Student:
             encoded.pooler_output, encoded.kept, torch.tensor(owners), closed=encoded.injection is None
         )
         answers = read(self.model.language_model, visual, packed, changes=self._changes(encoded, visual))
-        regions = None if encoded.accounts is None else [account.regions for account in encoded.accounts]
+        accounts = encoded.accounts
+        if accounts is not None and len(accounts) < len(rows):  # of pictures
+            accounts = [accounts[p] for p in owners]
+        regions = None if accounts is None else [account.regions for account in accounts]
         return Pass(answers, visual.tokens.tolist(), regions)
 
     def _changes(self, encoded: EncodedPictures, visual: Seen) -> dict[int, Change]:

@@ -80,7 +80,9 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
         "cell": asdict(cell) | {"options": dict(cell.options)},
         "command": command,
         "title": student.method.title,
-        **measured._asdict(),
+        "accuracy": measured.accuracy,
+        "tokens": measured.tokens,
+        "looked": measured.looked,
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
         "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
         "cost": price.to_dict(),
@@ -124,7 +126,7 @@ def _sibling(student: Student, place: Path, report: Report | None, command: str)
 
 
 def _point(values: Mapping[str, Any]) -> Point:
-    return Point(**{**values, "questions": tuple(values["questions"])})
+    return Point(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
 def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained:
@@ -135,7 +137,8 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained
     saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
-    curve = [_point(values) for values in saved["curve"]] if saved else []
+    curve = [_point(values) for values in saved.get("curve", [])] if saved else []
+    hits: list[bool] | None = saved.get("hits") if saved else None
     if saved:
         student.model.load_state_dict(saved["weights"], strict=False)
     order = batches(len(bench.train.pictures), cell.batch or bench.scale.cell.batch, cell.seed)
@@ -175,40 +178,56 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained
             recent.append(loss.item())
             if report:
                 report(step, end, recent[-1])
-            turned = shape.top < stage.steps
-            if step * cell.points // cell.steps > (step - 1) * cell.points // cell.steps or step == end:
+            turned, stops = shape.top < stage.steps, False
+            due = step * cell.points // cell.steps > (step - 1) * cell.points // cell.steps
+            if due or (step == end and number + 1 == len(stages)):
                 before = time.process_time()
-                curve.append(_measured(learner, step, before - clock + spent - measuring, turned))
+                found = _measured(learner)
+                where = (step, number, step - begin, before - clock + spent - measuring)
+                curve.append(_compared(found, hits, where, turned))
+                hits = found.hits
                 measuring += time.process_time() - before
-                mine = [point for point in curve if point.step > begin]
-                stops = until is not None and step >= until.least and has_converged(mine, step)
-            else:
-                stops = False
+                stops = until is not None and step >= until.least and has_converged(curve)
             if until and not turned and (stops or step == int(cell.steps * (1 - until.decay))):
                 end = min(round(step / (1 - until.decay)), cell.steps)
                 shape.turned(step - begin, end - begin)
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds(), curve)
+                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds(), curve, hits)
         if learner is not student:
             student.take(learner)
         if end == shared:
-            _save(start, learner, optimise, rates, end, losses, recent, seconds(), curve)
+            _save(start, learner, optimise, rates, end, losses, recent, seconds(), curve, hits)
     return Trained(seconds(), losses, curve, end)
 
 
 @torch.inference_mode()
-def _measured(student: Student, step: int, seconds: float, turned: bool) -> Point:
-    """A point of the learning curve, on some of the held-out pictures."""
+def _measured(student: Student) -> Measured:
+    """On some of the held-out pictures, for a point of the learning curve."""
     whole = student.bench.test
     count = min(student.curve_pictures, len(whole.pictures))
-    some = replace(whole, pictures=whole.pictures[:count], questions=whole.questions[:count])
-    accuracy = measure(student, some).accuracy
+    found = measure(
+        student, replace(whole, pictures=whole.pictures[:count], questions=whole.questions[:count])
+    )
     student.model.train()
-    asked = [sum(q.kind in kinds for q in some.asked) for kinds in (FINE, ("attr", "count"))]
-    fine, coarse = (accuracy.get(name, 0.0) for name in GROUPS)
-    return Point(step, seconds, fine, coarse, (asked[0], asked[1]), turned)
+    return found
+
+
+def _compared(
+    found: Measured, hits: list[bool] | None, where: tuple[int, int, int, float], turned: bool
+) -> Point:
+    """`hits`: of the point before; without one, what two independent measurements would differ in."""
+    pairs = []
+    for kinds in (FINE, ("attr", "count")):
+        mine = [i for i, kind in enumerate(found.kinds) if kind in kinds]
+        right = sum(found.hits[i] for i in mine) / max(len(mine), 1)
+        changed = 2 * right * (1 - right)
+        if hits is not None:
+            changed = sum(found.hits[i] != hits[i] for i in mine) / max(len(mine), 1)
+        pairs.append((right, len(mine), changed))
+    fine, coarse = pairs
+    return Point(*where, (fine[0], coarse[0]), (fine[1], coarse[1]), (fine[2], coarse[2]), turned)
 
 
 def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
@@ -229,6 +248,7 @@ def _save(
     recent: list[float],
     seconds: float,
     curve: list[Point],
+    hits: list[bool] | None,
 ) -> None:
     state = {
         "weights": student.trained(),
@@ -239,6 +259,7 @@ def _save(
         "recent": recent,
         "seconds": seconds,
         "curve": [point._asdict() for point in curve],
+        "hits": hits,
     }
     with new_file(path) as part:
         torch.save(state, part)
@@ -260,18 +281,22 @@ class Measured(NamedTuple):
         tokens: mean number of visual tokens that the LLM read for a question.
         looked: over the questions about an object, how often one of the regions that the method chose
             contains it ("found"), and the mean overlap with the best of them; None if it chooses none.
+        kinds, hits: of every question in order, its kind and whether it was answered exactly.
     """
 
     accuracy: dict[str, float]
     tokens: float
     looked: dict[str, float] | None
+    kinds: list[str]
+    hits: list[bool]
 
 
 @torch.inference_mode()
 def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
     """Asks everything about these pictures."""
     student.model.eval()
-    hits: dict[str, list[bool]] = {}
+    kinds: list[str] = []
+    rights: list[bool] = []
     found: list[bool] = []
     overlaps: list[float] = []
     read: list[int] = []
@@ -279,13 +304,18 @@ def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
         indices = range(start, min(start + batch, len(data.pictures)))
         for question, right, tokens, regions in student.grade(data, indices):
             read.append(tokens)
-            hits.setdefault(question.kind, []).append(right)
+            kinds.append(question.kind)
+            rights.append(right)
             if regions is not None and question.region is not None:
                 found.append(any(region.contains(question.region) for region in regions))
                 overlaps.append(max((region.overlap(question.region) for region in regions), default=0.0))
-    by_kind = {kind: float(np.mean(right)) for kind, right in hits.items()}
+    by_kind = {
+        kind: float(np.mean([right for k, right in zip(kinds, rights, strict=True) if k == kind]))
+        for kind in dict.fromkeys(kinds)
+    }
     looked = {"found": float(np.mean(found)), "overlap": float(np.mean(overlaps))} if found else None
-    return Measured(by_kind | grouped(by_kind, data.asked), float(np.mean(read)), looked)
+    groups = grouped(by_kind, data.asked)
+    return Measured(by_kind | groups, float(np.mean(read)), looked, kinds, rights)
 
 
 def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:
