@@ -115,7 +115,7 @@ def read(
     visual: Seen,
     packed: Packed,
     shown: Tensor | None = None,
-    placeholder: int | None = None,
+    placeholder: int = -1,
     changes: Mapping[int, Change] | None = None,
 ) -> Answers:
     """The LLM's answers to packed texts about visual tokens.
@@ -205,7 +205,9 @@ def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
 
 
-def _keys_values(layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _keys_values(
+    layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
     attention, x = layer.self_attn, layer.input_layernorm(hidden)
     key = _heads(layer, attention.k_proj(x))
     return _turned(key, turns), _heads(layer, attention.v_proj(x))
