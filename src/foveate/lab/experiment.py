@@ -101,9 +101,10 @@ class Experiment:
             raise FoveateError(f"batch must be from 1 to {scenes}, the scale's pictures, not {self.batch}")
         if self.points < 1:
             raise FoveateError(f"points must be at least 1, not {self.points}")
-        if self.converge is not None and self.converge.least > self.training:
+        bound = self.steps or scale_named(self.scale).cell.steps
+        if self.converge is not None and self.converge.least > bound:
             raise FoveateError(
-                f"converge: least must be at most {self.training}, the steps, not {self.converge.least}"
+                f"converge: least must be at most {bound}, the steps, not {self.converge.least}"
             )
         if not self.seeds:
             raise FoveateError("name at least one seed, for example --seeds 0")
