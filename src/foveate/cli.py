@@ -544,7 +544,8 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Argument(
-            help="Questions with answers (.jsonl, .json, .parquet, .tar, folder); or two runs to --compare."
+            help="Questions with answers (.jsonl, .json, .parquet, .tar, folder; with --split a data set on "
+            "the hub); or two runs to --compare."
         ),
     ],
     model: Annotated[
@@ -564,6 +565,10 @@ def evaluate(
     images: Annotated[
         Path | None, typer.Option(help="Folder that picture paths start from and stay in.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The part of a data set on the hub, for example test.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="With --split: the data set's configuration.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The most samples to ask.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Which samples, drawn at random; by default the first ones.")
@@ -604,11 +609,16 @@ def evaluate(
         return
     if len(data) != 1 or out is None:
         raise FoveateError("give one file or folder of questions, and --out for the report")
+    from foveate.data.shards import OnHub
     from foveate.evaluate.metrics import chosen
     from foveate.evaluate.run import evaluate as run
     from foveate.evaluate.samples import read_questions
 
-    questions = read_questions(data[0], images, limit, seed)
+    if subset is not None and split is None:
+        raise FoveateError("--subset is for a data set on the hub: give its --split")
+    first = limit if seed is None else None
+    read = data[0] if split is None else OnHub(data[0], split, subset, first=first)
+    questions = read_questions(read, images, limit, seed)
     metrics = chosen(metric or [], questions.samples)
     limits = _limits(max_pixels, False)
     given = {"method": method, "template": template, "options": _given(option)}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.formats import TURNS, located, open_records, to_messages
-from foveate.data.shards import Rows
+from foveate.data.shards import OnHub, Rows
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Box
 
@@ -60,10 +60,11 @@ class Questions:
     """Checked data.
 
     Attributes:
-        path: of the data.
+        path: of the data; of a data set on the hub, its id.
         images: folder of its pictures.
         samples: those that are asked, in order.
         digest: of all records.
+        hub: where on the hub it is, if it is there.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Questions:
     samples: list[Sample]
     digest: str
     rows: Rows = field(repr=False)
+    hub: OnHub | None = None
 
     def picture(self, sample: Sample) -> str | bytes:
         """A sample's picture, as `read_picture` takes it."""
@@ -78,12 +80,15 @@ class Questions:
 
 
 def read_questions(
-    path: str | Path, images: str | Path | None = None, limit: int | None = None, seed: int | None = None
+    path: str | Path | OnHub,
+    images: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> Questions:
     """Reads and checks samples; the pictures that they name must exist.
 
     Args:
-        path: `.jsonl`, `.json`, or shards as `foveate.data.shards` reads them.
+        path: `.jsonl`, `.json`, or shards as `foveate.data.shards` reads them, on the hub, too.
         images: folder that picture paths start from and must stay in; by default the data's own.
         limit: the most samples to take.
         seed: which ones are taken and in which order; by default the first ones.
@@ -104,10 +109,12 @@ def read_questions(
             places[sample.id] = where
             found.append(sample)
 
-    records = open_records(Path(path), None if images is None else Path(images), note)
+    hub = path if isinstance(path, OnHub) else None
+    data = Path(path) if not isinstance(path, OnHub) else path
+    records = open_records(data, None if images is None else Path(images), note)
     if seed is not None:
         random.Random(seed).shuffle(found)
-    return Questions(Path(path), records.images, found[:limit], records.digest, records.rows)
+    return Questions(records.path, records.images, found[:limit], records.digest, records.rows, hub)
 
 
 def _samples(record: Any, index: int, where: str, images: Path) -> Iterator[Sample]:
