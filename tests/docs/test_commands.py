@@ -66,9 +66,8 @@ ELSEWHERE = {
     ),
     "curl http://localhost:8000/v1/chat/completions --header 'Content-Type: application/json' "
     "--data @question.json": "needs vLLM; benchmarks/vllm_parity.py asks it in the same form",
-    "foveate train tiny output=runs/hub stages.finetune.data='[{path: me/receipts, split: train, limit: 1000}]'": (
-        "asks the hub; tests/data/test_hub.py has a stand-in"
-    ),
+    "foveate train tiny output=runs/hub stages.finetune.data='[{path: me/receipts, split: train, "
+    "limit: 1000}]'": "asks the hub; tests/data/test_hub.py has a stand-in",
     "tensorboard --logdir runs": "serves until it is stopped",
 }
 # Beginnings of commands that are not run here -> why.
