@@ -368,7 +368,7 @@ class _Same:
     values: Hashable
 
 
-def shared_pricer(config: FoveateConfig, dtype: torch.dtype) -> Pricer:
+def shared_pricer(config: FoveateConfig, dtype: torch.dtype = torch.bfloat16) -> Pricer:
     """The pricer of a loaded model: models that are alike share one, and equal LLMs have the same prices."""
     vision, text = config.vision_config, config.text_config
     llm = (dtype, text.to_json_string(use_diff=False), upstream.attention_of(text))
