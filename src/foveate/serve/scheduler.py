@@ -47,7 +47,7 @@ READ_AT_ONCE = 2048  # tokens of prompts that are read between two rounds of wri
 ALIKE = 2  # prompts are read together if none is this many times as long as another
 SHORT = 32  # or if they are shorter than this
 # How far rounding may move a logit, as a fraction of the largest. Measured in benchmarks/serving.md.
-ROUNDING = {torch.float32: 2.0**-14}
+ROUNDING = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
 
 class Full(FoveateError):
@@ -220,8 +220,8 @@ class Scheduler:
     def __init__(self, engine: Engine, bounds: Bounds | None = None, exact: bool | None = None) -> None:
         self.engine, self.bounds = engine, bounds or Bounds()
         self.rules = Rules(engine.model)
-        self.exact = engine.model.dtype in ROUNDING if exact is None else exact
-        self.rounding = ROUNDING.get(engine.model.dtype, torch.finfo(engine.model.dtype).eps * 8)
+        self.exact = engine.model.dtype == torch.float32 if exact is None else exact
+        self.rounding = ROUNDING[engine.model.dtype]
         self.special = special_tokens(engine.processor.tokenizer)
         self.prefixes, self.slots = Prefixes(self.bounds.prefix_bytes), Slots(engine.model)
         self.counts = Counts()
