@@ -44,9 +44,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foveate.errors import FoveateError
-from foveate.picture.fetching import named, scheme
+from foveate.picture.fetching import decode, named, scheme
 from foveate.picture.limits import LIMITS, Limits
-from foveate.picture.reading import Transparency, fetched, read_picture, read_size
+from foveate.picture.reading import Transparency, count_pixels, fetched, read_picture
 
 log = logging.getLogger("foveate.serve")
 
@@ -578,9 +578,9 @@ class Pictures:
             raise Refused(400, "a picture must be a URL that starts with data:image/", param=param)
 
     def _size(self, url: str) -> tuple[int, Any]:
-        """A picture's pixels, of its head alone; and its bytes, or their data URL."""
+        """A picture's pixels, of its head alone, and its bytes."""
         if scheme(url) == "data":
-            once: Any = url
+            once: Any = decode(url, self.limits)
         else:
             try:
                 once = fetched(url, self.limits)
@@ -589,8 +589,7 @@ class Pictures:
                 raise Refused(
                     400, f"no picture could be fetched from {named(url)}: send it as a data URL"
                 ) from None
-        size = read_size(once, self.limits)
-        return size.height * size.width, once
+        return count_pixels(once, self.limits), once
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await anyio.to_thread.run_sync(lambda: function(*arguments), limiter=self._threads)

@@ -98,7 +98,7 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
-    # Taken at the values that change nothing.
+    # Taken at the values that change nothing, which `NEUTRAL` names.
     n: Literal[1] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -175,36 +175,52 @@ class ChatRequest(Strict):
         ]
 
 
+# Fields that are not done here -> what they may hold, as it changes nothing.
+NEUTRAL = {
+    "n": "1",
+    "frequency_penalty": "0",
+    "presence_penalty": "0",
+    "logit_bias": "{}",
+    "response_format": '{"type": "text"}',
+    "modalities": '["text"]',
+    "tools": "[]",
+    "tool_choice": '"none"',
+    "functions": "[]",
+    "store": "false",
+    "service_tier": '"auto"',
+}
+
+
 def _parts(content: Any) -> list[Any]:
     return [TextPart(type="text", text=content)] if isinstance(content, str) else content
 
 
 def parsed(kind: type[T], value: Any) -> T:
-    """A request's body as the class that describes it. Raises `Refused` that names the first wrong field."""
+    """A request's body as the class that describes it. Raises `Refused` that names a wrong field."""
     try:
         return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = _named(first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise Refused(
-                400, f"{param} is not supported", code="unsupported_parameter", param=param
-            ) from None
-        raise Refused(400, f"{param or 'the request'}: {first['msg']}", param=param or None) from None
+    except ValidationError as found:
+        errors = found.errors(include_url=False, include_input=False)
+    error = max(errors, key=lambda one: len(one["loc"]))  # of a union, the member that fits best
+    param = _named(error["loc"])
+    if error["type"] == "extra_forbidden" or str(error["loc"][0]) in NEUTRAL:
+        only = NEUTRAL.get(param.partition("[")[0].partition(".")[0])
+        rest = "" if only is None else f": leave it out, or give {only}"
+        raise Refused(400, f"{param} is not supported{rest}", code="unsupported_parameter", param=param)
+    said = error["msg"][:1].lower() + error["msg"][1:]
+    raise Refused(400, f"{param or 'the request'}: {said}", param=param or None)
 
 
 def _named(place: Sequence[int | str]) -> str:
     """The place of a field, without the names that pydantic gives to the members of unions."""
-    name = ""
+    name, before = "", place[0]
     for step in place:
         if isinstance(step, int):
             name += f"[{step}]"
-        elif not any(mark in step for mark in "[(") and step not in _MEMBERS:
+        elif not (isinstance(before, int) or step == "str" or "[" in step or "(" in step):
             name += f".{step}" if name else step
+        before = step
     return name
-
-
-_MEMBERS = {"system", "developer", "user", "assistant", "text", "image_url", "str", "list", "constrained-str"}
 
 
 class Answers:
