@@ -96,8 +96,11 @@ Positions = Annotated[
     ),
 ]
 CloserLook = Annotated[
-    Literal["answer", "relevance"] | None,
-    typer.Option("--zoom", help="A closer look at a region that the model's answer or its relevance names."),
+    Literal["answer", "relevance", "tool"] | None,
+    typer.Option(
+        "--zoom",
+        help="A closer look at a region that the model's answer, its relevance or its calls of a tool name.",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
@@ -729,7 +732,7 @@ def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
 def _ask_closely(
     picture: Any,
     questions: list[str],
-    zoom: Literal["answer", "relevance"] | None,
+    zoom: Literal["answer", "relevance", "tool"] | None,
     limits: Limits,
     max_positions: int | None,
     max_new_tokens: int,

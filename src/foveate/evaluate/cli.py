@@ -35,7 +35,7 @@ def open_model(
     Args:
         model: folder, hub id or the address of a server; by default the embedded model.
         name: of the model on a server.
-        zoom: how a closer look finds its region: `answer` or `relevance`; None: no closer look.
+        zoom: how a closer look finds its region: `answer`, `relevance` or `tool`; None: no closer look.
         device, dtype: as for `foveate.load`.
         limits: on the pictures that are read.
         given: `method`, `template` and `options`, as for `foveate.load`; only for its models.
@@ -67,7 +67,7 @@ def open_model(
         return Own(load(model, device=device, dtype=dtype, limits=limits, **changes, **hub))
     vlm = VLM.load(model, device=device, dtype=dtype, **hub)
     if zoom is not None:
-        return AnyVLM(vlm, Zoom(vlm.model, vlm.processor, zoom, limits=limits))
+        return AnyVLM(vlm, Zoom.of(vlm, zoom, limits=limits))
     if isinstance(vlm.model.config, FoveateConfig):
         return Own(Foveate(vlm.model, vlm.processor))
     return AnyVLM(vlm)

@@ -20,8 +20,9 @@ from foveate.layers import weights_of
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import Transparency
 from foveate.remembered import Remembered
+from foveate.zoom.asking import message
 from foveate.zoom.places import resolution
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 from foveate.zoom.zoom import Zoom
 
 Pair = tuple[Image.Image, str]
