@@ -575,6 +575,9 @@ def evaluate(
     max_new_tokens: NewTokens = 64,
     zoom: CloserLook = None,
     name: Annotated[str | None, typer.Option(help="The model's name on a server.")] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="How a server's model writes boxes: qwen3_vl, internvl, ...")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a picture that the model sees smaller than it is.")
     ] = False,
@@ -618,6 +621,7 @@ def evaluate(
     answering = open_model(
         model,
         name=name,
+        boxes=boxes,
         zoom=zoom,
         device=device,
         dtype=dtype,

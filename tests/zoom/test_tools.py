@@ -265,8 +265,9 @@ def test_wrong_conventions_are_refused() -> None:
 
 
 def test_the_size_that_is_shown() -> None:
-    assert VLMS["qwen2_5_vl"]().shown_at(picture(60, 90)) == Size(56, 84)
-    assert VLMS["llava"]().shown_at(picture(60, 90)) == Size(60, 90)
+    whole = picture(60, 90)
+    assert VLMS["qwen2_5_vl"]().drawn(whole) == (whole, Size(56, 84))
+    assert VLMS["llava"]().drawn(whole) == (whole, Size(60, 90))
 
 
 def test_a_conversation_that_grows_too_long(qwen: Scripted) -> None:

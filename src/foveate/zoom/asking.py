@@ -101,8 +101,8 @@ class Sight(Protocol):
     def convention(self) -> str:
         """The name of the `foveate.zoom.tools.Convention` that it was trained on."""
 
-    def shown_at(self, picture: Image.Image) -> Size:
-        """The size at which it is shown a picture; boxes of formats in pixels count those."""
+    def drawn(self, picture: Image.Image) -> tuple[Image.Image, Size]:
+        """A picture as it is to be given, and the size in which boxes of formats in pixels count then."""
 
 
 class Model(Sight, Protocol):

@@ -135,11 +135,11 @@ class Talk:
         shown = [self.messages[where]["content"][which]] if where == last else []
         return [*self.messages[:-1], {"role": "user", "content": [*shown, *message(*parts)[0]["content"]]}]
 
-    def redrawn(self) -> Talk:
-        """The same with the picture itself in the place of whatever showed it."""
+    def redrawn(self, drawn: Image.Image) -> Talk:
+        """The same with this copy in place of whatever shows the picture."""
         where, which = self.place
         content = list(self.messages[where]["content"])
-        content[which] = {"type": "image", "image": self.picture}
+        content[which] = {"type": "image", "image": drawn}
         messages = list(self.messages)
         messages[where] = {**messages[where], "content": content}
         return replace(self, messages=messages)
@@ -192,7 +192,8 @@ class Answered:
         frame = Frame.padded(size) if self.frame == "padded" else Frame.whole(size)
         talk = talk or Talk.about(picture, question)
         if form.scale == "pixels":
-            frame, talk = Frame(size, frame.area, model.shown_at(picture)), talk.redrawn()
+            drawn, counted = model.drawn(picture)
+            frame, talk = Frame(size, frame.area, counted), talk.redrawn(drawn)
         said = yield Ask(talk.asking(words), most=REGION_TOKENS, where=True)
         reading = read_box(said.text, form, frame)
         if reading.box is None:
@@ -394,16 +395,24 @@ def _placed(box: Box, shown: Size, area: Box, budget: Budget) -> tuple[Box | Non
 
 
 class _View(NamedTuple):
-    """A picture that the model was shown: its pixels, its place in the original, what its boxes count in."""
+    """A picture that the model was shown.
+
+    Attributes:
+        image: its pixels.
+        area: its place in the original.
+        frame: what boxes in it are measured in.
+        given: the copy of it that the model got.
+    """
 
     image: Image.Image
     area: Box
     frame: Frame
+    given: Image.Image
 
     @classmethod
     def of(cls, image: Image.Image, area: Box, asked: Convention, model: Sight) -> _View:
-        shown = model.shown_at(image) if asked.scale == "pixels" else None
-        return cls(image, area, Frame.whole(Size(image.height, image.width), shown))
+        given, counted = model.drawn(image) if asked.scale == "pixels" else (image, None)
+        return cls(image, area, Frame.whole(Size(image.height, image.width), counted), given)
 
 
 def _by_tool(
@@ -411,8 +420,8 @@ def _by_tool(
 ) -> Steps[Looked]:
     """The model calls its tool until it answers, makes no sense, or has used up what it may."""
     first = yield Ask(talk.messages)
-    messages = talk.redrawn().messages if asked.scale == "pixels" else talk.messages
     views = [_View.of(talk.picture, Box(0, 0, *talk.picture.size), asked, model)]
+    messages = (talk.redrawn(views[0].given) if asked.scale == "pixels" else talk).messages
     proposals: list[Proposal] = []
     zoomed, mistakes = None, 0
     try:
@@ -432,7 +441,7 @@ def _by_tool(
                 else:
                     views.append(view)
                     last = [{"type": "text", "text": LAST}] if len(views) > turns else []
-                    parts = [{"type": "image", "image": view.image}, *last]
+                    parts = [{"type": "image", "image": view.given}, *last]
                 results.append(asked.result(call, parts))
             messages = [*messages, asked.reply(said), *results]
         closer = views[1:]

@@ -274,9 +274,10 @@ class VLM:
         ended = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
         return ended.cumsum(1) - ended.long() == 0
 
-    def shown_at(self, picture: Image.Image) -> Size:
-        """The size at which the model is shown a picture; boxes of formats in pixels count those."""
-        return self.shown(self.inputs([message(picture, "?")]), Size(picture.height, picture.width))
+    def drawn(self, picture: Image.Image) -> tuple[Image.Image, Size]:
+        """The picture, and the size at which the model is shown it, which boxes in pixels count."""
+        shown = self.shown(self.inputs([message(picture, "?")]), Size(picture.height, picture.width))
+        return picture, shown
 
     def shown(self, inputs: Mapping[str, Tensor], picture: Size) -> Size:
         """The size at which the model is shown a picture, if it depends on the picture's; else the picture's.

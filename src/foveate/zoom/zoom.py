@@ -35,7 +35,9 @@ from foveate.zoom.looking import (
     look,
 )
 from foveate.zoom.relevance import Highlighter, RegionRule
+from foveate.zoom.server import SECONDS, SERVED, Server
 from foveate.zoom.vlm import VLM
+from foveate.zoom.wire import Served
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,39 @@ class Zoom:
         made = cls.__new__(cls)
         made._set(model, region, budget, limits)
         return made
+
+    @classmethod
+    def remote(
+        cls,
+        url: str,
+        model: str,
+        *,
+        key: str | None = None,
+        region: str | Proposer | ByTool = "answer",
+        served: Served = SERVED,
+        budget: Budget | None = None,
+        limits: Limits = LIMITS,
+        seconds: float = SECONDS,
+        retries: int = 2,
+    ) -> Zoom:
+        """A zoom around a model on a server of OpenAI's protocol: vLLM, SGLang, llama.cpp, a hosted API.
+
+        Args:
+            url: of the server, up to and with `/v1`.
+            model: its name there.
+            key: for servers that ask for one.
+            region: as above, except `relevance`, which is measured inside a model.
+            served: how the model writes boxes and calls tools, which a server does not tell.
+            budget: as above.
+            limits: on the pictures that are read.
+            seconds: bound on each request, its answer included.
+            retries: how often a request is repeated that failed in passing.
+
+        Raises:
+            FoveateError: not an address, `relevance`, the client `openai` missing.
+        """
+        server = Server(url, model, key, served=served, seconds=seconds, retries=retries)
+        return cls.of(server, region, budget, limits)
 
     def _set(
         self, model: Model, region: str | Proposer | ByTool, budget: Budget | None, limits: Limits
