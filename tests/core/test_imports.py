@@ -54,7 +54,7 @@ ROOMS = (
     ("model",),
     ("ask", "data"),
     ("zoom",),
-    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve"),
     ("cli", "__main__"),
 )
 
