@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,6 +65,7 @@ class Upstream(ThreadingHTTPServer):
         requests: the bodies that came, each with its `path` and `headers`.
         script: replies that are still to come.
         left: how many clients have gone away before their answer's end.
+        counted: makes the `usage` of an answer from its request, instead of a fixed one.
         refuses: words; a request whose body holds one gets a 400 that names it.
     """
 
@@ -76,6 +77,7 @@ class Upstream(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.script: list[Reply] = []
         self.left = 0
+        self.counted: Callable[[dict[str, Any]], dict[str, int]] | None = None
         self.refuses: list[str] = []
         self.ends = threading.Event()
 
@@ -132,13 +134,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.loads(raw) if raw.startswith(b"{") else None
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            body = None
         request = {"path": self.path, "headers": self._names(), "body": body, "raw": raw}
         self.server.requests.append(request)
         if refused := next((word for word in self.server.refuses if word.encode() in raw), None):
             self._reply(Refusal(400, f"{refused} is not supported"), body)
             return
-        self._reply(self.server.script.pop(0) if self.server.script else "fine", body)
+        reply = self.server.script.pop(0) if self.server.script else "fine"
+        self._reply(reply, body if isinstance(body, dict) else {})
 
     def _names(self) -> dict[str, str]:
         return {name.lower(): value for name, value in self.headers.items()}
@@ -159,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             content = reply.body
             if content is None:
                 content = json.dumps(
-                    {"error": {"message": reply.message, "type": "t", "code": None}}
+                    {"error": {"message": reply.message, "type": "t", "param": None, "code": None}}
                 ).encode()
             self._send(reply.status, content, reply.headers)
         elif isinstance(reply, Drop):
@@ -178,7 +184,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             if reply.wait and self._gone(reply.wait):
                 raise BrokenPipeError
-            self._send(200, json.dumps(completion(reply, body)).encode())
+            made = completion(reply, body)
+            if self.server.counted is not None:
+                made["usage"] = self.server.counted(body)
+            self._send(200, json.dumps(made).encode())
 
     def _gone(self, seconds: float) -> bool:
         """Waits; whether the client goes away meanwhile."""

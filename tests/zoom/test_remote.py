@@ -166,7 +166,7 @@ def test_a_server_that_is_busy_is_asked_again(server: Upstream, status: int) -> 
         (b'{"choices": [{"message": {"content": [1]}}]}', FoveateError, "without text"),
         (b'{"choices": [{"message": {"tool_calls": 7}}]}', FoveateError, "without choices"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
 )
 def test_what_goes_wrong_is_one_sentence(
     server: Upstream, reply: Any, kind: type[Exception], why: str, monkeypatch: pytest.MonkeyPatch

@@ -314,15 +314,20 @@ class _Purse:
         self.left -= most if said.tokens is None else said.tokens
         return said
 
-    def all(self, steps: Steps[Proposal]) -> Steps[Proposal]:
-        """Steps that only the closer look needs."""
-        try:
-            ask = next(steps)
-            while True:
-                ask = steps.send((yield from self.ask(ask)))
-        except StopIteration as end:
-            found: Proposal = end.value
-            return found
+
+def _asked(steps: Steps[Proposal], purse: _Purse) -> Steps[Proposal]:
+    """A proposal of the model's; without a box if it cannot be asked for one."""
+    try:
+        ask = next(steps)
+        while True:
+            ask = steps.send((yield from purse.ask(ask)))
+    except StopIteration as end:
+        found: Proposal = end.value
+        return found
+    except Unavailable:
+        raise
+    except (_Spent, FoveateError) as error:
+        return Proposal(None, str(error))
 
 
 def look(
@@ -348,8 +353,10 @@ def look(
     if crops:
         try:
             zoomed = yield from purse.ask(Ask(talk.closer(crops[-1]), last=True))
-        except _Spent:
-            return Looked(first, None, [], [*proposals, Proposal(None, SPENT)], [])
+        except Unavailable:
+            raise
+        except (_Spent, FoveateError) as error:  # with the crop it is too long for the model
+            return Looked(first, None, [], [*proposals, Proposal(None, str(error))], [])
     return Looked(first, zoomed, regions, proposals, crops)
 
 
@@ -361,15 +368,12 @@ def _proposed(
     regions: list[Box] = []
     area, seen = Box(0, 0, *talk.picture.size), talk.picture
     for turn in range(turns):
-        try:
-            if isinstance(propose, Answered):
-                asked = propose.steps(model, seen, talk.question, None if turn else talk)
-                proposal = yield from purse.all(asked)
-            else:
-                assert not isinstance(propose, ByTool)
-                proposal = propose(model, seen, talk.question)
-        except _Spent:
-            proposal = Proposal(None, SPENT)
+        if isinstance(propose, Answered):
+            asked = propose.steps(model, seen, talk.question, None if turn else talk)
+            proposal = yield from _asked(asked, purse)
+        else:
+            assert not isinstance(propose, ByTool)
+            proposal = propose(model, seen, talk.question)
         if not isinstance(proposal, Proposal):
             raise FoveateError(f"a proposer returns a Proposal, not {type(proposal).__name__}")
         region = None

@@ -110,22 +110,28 @@ def _written(messages: Messages, dialect: Dialect) -> Messages:
         told = message["role"] == "tool" and "tool_call_id" in message
         if crops and not told:
             written, crops = [*written, {"role": "user", "content": in_tags(crops)}], []
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [_part(part) for part in content]
+        content = message.get("content")
+        if not isinstance(content, list):
+            written.append(message)
+            continue
+        content = [_part(part) for part in content]
         if message["role"] == "tool" and not told:  # a call that the server did not tell from the text
             message, content = {"role": "user"}, in_tags(content)
         elif told:
-            texts = [part["text"] for part in content if part["type"] == "text"]
-            pictures = [part for part in content if part["type"] != "text"]
+            texts = [part["text"] for part in content if _is_text(part)]
+            pictures = [part for part in content if not _is_text(part)]
             if not pictures:
                 content = "\n".join(texts)
             elif not dialect.pictures:
                 content, crops = "\n".join([NEXT, *texts]), [*crops, *pictures]
-        elif message["role"] == "assistant" and all(part["type"] == "text" for part in content):
-            content = "".join(part["text"] for part in content) if isinstance(content, list) else content
+        elif message["role"] == "assistant" and all(map(_is_text, content)):
+            content = "".join(part["text"] for part in content)
         written.append({**message, "content": content})
     return [*written, {"role": "user", "content": in_tags(crops)}] if crops else written
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _part(part: Any) -> Any:
