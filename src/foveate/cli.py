@@ -96,8 +96,11 @@ Positions = Annotated[
     ),
 ]
 CloserLook = Annotated[
-    Literal["answer", "relevance"] | None,
-    typer.Option("--zoom", help="A closer look at a region that the model's answer or its relevance names."),
+    Literal["answer", "relevance", "tool"] | None,
+    typer.Option(
+        "--zoom",
+        help="A closer look at a region that the model's answer, its relevance or its calls of a tool name.",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
@@ -577,6 +580,9 @@ def evaluate(
     max_new_tokens: NewTokens = 64,
     zoom: CloserLook = None,
     name: Annotated[str | None, typer.Option(help="The model's name on a server.")] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="How a server's model writes boxes: qwen3_vl, internvl, ...")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a picture that the model sees smaller than it is.")
     ] = False,
@@ -625,6 +631,7 @@ def evaluate(
     answering = open_model(
         model,
         name=name,
+        boxes=boxes,
         zoom=zoom,
         device=device,
         dtype=dtype,
@@ -739,7 +746,7 @@ def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
 def _ask_closely(
     picture: Any,
     questions: list[str],
-    zoom: Literal["answer", "relevance"] | None,
+    zoom: Literal["answer", "relevance", "tool"] | None,
     limits: Limits,
     max_positions: int | None,
     max_new_tokens: int,

@@ -24,7 +24,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from jinja2 import Environment, Template
+from jinja2 import Environment, Template, TemplateError, meta
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.cache_utils import DynamicLayer
@@ -68,6 +68,14 @@ def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any
 def template_environment() -> Environment:
     """The environment in which transformers renders chat templates; not to be changed."""
     return chat_template_utils._compile_jinja_template("").environment
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables that a chat template reads; none if it is broken."""
+    try:
+        return meta.find_undeclared_variables(template_environment().parse(template))
+    except (TemplateError, RecursionError):
+        return set()
 
 
 # `render_jinja_template` gets its template from `_compile_jinja_template`; spans of the `generation` blocks

@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.methods.base import Method
 from foveate.picture.geometry import Box, Size
+from foveate.zoom.asking import message
 from foveate.zoom.places import token_places
 from foveate.zoom.relevance import (
     READINGS,
@@ -27,7 +28,7 @@ from foveate.zoom.relevance import (
     roi,
     scaled,
 )
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 from tests.support import gap, picture
 from tests.vlms import VLMS, foveate_model, llava_onevision
 

@@ -347,8 +347,10 @@ class _Passage:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status, self.started = message["status"], True
-            named_ = [*message.get("headers", ()), (b"x-request-id", self.name.encode())]
-            message = {**message, "headers": named_}
+            given = [*message.get("headers", ())]
+            if not any(name.lower() == b"x-request-id" for name, _ in given):  # passed on from another server
+                given.append((b"x-request-id", self.name.encode()))
+            message = {**message, "headers": given}
         elif message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
         try:

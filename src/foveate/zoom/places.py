@@ -21,7 +21,8 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import Box, Size
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.asking import message
+from foveate.zoom.vlm import VLM
 
 Places = list[Box | None]  # original pixels; None for tokens that show no part of the picture
 

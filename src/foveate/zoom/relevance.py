@@ -32,8 +32,9 @@ from foveate import upstream
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Box, Size
 from foveate.remembered import Remembered
+from foveate.zoom.asking import message
 from foveate.zoom.places import token_places
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 
 Reading = Literal["chefer", "literal", "indicator"]
 SIZES = 64  # number of picture sizes whose image token places are cached
