@@ -82,7 +82,8 @@ def full_chain(
     canvas = squashed(Size(*source.pictures[picture_].shape[:2]), connector.tower.side)
     for _ in range(connector.options.rois):
         guides = torch.cat([connector.question(words[None]), *seen[-1:]], 1)
-        scores = scorer(scorer.read(low[None]), guides, torch.ones(guides.shape[:2], dtype=torch.bool))
+        there = torch.ones(guides.shape[:2], dtype=torch.bool)
+        scores = scorer(scorer.read(low[None]), scorer.guides(guides), there)
         averages = {
             (r, c): scores.view(grid, grid)[r : r + method_side, c : c + method_side].mean()
             for r in range(grid - method_side + 1)
@@ -117,10 +118,10 @@ def test_all_scales_and_pictures_in_step_equal_one_at_a_time(distinct: bool) -> 
     for p in range(3):
         for s in range(3):
             expected = full_chain(connector, low[p], texts[p][mask[p] > 0], source, p, s)
-            found = [(w.row, w.column) for w in chosen.windows if (w.picture, w.scale) == (p, s)]
+            found = [(w.row, w.column) for w in chosen.windows if (w.question, w.scale) == (p, s)]
             assert found == [place for place, _ in expected]
             features = torch.stack([seen for _, seen in expected])
-            mine = [(w.picture, w.scale) == (p, s) for w in chosen.windows]
+            mine = [(w.question, w.scale) == (p, s) for w in chosen.windows]
             assert gap(chosen.features[torch.tensor(mine)], features) < 1e-5
     assert len({(w.row, w.column) for w in chosen.windows}) > 4
 
@@ -149,14 +150,17 @@ class Points(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.guides = list[Tensor]()
+        self.seen = list[Tensor]()
 
     def read(self, low: Tensor) -> Tensor:
         return low
 
-    def forward(self, low: Tensor, guides: Tensor, mask: Tensor) -> Tensor:
-        self.guides.append(guides)
-        return (torch.arange(16) == 0).float().expand(len(guides), -1)
+    def guides(self, guides: Tensor) -> Tensor:
+        return torch.stack([guides, guides])
+
+    def forward(self, low: Tensor, guides: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
+        self.seen.append(guides[0])
+        return (torch.arange(16) == 0).float().expand(guides.shape[1], -1)
 
 
 @torch.no_grad()
@@ -171,12 +175,12 @@ def test_which_features_of_a_window_are_read(history: str, maps: int) -> None:
     query = Query(torch.randn(1, 3, 48), torch.ones(1, 3))
     chosen = connector.chain(torch.randn(1, 16, 32), [m.model.method.plan(60, 80)], query, source)
     assert [window.column for window in chosen.windows] == [0, 0, 0, 0]
-    assert len(scorer.guides) == maps
+    assert len(scorer.seen) == maps
     seen = chosen.features[0]
     if maps > 1:
-        assert gap(scorer.guides[1][0, 3:], seen) < CLOSE  # after three words
+        assert gap(scorer.seen[1][0, 3:], seen) < CLOSE  # after three words
     looks = [Look(squashed(Size(60, 80), TINY.side), Box(n, 0, n + 14, 14)) for n in range(4)]
-    assert gap(connector._injection(chosen, looks, [16]).features[0], seen) < CLOSE
+    assert gap(connector._injection(chosen, looks, [0], [16]).features[0], seen) < CLOSE
 
 
 def plain_scores(scorer: Scorer, options: dict[str, Any], low: Tensor, guides: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def test_a_scorer_by_plain_means(options: dict[str, Any]) -> None:
     for parameter in scorer.parameters():  # norms that do something
         parameter.add_(0.3 * torch.randn_like(parameter))
     low, guides = torch.randn(16, 32), 3 * torch.randn(5, 32) + 1
-    got = scorer(scorer.read(low[None]), guides[None], torch.ones(1, 5, dtype=torch.bool))[0]
+    got = scorer(scorer.read(low[None]), scorer.guides(guides[None]), torch.ones(1, 5, dtype=torch.bool))[0]
     assert gap(got, plain_scores(scorer, options, low, guides)) < 1e-5
 
 
@@ -390,7 +394,7 @@ ROUNDS: dict[str, list[set[int]]] = {  # with the windows that they read
 def test_which_windows_a_layer_reads_and_which_tokens_read_them(overlap: str, rounds: list[set[int]]) -> None:
     m = made(overlap=overlap, scales=[2, 4], rois=2, layers=[0, 2])
     injection = encoded(m.model, prepare(m.processor, [chat("What?", picture(60, 80))])).injection
-    found = [{int(n) for g in r.groups for n in g.rows} for r in injection.rounds]
+    found = [{int(r.windows[n]) for g in r.groups for n in g.rows} for r in injection.rounds]
     assert found == rounds
     assert {g.places.shape[1] for r in injection.rounds for g in r.groups} == {4, 1}
     hidden, visual = torch.randn(1, 20, 48), torch.arange(20)[None] >= 4
@@ -417,7 +421,7 @@ def test_a_layer_may_be_on_another_device_than_the_connector(llm: str) -> None:
             attention = CrossAttention(Widths(8, 12), CoroiOptions())
             number = torch.zeros(1, 4, dtype=torch.long)
             group = Group(rows=number[0, :1], places=number, gates=torch.ones(1))
-            regions = InjectedWindows(torch.zeros(1, 16, 8), [Round(torch.arange(4), [group])])
+            regions = InjectedWindows(torch.zeros(1, 16, 8), [Round(torch.arange(4), torch.arange(1), [group])])
         hidden, visual = torch.zeros(1, 20, 12, device=llm), torch.ones(1, 20, dtype=torch.bool)
         changed = RoiInjector(attention)(hidden, regions, visual)
         with torch.device(llm):  # as accelerate does, which moves weights and tensors and not what holds them
@@ -498,7 +502,7 @@ def test_windows_that_are_the_same_are_read_once_and_count_as_often_as_chosen() 
             )
             cells = [3 + 4 * r + c for r in range(top, bottom) for c in range(left, right)]
             row = next(
-                int(group.rows[i])
+                int(round_.windows[group.rows[i]])
                 for group in round_.groups
                 for i in range(len(group.rows))
                 if sorted(round_.tokens[group.places[i]].tolist()) == [16 * p + c - 3 for c in cells]

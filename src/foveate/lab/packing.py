@@ -20,10 +20,19 @@ VISUAL, PADDING = 0, -1  # block numbers; questions count from 1
 
 
 class Sample(NamedTuple):
-    """A question and its answer as token ids; `answer` is where the answer starts."""
+    """A question and its answer as token ids; `answer` is where the answer starts.
+
+    `earlier`: start and end of a part before it that is also learnt, if there is one.
+    """
 
     ids: list[int]
     answer: int
+    earlier: tuple[int, int] | None = None
+
+    @property
+    def learnt(self) -> list[tuple[int, int]]:
+        """Starts and ends of the parts that are learnt."""
+        return [*([self.earlier] if self.earlier else []), (self.answer, len(self.ids))]
 
 
 @dataclass(frozen=True)
@@ -88,24 +97,25 @@ def pack(
         for number, sample in enumerate(row, 1):
             end = start + len(sample.ids)
             ids[b, start:end] = torch.tensor(sample.ids)
-            labels[b, start + sample.answer : end] = ids[b, start + sample.answer : end]
+            for first, last in sample.learnt:
+                labels[b, start + first : start + last] = ids[b, start + first : start + last]
             blocks[b, start:end] = number
             offsets[b, start:end] = torch.arange(end - start)
             start = end
     if visual_positions is None:
         visual_positions = torch.arange(visual).expand(rows, visual)
-    first = visual_positions[:, -1:] + 1 if visual else torch.zeros((rows, 1), dtype=torch.long)
+    first_text = visual_positions[:, -1:] + 1 if visual else torch.zeros((rows, 1), dtype=torch.long)
     blocks = torch.cat([torch.full((rows, visual), VISUAL), blocks], dim=1)  # (B, T)
     return Packed(
         input_ids=torch.cat([torch.full((rows, visual), placeholder), ids], dim=1),
         labels=torch.cat([torch.full((rows, visual), IGNORED), labels], dim=1),
-        attention_mask=_visible(blocks),
-        position_ids=torch.cat([visual_positions, first + offsets], dim=1),
+        attention_mask=visible(blocks),
+        position_ids=torch.cat([visual_positions, first_text + offsets], dim=1),
         blocks=blocks,
     )
 
 
-def _visible(blocks: Tensor) -> Tensor:
+def visible(blocks: Tensor) -> Tensor:
     """(B, T) block numbers -> (B, 1, T, T): a token sees earlier ones of its block, and visual ones."""
     causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()
     own = blocks[:, :, None] == blocks[:, None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ from foveate.lab.data import Examples, Features
 from foveate.lab.experiment import StageSpec
 from foveate.lab.levels import level_named
 from foveate.lab.optimise import optimiser
-from foveate.lab.packing import PADDING, Packed, Sample, all_right, pack
+from foveate.lab.packing import Sample, pack
 from foveate.lab.questions import Question
+from foveate.lab.reading import Answers, Change, Seen, read, seen
 from foveate.lab.told import told_windows
 from foveate.methods import method_class
 from foveate.methods.base import Method
@@ -57,14 +59,16 @@ class Row(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Loss; logits (B, T, vocabulary); what was packed; per row the visual tokens that the LLM
-    reads and where the method looked, if it chooses."""
+    """What the LLM answers; per row the visual tokens that it reads and where the method looked, if it
+    chooses."""
 
-    loss: Tensor
-    logits: Tensor
-    packed: Packed
+    answers: Answers
     tokens: list[int]
     regions: list[list[Box] | None] | None
+
+    @property
+    def loss(self) -> Tensor:
+        return self.answers.loss
 
 
 class Graded(NamedTuple):
@@ -144,12 +148,12 @@ class Student:
     def grade(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Answers all questions about these pictures."""
         rows = self.rows(data, indices)
-        seen = self.forward(data, rows)
+        found = self.forward(data, rows)
         graded = []
-        for n, (row, hits) in enumerate(zip(rows, all_right(seen.logits, seen.packed), strict=True)):
-            regions = None if seen.regions is None else seen.regions[n]
+        for n, (row, hits) in enumerate(zip(rows, found.answers.right(len(rows)), strict=True)):
+            regions = None if found.regions is None else found.regions[n]
             graded += [
-                Graded(q, hit, seen.tokens[n], regions) for q, hit in zip(row.asked, hits, strict=True)
+                Graded(q, hit, found.tokens[n], regions) for q, hit in zip(row.asked, hits, strict=True)
             ]
         return graded
 
@@ -170,30 +174,41 @@ class Student:
     def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
         """The outputs for all questions of these rows at once."""
         samples = [[self.bench.samples[q.text, q.answer] for q in row.asked] for row in rows]
-        encoded = self._connect(data, rows, samples)
-        placeholder, padding = self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id
-        packed = pack(samples, self.plan.tokens, placeholder, padding)
-        inputs, tokens = packed.inputs(), [self.plan.tokens] * len(rows)
-        if encoded.kept is not None:
-            mask = packed.blocks != PADDING
-            mask[:, : self.plan.tokens] = torch.stack(encoded.kept)
-            places = mask.long().cumsum(1) - 1  # as if the dropped tokens did not exist
-            tokens = [int(kept.sum()) for kept in encoded.kept]
-            inputs |= {"attention_mask": mask, "position_ids": places.clamp(min=0)}
-        output = self.model(
-            **inputs, labels=packed.labels, mm_encoder_outputs={"image": encoded}, use_cache=False
+        pictures = list(dict.fromkeys(row.picture for row in rows))
+        owners = [pictures.index(row.picture) for row in rows]
+        encoded = self._connect(data, rows, samples, pictures, owners)
+        packed = pack(samples, 0, self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id)
+        visual = seen(
+            encoded.pooler_output, encoded.kept, torch.tensor(owners), closed=encoded.injection is None
         )
+        answers = read(self.model.language_model, visual, packed, changes=self._changes(encoded, visual))
         regions = None if encoded.accounts is None else [account.regions for account in encoded.accounts]
-        return Pass(output.loss, output.logits, packed, tokens, regions)
+        return Pass(answers, visual.tokens.tolist(), regions)
+
+    def _changes(self, encoded: EncodedPictures, visual: Seen) -> dict[int, Change]:
+        """What the method injects behind the LLM's layers."""
+        if encoded.injection is None:
+            return {}
+        there = torch.ones(len(visual.owners), self.plan.tokens, dtype=torch.bool)
+        return {
+            layer: partial(injector, injection=encoded.injection, visual=there)
+            for layer, injector in self.model.connector.injectors().items()
+        }
 
     def _connect(
-        self, data: Examples, rows: Sequence[Row], samples: Sequence[Sequence[Sample]]
+        self,
+        data: Examples,
+        rows: Sequence[Row],
+        samples: Sequence[Sequence[Sample]],
+        pictures: Sequence[int],
+        owners: Sequence[int],
     ) -> EncodedPictures:
-        """Visual tokens of every row's picture."""
-        sizes = torch.tensor([data.size] * len(rows))
+        """Visual tokens of every row, which is about the picture `pictures[owners[row]]`."""
         if isinstance(self.method, GivenRegion):
+            sizes = torch.tensor([data.size] * len(rows))
             return self.model.connect(self._seen_in_regions(data, rows, self.method), sizes)
-        features = self._seen(data, [row.picture for row in rows])
+        sizes = torch.tensor([data.size] * len(pictures))
+        features = self._seen(data, pictures)
         if not self.method.uses_query:
             return self.model.connect(features, sizes)
         asked = [torch.tensor(row[0].ids[: row[0].answer]) for row in samples]  # one question a row
@@ -201,22 +216,22 @@ class Student:
         lengths = torch.tensor([[len(text)] for text in asked])
         mask = (torch.arange(ids.shape[1]) < lengths).long()
         if not self.method.reads_source:
-            return self.model.connect(features, sizes, ids, mask)
-        source = self._source(data, rows)
+            return self.model.connect(features, sizes, ids, mask, owners=owners)
+        source = self._source(data, pictures)
         if not self.cell.told:
-            return self.model.connect(features, sizes, ids, mask, source)
+            return self.model.connect(features, sizes, ids, mask, source, owners)
         plans, regions = [self.plan] * len(rows), [row.region for row in rows]
         with told_windows(self.model.connector, self.method.tower, plans, regions):
-            return self.model.connect(features, sizes, ids, mask, source)
+            return self.model.connect(features, sizes, ids, mask, source, owners)
 
-    def _source(self, data: Examples, rows: Sequence[Row]) -> Source:
+    def _source(self, data: Examples, pictures: Sequence[int]) -> Source:
         """The pictures themselves; a frozen tower's features are cached."""
         memory = self.memories[data.key]
         return Source(
-            [torch.from_numpy(np.array(data.pictures[row.picture])) for row in rows],
-            torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(rows))),
+            [torch.from_numpy(np.array(data.pictures[i])) for i in pictures],
+            torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(pictures))),
             torch.no_grad()(self.model.encode_views),
-            [memory.setdefault(row.picture, {}) for row in rows],
+            [memory.setdefault(i, {}) for i in pictures],
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:

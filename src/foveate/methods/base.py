@@ -97,10 +97,15 @@ QueryText: TypeAlias = Literal["question", "prompt", "sequence"]
 
 
 class Query(NamedTuple):
-    """The question about each picture, as `Method.query_text` says."""
+    """The question about each picture, as `Method.query_text` says, or several where a connector allows it."""
 
-    embeds: Tensor  # (P, T, D), rows of the LLM's input embedding
-    mask: Tensor  # (P, T), 1 for tokens, 0 for padding
+    embeds: Tensor  # (Q, T, D), rows of the LLM's input embedding
+    mask: Tensor  # (Q, T), 1 for tokens, 0 for padding
+    owners: tuple[int, ...] | None = None  # picture of each question; None: one question each, in order
+
+    def owners_of(self, pictures: int) -> Sequence[int]:
+        """The picture of each question."""
+        return range(pictures) if self.owners is None else self.owners
 
 
 @dataclass
@@ -108,7 +113,8 @@ class VisualTokens:
     """What a connector hands to the LLM, picture after picture.
 
     Attributes:
-        tokens: (T, D); picture p has `plans[p].tokens` rows.
+        tokens: (T, D); picture p has `plans[p].tokens` rows. With several questions about a picture, each
+            question has them, and what is said of pictures below is said of questions.
         kept: (T,) bool, False for tokens that the LLM must not see; None keeps all.
         injection: whatever the method's injectors read in the LLM's layers.
         separators: (T,) bool, rows that the LLM's own embedding of the separator token replaces.
@@ -138,7 +144,13 @@ class Connector(nn.Module):
 
     Initialise parameters in the constructor, and keep tables in persistent buffers: a checkpoint is loaded
     into a model built without memory, and only the tensors in the checkpoint are filled.
+
+    Attributes:
+        shares_pictures: whether it takes several questions about one picture, `Query.owners`: then it returns
+            tokens for each question, question after question. Otherwise pictures are repeated for it.
     """
+
+    shares_pictures: ClassVar[bool] = False
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         """features (V, N, C): all views of the batch, picture after picture, in the order of their plans.

@@ -155,9 +155,13 @@ class Attention(nn.Module):
         """(B, N, C) -> (B, heads, N, C / heads)"""
         return split(self.query(x), self.heads)
 
-    def forward(self, queries: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, heads, N, C / heads), (B, M, C), mask (B, M) of valid guides -> (B, N, C)"""
-        key, value = split(self.key(source), self.heads), split(self.value(source), self.heads)
+    def keys_values(self, source: Tensor) -> Tensor:
+        """(..., M, C) -> (2, ..., M, C)"""
+        return torch.stack([self.key(source), self.value(source)])
+
+    def forward(self, queries: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, heads, N, C / heads), `keys_values` (2, B, M, C), mask (B, M) of valid guides -> (B, N, C)"""
+        key, value = (split(x, self.heads) for x in keys_values)
         if mask is None:
             return self.out(joined(F.scaled_dot_product_attention(queries, key, value)))
         some = mask.any(1)[:, None, None]  # (B, 1, 1)
@@ -192,15 +196,18 @@ class Scorer(nn.Module):
     def read(self, low: Tensor) -> LowView:
         """(P, N, C)"""
         read = self.self_norm(low)
-        x = low + self.self_attention(self.self_attention.queries(read), read)
+        attention = self.self_attention
+        x = low + attention(attention.queries(read), attention.keys_values(read))
         return LowView(x, self.cross_attention.queries(self.cross_norm(x)))
 
-    def forward(self, low: LowView, guides: Tensor, mask: Tensor) -> Tensor:
-        """Guides (B, M, C) and their mask (B, M), B a multiple of P -> scores (B, N)."""
-        copies = len(guides) // len(low.tokens)
-        tokens, queries = (x.repeat_interleave(copies, 0) for x in low)
-        x = tokens + self.cross_attention(queries, self.guide_norm(guides), mask)
-        return self.feed_forward(x)[..., 0]
+    def guides(self, guides: Tensor) -> Tensor:
+        """What the cross attention reads of words or windows, (..., M, C) -> (2, ..., M, C)."""
+        return self.cross_attention.keys_values(self.guide_norm(guides))
+
+    def forward(self, low: LowView, guides: Tensor, mask: Tensor, owners: Tensor | None = None) -> Tensor:
+        """`guides` (2, B, M, C), their mask (B, M) -> scores (B, N). `owners` (B,): row of `low` of each."""
+        tokens, queries = low if owners is None else (x[owners] for x in low)
+        return self.feed_forward(tokens + self.cross_attention(queries, guides, mask))[..., 0]
 
 
 def integral(scores: Tensor) -> Tensor:
@@ -242,9 +249,9 @@ def gate(values: Tensor, chosen: Tensor, options: CoroiOptions) -> Tensor:
 
 @dataclass
 class Group:
-    """Windows of one size that are injected at once, without repetitions."""
+    """Windows of one size that are injected at once; a question has each of its own once."""
 
-    rows: Tensor  # (R,) of InjectedWindows.features
+    rows: Tensor  # (R,) windows of the round
     places: Tensor  # (R, Q) low-resolution tokens that read each, as indices into Round.tokens
     gates: Tensor  # (R,) factor of each window's update
 
@@ -254,6 +261,7 @@ class Round:
     """Windows that read the same hidden states; their order does not matter."""
 
     tokens: Tensor  # (U,) indices into all visual tokens of the batch
+    windows: Tensor  # (W,) rows of InjectedWindows.features, each once, whoever reads it
     groups: list[Group]
 
 
@@ -299,13 +307,14 @@ class CrossAttention(nn.Module):
     def forward(self, hidden: Tensor, round_: Round, features: Tensor) -> Tensor:
         """Updates (U, D) of the hidden states (U, D) of the round's tokens."""
         queries = self.query(hidden)
+        read = features[round_.windows.to(features.device)]  # (W, N, C)
+        keys, values = self.key(read), self.value(read)
         update = torch.zeros_like(hidden)
         for group in round_.groups:
-            read = features[group.rows.to(features.device)]  # (R, N, C)
-            places = group.places.to(hidden.device)
+            rows, places = group.rows.to(features.device), group.places.to(hidden.device)
             query, key, value = (
-                split(x, self.heads) for x in (queries[places], self.key(read), self.value(read))
-            )
+                split(x, self.heads) for x in (queries[places], keys[rows], values[rows])
+            )  # (R, heads, Q or N, D / heads)
             found = joined(F.scaled_dot_product_attention(query, key, value))  # (R, Q, D)
             found = found * group.gates.to(found)[:, None, None]
             update = update.index_add(0, places.flatten(), found.flatten(0, 1).to(update))
@@ -349,7 +358,7 @@ def joined(x: Tensor) -> Tensor:
 class Window(NamedTuple):
     """A chosen window: `row` and `column` of its first token in the low-resolution grid."""
 
-    picture: int
+    question: int
     scale: int  # its index in the options' scales
     step: int
     row: int
@@ -360,12 +369,14 @@ class Window(NamedTuple):
 class Chosen:
     """All windows of a batch, including repeated ones, with features and gates in the same order."""
 
-    windows: list[Window]  # picture after picture, scale after scale, step after step
+    windows: list[Window]  # question after question, scale after scale, step after step
     features: Tensor  # (W, N, C)
     gates: Tensor  # (W,)
 
 
 class CoroiConnector(Connector):
+    shares_pictures = True
+
     def __init__(self, widths: Widths, tower: TowerGeometry, options: CoroiOptions) -> None:
         super().__init__()
         self.tower, self.options = tower, options
@@ -405,18 +416,23 @@ class CoroiConnector(Connector):
         if not self.options.chain:
             return VisualTokens(tokens)
         assert source is not None
+        owners = range(len(plans)) if query is None else query.owners_of(len(plans))
         chosen = self.chain(views[:, 0], plans, query, source)
-        looks = [self._look(window, plans[window.picture]) for window in chosen.windows]
-        regions: list[list[Box]] = [[] for _ in plans]
+        looks = [self._look(window, plans[owners[window.question]]) for window in chosen.windows]
+        regions: list[list[Box]] = [[] for _ in owners]
         region = cache(lambda plan, box: plan.to_picture(0, box).clipped(plan.picture))
         for window, look in zip(chosen.windows, looks, strict=True):
-            regions[window.picture].append(region(plans[window.picture], look.box))
+            regions[window.question].append(region(plans[owners[window.question]], look.box))
+        if query is not None and query.owners is not None:
+            tokens = torch.cat([tokens.split([plan.tokens for plan in plans])[p] for p in owners])
         return VisualTokens(
             tokens,
-            injection=self._injection(chosen, looks, [plan.tokens for plan in plans]),
+            injection=self._injection(chosen, looks, owners, [plans[p].tokens for p in owners]),
             accounts=[
-                Account(regions=regions[p], chains=self._chains(p, regions[p], looks, source))
-                for p in range(len(plans))
+                Account(
+                    regions=regions[q], chains=self._chains(owners[q], regions[q], looks[q * each :], source)
+                )
+                for q, each in enumerate([self.options.rois * len(self.sides)] * len(owners))
             ],
         )
 
@@ -431,50 +447,61 @@ class CoroiConnector(Connector):
     # Selection and movement.
 
     def chain(self, low: Tensor, plans: Sequence[ViewPlan], query: Query | None, source: Source) -> Chosen:
-        """Section 3.1, all pictures and scales together: one run of the tower per step, for new windows."""
-        options, (pictures, scales) = self.options, (len(plans), len(self.sides))
-        words, mask = self._words(low, query)  # (P, 1, T, C), (P, 1, T)
+        """Section 3.1, all questions and scales together: one run of the tower per step, for new windows."""
+        options, scales = self.options, len(self.sides)
+        owners = range(len(plans)) if query is None else query.owners_of(len(plans))
+        rows = torch.tensor(owners, device=low.device)  # (Q,)
+        words, mask = self._words(low, query)  # (2, Q, 1, T, C), (Q, 1, T)
         view = self.scorer.read(low)
-        numbers: list[list[list[int]]] = []  # (n, P, m) indices of windows
-        gates: list[Tensor] = []  # (P, m) each
-        features: list[Tensor] = []  # (P, m, N, C) each
-        past: list[Tensor] = []  # features that join the question
+        numbers: list[list[list[int]]] = []  # (n, Q, m) indices of windows
+        gates: list[Tensor] = []  # (Q, m) each
+        features: list[Tensor] = []  # (Q, m, N, C) each
+        past: list[Tensor] = []  # windows that join the question, (2, Q, m, N, C) each
         taken: list[Tensor | None] = [None] * scales
         spread = self._spread() if low.is_meta else []
         sums = None
         for step in range(options.rois):
             if sums is None or past:
-                guides, there = words, mask
+                guides, there, of = words, mask, rows
                 if past:
-                    read = torch.cat(past[-1:] if options.history == "last" else past, 2)  # (P, m, M, C)
-                    guides = torch.cat([words.expand(-1, scales, -1, -1), read], 2)
-                    there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[2]), value=True)
-                scores = self.scorer(view, guides.flatten(0, 1), there.flatten(0, 1))  # (P or P m, N)
-                sums = integral(scores.view(pictures, -1, *self.tower.grid))  # (P, 1 or m, h + 1, w + 1)
+                    read = torch.cat(past[-1:] if options.history == "last" else past, 3)  # (2, Q, m, M, C)
+                    guides = torch.cat([words.expand(-1, -1, scales, -1, -1), read], 3)
+                    there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[3]), value=True)
+                    of = rows.repeat_interleave(scales)
+                scores = self.scorer(view, guides.flatten(1, 2), there.flatten(0, 1), of)  # (Q or Q m, N)
+                sums = integral(scores.view(len(owners), -1, *self.tower.grid))  # (Q, 1 or m, h + 1, w + 1)
             means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
             picked = [self.select(mean, taken[s]) for s, mean in enumerate(means)]
-            chosen = torch.stack([number for number, _ in picked], 1)  # (P, m)
+            chosen = torch.stack([number for number, _ in picked], 1)  # (Q, m)
             gates.append(torch.stack([value for _, value in picked], 1))
-            numbers.append([spread[step]] * pictures if low.is_meta else chosen.tolist())
+            numbers.append([spread[step]] * len(owners) if low.is_meta else chosen.tolist())
             if options.distinct:
                 taken = [self._taken(s, chosen[:, s], taken[s]) for s in range(scales)]
-            looks = [(w.picture, self._look(w, plans[w.picture])) for w in self._windows(step, numbers[-1])]
-            read = source.look(looks, self.tower.side).to(low).unflatten(0, (pictures, scales))
-            features.append(read)
+            looks = [
+                (owners[w.question], self._look(w, plans[owners[w.question]]))
+                for w in self._windows(step, numbers[-1])
+            ]
+            distinct = {look: i for i, look in enumerate(dict.fromkeys(looks))}
+            which = torch.tensor([distinct[look] for look in looks], device=low.device)
+            which = which.unflatten(0, (len(owners), scales))  # (Q, m)
+            read = source.look(list(distinct), self.tower.side).to(low)
+            features.append(read[which])
             if options.history != "none" and step + 1 < options.rois:
-                past.append(read)
+                past.append(self.scorer.guides(read)[:, which])
         windows = [w for step, chosen in enumerate(numbers) for w in self._windows(step, chosen)]
-        factors = torch.stack(gates, 2)  # (P, m, n)
+        factors = torch.stack(gates, 2)  # (Q, m, n)
         if options.gradient == "centred" and factors.requires_grad:
             factors.register_hook(lambda grad: grad - grad.mean((0, 2), keepdim=True))
         return Chosen(sorted(windows), torch.stack(features, 2).flatten(0, 2), factors.flatten())
 
     def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
-        """U in the tower's width (P, 1, T, C), and its mask (P, 1, T)."""
+        """U as the scorer reads it (2, Q, 1, T, C), and its mask (Q, 1, T)."""
         if query is None or not query.mask.shape[1]:  # nothing to read, but other ranks wait for gradients
-            nothing = self.question(low.new_zeros(len(low), 1, 1, self.width))
-            return nothing, low.new_zeros(len(low), 1, 1, dtype=torch.bool)
-        return self.question(query.embeds.to(low))[:, None], query.mask.bool()[:, None]
+            count = len(low) if query is None else len(query.mask)
+            nothing = self.question(low.new_zeros(count, 1, 1, self.width))
+            return self.scorer.guides(nothing), low.new_zeros(count, 1, 1, dtype=torch.bool)
+        words = self.question(query.embeds.to(low))[:, None]
+        return self.scorer.guides(words), query.mask.bool()[:, None]
 
     def select(self, values: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
         """Averages of one scale's windows (P, rows, columns) -> index of the best and its gate, (P,) each.
@@ -518,11 +545,11 @@ class CoroiConnector(Connector):
         return now if before is None else now | before
 
     def _windows(self, step: int, numbers: list[list[int]]) -> list[Window]:
-        """The windows of one step, picture after picture, scale after scale."""
+        """The windows of one step, question after question, scale after scale."""
         columns = [self.tower.grid.width - side + 1 for side in self.sides]
         return [
-            Window(p, s, step, *divmod(number, columns[s]))
-            for p, row in enumerate(numbers)
+            Window(q, s, step, *divmod(number, columns[s]))
+            for q, row in enumerate(numbers)
             for s, number in enumerate(row)
         ]
 
@@ -535,13 +562,16 @@ class CoroiConnector(Connector):
 
     # For the LLM.
 
-    def _injection(self, chosen: Chosen, looks: list[Look], counts: list[int]) -> InjectedWindows:
-        """`counts`: visual tokens per picture; low-resolution ones come first."""
-        first: dict[tuple[int, Look], int] = {}  # first occurrence of each window
-        for i, (window, look) in enumerate(zip(chosen.windows, looks, strict=True)):
-            first.setdefault((window.picture, look), i)
+    def _injection(
+        self, chosen: Chosen, looks: list[Look], owners: Sequence[int], counts: list[int]
+    ) -> InjectedWindows:
+        """`counts`: visual tokens per question; low-resolution ones come first."""
+        first: dict[tuple[int, Look], int] = {}  # first occurrence of each window of a picture
+        seen = [(owners[window.question], look) for window, look in zip(chosen.windows, looks, strict=True)]
+        for i, key in enumerate(seen):
+            first.setdefault(key, i)
         row_of = {key: row for row, key in enumerate(first)}
-        rows = [row_of[window.picture, look] for window, look in zip(chosen.windows, looks, strict=True)]
+        rows = [row_of[key] for key in seen]
         features = chosen.features[torch.tensor(list(first.values()), device=chosen.features.device)]
         starts = [0, *accumulate(counts)]
         apart = 1 if self.options.overlap == "add" else self.options.rois * len(self.sides)
@@ -549,35 +579,35 @@ class CoroiConnector(Connector):
         return InjectedWindows(features, [self._round(chosen, rows, part, starts) for part in parts])
 
     def _round(self, chosen: Chosen, rows: list[int], numbers: list[int], starts: list[int]) -> Round:
-        """The windows with these indices; `rows` into all windows' features, `starts` of pictures' tokens.
+        """The windows with these indices; `rows` into all windows' features, `starts` of questions' tokens.
 
-        Identical windows of a picture are merged, and their gates added.
+        Identical windows of a question are merged, and their gates added.
         """
         gates, device = chosen.gates, chosen.features.device
-        cells: dict[int, dict[int, np.ndarray]] = {}  # window size -> row -> tokens
-        owners: dict[int, list[int]] = {}  # row -> windows
+        cells: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # window size -> question, row -> tokens
+        owners: dict[tuple[int, int], list[int]] = {}  # question, row -> windows
         for i in numbers:
             window = chosen.windows[i]
-            side = self.sides[window.scale]
-            tokens = starts[window.picture] + self._cells(window.row, window.column, side)
-            cells.setdefault(len(tokens), {})[rows[i]] = tokens
-            owners.setdefault(rows[i], []).append(i)
+            side, key = self.sides[window.scale], (window.question, rows[i])
+            tokens = starts[window.question] + self._cells(window.row, window.column, side)
+            cells.setdefault(len(tokens), {})[key] = tokens
+            owners.setdefault(key, []).append(i)
+        numbered = {row: n for n, row in enumerate(dict.fromkeys(rows[i] for i in numbers))}
         used = np.unique(np.concatenate([np.concatenate(list(group.values())) for group in cells.values()]))
         groups = []
         for group in cells.values():
-            members = [(slot, i) for slot, row in enumerate(group) for i in owners[row]]
-            slots, windows = (
-                torch.tensor(column, device=gates.device) for column in zip(*members, strict=True)
-            )
+            members = [(slot, i) for slot, key in enumerate(group) for i in owners[key]]
+            slots, mine = (torch.tensor(column, device=gates.device) for column in zip(*members, strict=True))
             places = np.searchsorted(used, np.stack(list(group.values())))
             groups.append(
                 Group(
-                    rows=torch.tensor(list(group), device=device),
+                    rows=torch.tensor([numbered[row] for _, row in group], device=device),
                     places=torch.from_numpy(places).to(device),
-                    gates=gates.new_zeros(len(group)).index_add(0, slots, gates[windows]),
+                    gates=gates.new_zeros(len(group)).index_add(0, slots, gates[mine]),
                 )
             )
-        return Round(torch.from_numpy(used).to(device), groups)
+        windows = torch.tensor(list(numbered), device=device)
+        return Round(torch.from_numpy(used).to(device), windows, groups)
 
     def _cells(self, row: int, column: int, side: int) -> np.ndarray:
         """Indices of the low-resolution tokens that read a window."""
@@ -585,12 +615,15 @@ class CoroiConnector(Connector):
         return grid[row : row + side, column : column + side].flatten()
 
     def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
-        """One chain per scale, for the drawing. They hold this picture and nothing else of the batch."""
-        steps, per_picture = self.options.rois, len(regions)
+        """One chain per scale, for the drawing. They hold this picture and nothing else of the batch.
+
+        The first of `looks` are those of the question.
+        """
+        steps = self.options.rois
         pixels, norms, side = source.pictures[picture], source.norms[picture], self.tower.side
         chains = []
         for s, scale in enumerate(self.options.scales):
-            mine = looks[picture * per_picture :][s * steps : (s + 1) * steps]
+            mine = looks[s * steps : (s + 1) * steps]
             views = partial(_views, pixels, norms, mine, side)
             chains.append(Chain(f"{scale}x", regions[s * steps : (s + 1) * steps], views))
         return chains

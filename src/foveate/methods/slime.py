@@ -295,6 +295,8 @@ class Router(nn.Module):
 
 
 class SlimeConnector(Connector):
+    shares_pictures = True
+
     def __init__(self, widths: Widths, grid: Size, side: int, options: SlimeOptions) -> None:
         super().__init__()
         heads = options.heads or max(1, widths.vision // 128)
@@ -327,13 +329,15 @@ class SlimeConnector(Connector):
             parts.append(self.adapter.mlp(self.compressor(features[cut])))  # (tiles, N, C) -> (tiles, Q, D)
         tokens = [flat(part) for part in parts]
         table = torch.cat([*tokens, torch.zeros_like(tokens[0][:1])])  # the last row is the separator's place
-        places = Places.of(plans, [self._sources(plan) for plan in plans], self.per_view, self.per_tile)
+        owners = range(len(plans)) if query is None else query.owners_of(len(plans))
+        sources = [self._sources(plan) for plan in plans]
+        places = Places.of(plans, sources, self.per_view, self.per_tile, owners)
         kept: Tensor | None = None
         accounts: list[Account] | None = None
         if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
             rows, kept, weights = self._route(tokens[-1], places, query)
             accounts = [
-                Account(heat=partial(self.heat, plan, row)) for plan, row in zip(plans, weights, strict=True)
+                Account(heat=partial(self.heat, plans[p], row)) for p, row in zip(owners, weights, strict=True)
             ]
         else:
             rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
@@ -353,15 +357,16 @@ class SlimeConnector(Connector):
 
     @torch.no_grad()
     def _route(self, local: Tensor, places: Places, query: Query) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Per remaining place its row and whether it is kept; per picture its local tokens' weights."""
-        owner, padded, spots, slots, picture, rows = (
+        """Per remaining place its row and whether it is kept; per question its local tokens' weights."""
+        owner, padded, spots, slots, question, rows, read = (
             torch.from_numpy(getattr(places, name)).to(local.device)
-            for name in ("owner", "padded", "spots", "slots", "picture", "rows")
+            for name in ("owner", "padded", "spots", "slots", "question", "rows", "read")
         )
-        scores = F.pad(self.router.scores(local, owner, query), (0, 1), value=-torch.inf)[padded]  # (P, L)
+        scores = self.router.scores(local[read], owner, query)
+        scores = F.pad(scores, (0, 1), value=-torch.inf)[padded]  # (Q, L)
         probabilities = self.router.probabilities(scores)
         kept, rank = self.router(probabilities)
-        asked = query.mask.sum(1) > 0  # (P,)
+        asked = query.mask.sum(1) > 0  # (Q,)
         kept = kept | ~asked[:, None]  # without text, nothing is dropped
         fits = rank < slots[:, None]
         weights = (probabilities / probabilities.amax(1, keepdim=True)).masked_fill(~(kept & fits), 0)
@@ -370,7 +375,7 @@ class SlimeConnector(Connector):
         stays = fixed | kept.flatten()[spots]  # (full,)
         if places.crowded:
             even = torch.from_numpy(places.evenly()).to(local.device)
-            stands = torch.where(asked[picture], fixed | fits.flatten()[spots], even)
+            stands = torch.where(asked[question], fixed | fits.flatten()[spots], even)
             rows, stays = rows[stands], stays[stands]
         return rows, stays, [row[:n] for row, n in zip(weights, counts, strict=True)]
 
@@ -379,62 +384,78 @@ class SlimeConnector(Connector):
 class Places:
     """The places of a batch's visual tokens before any is cut, `full` in all, and their origins.
 
+    They are those of Q questions, of which several may be about one of the P pictures.
+
     Attributes:
         rows: (full,) row in [all global tokens, all local tokens, separator].
-        picture: (full,) index of the picture.
-        spots: (full,) picture * L + place among its local tokens, L the most of any picture; -1: not local.
-        owner: (n,) picture of each local token, in order of tiles.
-        padded: (P, L) index of each local token in order of places; n for padding.
-        slots: (P,) places for local tokens that the plan has.
+        question: (full,) index of the question.
+        spots: (full,) question * L + place among its local tokens, L the most of any; -1: not local.
+        read: (n,) every question's local tokens, in order of tiles, as indices into all local tokens.
+        owner: (n,) question of each of them.
+        padded: (Q, L) which of them lies at each place of a question; n for padding.
+        slots: (Q,) places for local tokens that the plan has.
     """
 
     rows: np.ndarray
-    picture: np.ndarray
+    question: np.ndarray
     spots: np.ndarray
+    read: np.ndarray
     owner: np.ndarray
     padded: np.ndarray
     slots: np.ndarray
 
     @classmethod
     def of(
-        cls, plans: Sequence[ViewPlan], sources: Sequence[np.ndarray], per_view: int, per_tile: int
+        cls,
+        plans: Sequence[ViewPlan],
+        sources: Sequence[np.ndarray],
+        per_view: int,
+        per_tile: int,
+        owners: Sequence[int],
     ) -> Places:
-        """`sources`: `SlimeConnector.token_sources` of each picture."""
+        """`sources`: `SlimeConnector.token_sources` of each picture; `owners`: the picture of each question."""
         globals_before = [0, *accumulate(plan.views[0].role == "global" for plan in plans)]
         locals_in = [plan.tiles.height * plan.tiles.width * per_tile for plan in plans]
         locals_before = [0, *accumulate(locals_in)]
-        all_globals, n, longest = globals_before[-1] * per_view, locals_before[-1], max(locals_in)
-        padded = np.full((len(plans), longest), n)
-        rows, spots = [], []
-        for p, source in enumerate(sources):
+        all_globals, longest = globals_before[-1] * per_view, max(locals_in)
+        separator = all_globals + locals_before[-1]
+        asked = [locals_in[p] for p in owners]  # local tokens of each question
+        before = [0, *accumulate(asked)]
+        padded = np.full((len(owners), longest), before[-1])
+        rows, spots, read = [], [], [np.arange(0)]
+        for q, p in enumerate(owners):
+            source = sources[p]
             local = source >= per_view
-            numbers = source[local] - per_view + locals_before[p]
-            padded[p, : len(numbers)] = numbers
+            numbers = source[local] - per_view
+            padded[q, : len(numbers)] = numbers + before[q]
             row = source + globals_before[p] * per_view
-            row[local] = all_globals + numbers
-            row[source == SEPARATOR] = all_globals + n
+            row[local] = all_globals + numbers + locals_before[p]
+            row[source == SEPARATOR] = separator
             rows.append(row)
-            spots.append(np.where(local, local.cumsum() - 1 + p * longest, -1))
-        lengths = [len(source) for source in sources]
+            spots.append(np.where(local, local.cumsum() - 1 + q * longest, -1))
+            read.append(np.arange(locals_before[p], locals_before[p + 1]))
+        lengths = [len(sources[p]) for p in owners]
+        slots = [plans[p].tokens - k + m for p, k, m in zip(owners, lengths, asked, strict=True)]
         return cls(
             rows=np.concatenate(rows),
-            picture=np.repeat(np.arange(len(plans)), lengths),
+            question=np.repeat(np.arange(len(owners)), lengths),
             spots=np.concatenate(spots),
-            owner=np.repeat(np.arange(len(plans)), locals_in),
+            read=np.concatenate(read),
+            owner=np.repeat(np.arange(len(owners)), asked),
             padded=padded,
-            slots=np.array([p.tokens - k + m for p, k, m in zip(plans, lengths, locals_in, strict=True)]),
+            slots=np.array(slots),
         )
 
     @cached_property
     def crowded(self) -> bool:
-        """Whether a picture has more local tokens than places for them."""
+        """Whether a question has more local tokens than places for them."""
         return bool((self.slots < np.bincount(self.owner, minlength=len(self.slots))).any())
 
     def evenly(self) -> np.ndarray:
         """(full,) bool: places that are kept if there is no text, evenly spread."""
         stands = np.ones(len(self.rows), dtype=bool)
-        for p, slots in enumerate(self.slots):
-            mine = np.flatnonzero((self.picture == p) & (self.spots >= 0))
+        for q, slots in enumerate(self.slots):
+            mine = np.flatnonzero((self.question == q) & (self.spots >= 0))
             stands[mine] = False
             stands[mine[np.arange(slots) * len(mine) // max(slots, 1)]] = True
         return stands

@@ -260,8 +260,9 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         query_ids: Tensor | None = None,
         query_mask: Tensor | None = None,
         source: Source | None = None,
+        owners: Sequence[int] | None = None,
     ) -> EncodedPictures:
-        """Vision features (V, N, C) -> visual tokens per picture.
+        """Vision features (V, N, C) -> visual tokens per picture; with `owners`, per question.
 
         Args:
             features: of all views, picture after picture.
@@ -269,6 +270,7 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
             query_ids: (P, T) the question of each picture, for methods that read it.
             query_mask: (P, T).
             source: the original pictures, for methods that look at them.
+            owners: the picture of each question, if there are Q questions instead of P: (Q, T) above.
 
         Raises:
             FoveateError: sizes that do not agree, or no `source` for a method that needs one.
@@ -278,10 +280,16 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         if views != len(features):
             raise FoveateError(f"image_sizes call for {views} views, pixel_values hold {len(features)}")
         query = None
+        if owners is not None and not (self.connector.shares_pictures and self.method.uses_query):
+            picture_views = features.split([len(plan.views) for plan in plans])
+            features, plans = torch.cat([picture_views[p] for p in owners]), [plans[p] for p in owners]
+            source, owners = None if source is None else source.repeated(owners), None
+        answers = len(plans) if owners is None else len(owners)
         if self.method.uses_query and query_ids is not None and query_mask is not None:
-            if len(query_ids) != len(plans):
-                raise FoveateError(f"query_ids hold {len(query_ids)} questions for {len(plans)} pictures")
-            query = Query(self.get_input_embeddings()(query_ids), query_mask)
+            if len(query_ids) != answers:
+                raise FoveateError(f"query_ids hold {len(query_ids)} questions for {answers} pictures")
+            embeds = self.get_input_embeddings()(query_ids)
+            query = Query(embeds, query_mask, None if owners is None else tuple(owners))
         if not self.method.reads_source:
             visual = self.connector(features, plans, query)
         elif source is None or len(source.pictures) != len(plans):
@@ -295,13 +303,13 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
         if visual.separators is not None:
             separator = self._separator().to(visual.tokens)
             visual.tokens = torch.where(visual.separators[:, None], separator, visual.tokens)
-        counts = [plan.tokens for plan in plans]
+        counts = [plans[p].tokens for p in (range(len(plans)) if owners is None else owners)]
         return EncodedPictures(
             pooler_output=list(visual.tokens.split(counts)),
             kept=None if visual.kept is None else list(visual.kept.split(counts)),
             injection=visual.injection,
             accounts=visual.accounts,
-            pictures=len(plans),
+            pictures=answers,
         )
 
     def _separator(self) -> Tensor:

@@ -81,6 +81,15 @@ class Source:
         parts = pixels.split(counts)
         return cls([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], norms, encode)
 
+    def repeated(self, owners: Sequence[int]) -> Source:
+        """A source in which picture q is this one's picture `owners[q]`, with its memory."""
+        return Source(
+            [self.pictures[p] for p in owners],
+            self.norms[list(owners)],
+            self.encode,
+            [self.memory[p] for p in owners],
+        )
+
     def look(self, wanted: Sequence[tuple[int, Look]], side: Size) -> Tensor:
         """Features (L, N, C) of parts of the pictures, each shown to the tower at `side`.
 

@@ -226,7 +226,7 @@ def scorer(compare: Comparison) -> None:
     for name, expected in case.part("out").items():
         seen = [words] if name == "step0" else [words, case.tensors["roi"][None]]
         guides = torch.cat(seen, 1)
-        scores = module(view, guides, torch.ones(guides.shape[:2], dtype=torch.bool))
+        scores = module(view, module.guides(guides), torch.ones(guides.shape[:2], dtype=torch.bool))
         compare.close(name, scores.view(expected.shape), expected, CLOSE)
 
 
