@@ -12,21 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.explaining.relevance import (
+    READINGS,
+    BimodalRelevance,
+    interpret,
+    propagate,
+    relevance,
+    scaled,
+)
 from foveate.methods.base import Method
 from foveate.picture.geometry import Box, Size
 from foveate.zoom.places import token_places
-from foveate.zoom.relevance import (
-    READINGS,
-    BimodalRelevance,
-    Highlighter,
-    RegionRule,
-    interpret,
-    propagate,
-    region_scores,
-    relevance,
-    roi,
-    scaled,
-)
+from foveate.zoom.relevance import Highlighter, RegionRule, region_scores, roi
 from foveate.zoom.vlm import VLM, message
 from tests.support import gap, picture
 from tests.vlms import VLMS, foveate_model, llava_onevision
