@@ -5,7 +5,7 @@ Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021 (their rule
 
     eq. 4  attention A = softmax(Q K^T / sqrt(d))     the model's own, eager for this pass
     eq. 5  Psi = mean over heads of grad A and A      `interpret`, in three readings
-    eq. 6  Sigma <- Sigma + Psi Sigma                 `propagate`; one row of it: `relevance`, `answer_relevance`
+    eq. 6  Sigma <- Sigma + Psi Sigma                 `propagate`; rows of it: `relevance` and other
 
 Eq. 5 reads grad A * 1[A>0](A). The reading "chefer" is the cited paper's rule, max(grad A * A, 0); "literal"
 keeps the product's sign; "indicator" leaves out A itself. The paper does not state which row is read:
@@ -198,8 +198,8 @@ def _rows(
             for hook in hooks:
                 hook.remove()
         explained, above = score(logits).sum(0), top.pop()  # (K,), (B, T, D)
-        gradients = _gradients(explained, [above], [torch.ones_like(one) for one in explained])
-        gradients = [below for (below,) in gradients]
+        ones = [torch.ones_like(one) for one in explained]
+        gradients = [below for (below,) in _gradients(list(explained), [above], ones)]
         rows = torch.zeros(last, *above.shape[:2], device=above.device)  # (K, B, T)
         for number in range(last):
             rows[number, :, number - last] = 1
@@ -214,7 +214,7 @@ def _rows(
 
 
 def _gradients(
-    outputs: Sequence[Tensor] | Tensor, leaves: Sequence[Tensor], above: Sequence[Tensor]
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], above: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Of each output with respect to the leaves, one after the other; the graph is freed with the last."""
     for number, gradient in enumerate(above):
