@@ -15,7 +15,7 @@ from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
 from foveate.errors import FoveateError, check_text
 from foveate.explaining.explanation import Explanation, SeenView, Told, explain
-from foveate.explaining.faithfulness import Probe
+from foveate.explaining.faithfulness import PROBE, Probe
 from foveate.explaining.own import Own
 from foveate.explaining.relevance import Reading
 from foveate.explaining.story import Story
@@ -50,7 +50,7 @@ class Chat:
         generation["max_new_tokens"] = max_new_tokens
         return converse([self], [question], self._context, generation)[0]
 
-    def explain(self, *, words: int = 32, reading: Reading = "chefer", probe: Probe = Probe()) -> Explanation:
+    def explain(self, *, words: int = 32, reading: Reading = "chefer", probe: Probe = PROBE) -> Explanation:
         """Explains the last answer. Nobody else can ask the model meanwhile.
 
         Args:

@@ -17,7 +17,7 @@ from foveate.ask.engine import MEMORY, Engine
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError
 from foveate.explaining.explanation import Explanation
-from foveate.explaining.faithfulness import Probe
+from foveate.explaining.faithfulness import PROBE, Probe
 from foveate.explaining.relevance import Reading
 from foveate.files import changed_folder
 from foveate.model.card import CARD, is_own
@@ -182,7 +182,7 @@ class Foveate:
         *,
         words: int = 32,
         reading: Reading = "chefer",
-        probe: Probe = Probe(),
+        probe: Probe = PROBE,
         max_new_tokens: int = 256,
         **generation: Any,
     ) -> Explanation:

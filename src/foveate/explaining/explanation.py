@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.explaining.drawing import drawn
-from foveate.explaining.faithfulness import Faithfulness, Probe, measure
+from foveate.explaining.faithfulness import PROBE, Faithfulness, Probe, measure
 from foveate.explaining.maps import Raster, pixels_of
 from foveate.explaining.page import page
 from foveate.explaining.relevance import Reading, answer_relevance
@@ -148,21 +148,18 @@ class Explanation:
         shares = torch.tensor([self.shares, *(word.parts for word in self.words)], dtype=torch.float64)
         return self.raster.density(self.parts, shares)
 
-    def heat(self, word: int | None = None) -> list[tuple[Box, float]]:
-        """Cells of the picture with their relevance, the highest 1; of the whole answer, or of one word.
+    def weights(self, word: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Per cell (rows, columns) the relevance, the highest 1; and whether the LLM saw it.
 
-        A weight of 0 has what no visual token that the LLM saw shows.
+        Of the whole answer, or of one word. A cell was seen if a visual token that was not dropped shows it.
         """
         density = self.density[0 if word is None else word + 1]
         kept = [token.box for token in self.tokens if token.kept and token.box is not None]
         seen = self.raster.density(kept, torch.ones(1, len(kept)))[0] > 0
-        weights = np.where(seen, (density / (density.max() or 1)).clip(min=0.01), 0)
-        return [
-            (self.raster.box(row, column), float(weight)) for (row, column), weight in np.ndenumerate(weights)
-        ]
+        return density / (density.max() or 1), seen
 
     def show(self, out: str | Path | None = None) -> Image.Image:
-        """A picture of it: relevance, regions, each word's relevance, views. Also written to `out` if given."""
+        """A picture of it: relevance, regions, words, views. Also written to the file `out` if given."""
         drawing = drawn(self)
         if out is not None:
             write_drawing(drawing, out)
@@ -279,7 +276,7 @@ def explain(
     *,
     words: int = 32,
     reading: Reading = "chefer",
-    probe: Probe = Probe(),
+    probe: Probe = PROBE,
 ) -> Explanation:
     """Explains an answer.
 

@@ -45,6 +45,9 @@ class Probe:
             raise FoveateError(f"seed must be at least 0, not {self.seed}")
 
 
+PROBE = Probe()
+
+
 @dataclass(frozen=True)
 class Faithfulness:
     """What hiding a part of the picture does to the answer, against random parts of equal area.

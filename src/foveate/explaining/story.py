@@ -72,7 +72,7 @@ def _masked(shown: Image.Image, area: Box, mask: np.ndarray, colour: Sequence[in
             (area.left, area.width, shown.width),
         )
     )
-    down, across = ((0 <= rows) & (rows < mask.shape[0])), ((0 <= columns) & (columns < mask.shape[1]))
+    down, across = ((n >= 0) & (n < side) for n, side in zip((rows, columns), mask.shape, strict=True))
     here = mask[rows.clip(0, mask.shape[0] - 1)][:, columns.clip(0, mask.shape[1] - 1)]
     pixels[here & down[:, None] & across] = colour
     return Image.fromarray(pixels)

@@ -391,15 +391,18 @@ def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Im
     return Image.composite(warm, dark, seen)
 
 
-def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: bool = True) -> Image.Image:
+def contact_sheet(
+    views: Sequence[Shown], width: int, height: int, numbered: bool = True, sized: bool = True
+) -> Image.Image:
     """All views side by side in rows, none of them stretched, numbered like the regions, padding hatched.
 
-    They are as large as fits into width and height; if there are too many, the sheet grows in height.
+    They are as large as fits into width and height; if there are too many, the sheet grows in height. `sized`
+    says whether it names their sizes.
     """
     line = SMALL + 14
     sizes = {view.picture.size for view in views}
     below = []
-    if len(views) > 1 and len(sizes) == 1:
+    if sized and len(views) > 1 and len(sizes) == 1:
         below.append("each {} x {} pixels".format(*next(iter(sizes))))
     if any(_padded(view) for view in views):
         below.append("hatched: padding")
@@ -415,7 +418,8 @@ def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: boo
     for r, (row, high) in enumerate(zip(rows, heights, strict=True)):
         for c, view in enumerate(row):
             number = r * columns + c if numbered else None
-            _paste_view(sheet, (c * (side + GAP), y), view, side, number, len(sizes) > 1 or len(views) == 1)
+            named = sized and (len(sizes) > 1 or len(views) == 1)
+            _paste_view(sheet, (c * (side + GAP), y), view, side, number, named)
         y += high
     if below:
         _write(ImageDraw.Draw(sheet), (0, y + 4), "; ".join(below))
