@@ -43,6 +43,7 @@ def page(explained: Explanation) -> str:
 def _values(explained: Explanation) -> dict[str, Any]:
     """What the page's script reads: boxes in original pixels, and maps of bytes."""
     raster = explained.raster
+    _, seen = explained.weights()
     maps = [_bytes(one) for one in explained.density]
     regions = explained.regions or []
     return {
@@ -50,6 +51,7 @@ def _values(explained: Explanation) -> dict[str, Any]:
         "columns": raster.columns.tolist(),
         "rows": raster.rows.tolist(),
         "maps": maps,
+        "seen": _bytes(seen),
         "words": [
             {"text": word.text, "probability": word.probability, "picture": word.on_picture}
             for word in explained.words

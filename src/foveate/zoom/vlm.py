@@ -38,10 +38,17 @@ ONE_ANSWER = "num_return_sequences: only one answer to each question is supporte
 
 
 class Said(NamedTuple):
-    """An answer and its confidence: the mean probability of its tokens, including the one that ends it."""
+    """An answer.
+
+    Attributes:
+        text: without special tokens.
+        confidence: the mean probability of its tokens, including the one that ends it.
+        tokens: their ids.
+    """
 
     text: str
     confidence: float
+    tokens: tuple[int, ...] = ()
 
 
 class VLM:
@@ -232,7 +239,12 @@ class VLM:
         said = self._said(new)[:, : probability.shape[1]]
         confidence = (probability * said).sum(1) / said.sum(1)
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Said(text.strip(), c) for text, c in zip(texts, confidence.tolist(), strict=True)]
+        return [
+            Said(text.strip(), sure, tuple(ids[: int(length)]))
+            for text, sure, ids, length in zip(
+                texts, confidence.tolist(), new.tolist(), said.sum(1), strict=True
+            )
+        ]
 
     def _said(self, new: Tensor) -> Tensor:
         """(B, T) bool: up to and including the first token that ends an answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
+from foveate.explaining.explanation import Explanation, SeenView, Told, explain
+from foveate.explaining.faithfulness import PROBE, Probe
+from foveate.explaining.relevance import Reading
+from foveate.explaining.story import Story
 from foveate.picture.account import Account
 from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.picture.drawing import Shown, lay_out
@@ -24,7 +28,8 @@ from foveate.picture.geometry import Box, Size
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, png, read_picture, write_drawing
 from foveate.zoom.relevance import Highlighter, RegionRule
-from foveate.zoom.vlm import VLM, Said, message
+from foveate.zoom.subject import explained_by
+from foveate.zoom.vlm import VLM, Messages, Said, message
 
 WHERE = (
     'To answer the question: "{question}", where is the region of interest in the image? Answer with {box}.'
@@ -234,10 +239,20 @@ class ZoomAnswer:
             "answer": self.text,
             "confidence": self.confidence,
             "regions": [list(box.rounded()) for box in self.regions],
-            "first": self.first._asdict(),
-            "zoomed": self.zoomed and self.zoomed._asdict(),
+            "first": _told(self.first),
+            "zoomed": self.zoomed and _told(self.zoomed),
             "problems": [proposal.problem for proposal in self.proposals if proposal.problem],
         }
+
+
+def _told(said: Said) -> dict[str, Any]:
+    return {"text": said.text, "confidence": said.confidence}
+
+
+def _closer(answer: ZoomAnswer) -> Messages:
+    """The conversation with the last crop."""
+    asked = QUESTION.replace("{question}", answer.question)
+    return message(answer.picture, REGION, answer.crops[-1], asked)
 
 
 class Zoom:
@@ -312,9 +327,55 @@ class Zoom:
         (first,) = self.vlm.answer([message(whole, question)], **quiet)
         answer = ZoomAnswer(first, None, regions, [proposal for proposal, _ in looks], crops, question, whole)
         if crops:
-            conversation = message(whole, REGION, crops[-1], QUESTION.replace("{question}", question))
-            (answer.zoomed,) = self.vlm.answer([conversation], **generation)
+            (answer.zoomed,) = self.vlm.answer([_closer(answer)], **generation)
         return answer
+
+    def explain(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+        no_zoom: bool = False,
+        words: int = 32,
+        reading: Reading = "chefer",
+        probe: Probe = PROBE,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> Explanation:
+        """Asks one question about a picture, and explains the answer: where it looked and what it rests on.
+
+        Explained is the last answer: with the crop, where there was one.
+
+        Args:
+            picture: as for `ask`; so are question, box and no_zoom.
+            question: not empty.
+            box: look here instead of asking the proposer.
+            no_zoom: only the whole picture.
+            words: how many of the answer's tokens are explained, its first ones.
+            reading: of attention and gradient, as in `foveate.explaining.relevance`.
+            probe: how it is measured whether the explanation is faithful; `Probe(draws=0)` leaves that out.
+            max_new_tokens: bound on each answer.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; a model whose relevance cannot be propagated or placed.
+        """
+        answer = self.ask(
+            picture, question, box=box, no_zoom=no_zoom, max_new_tokens=max_new_tokens, **generation
+        )
+        everything = Box(0, 0, *answer.picture.size)
+        views = [SeenView.of("whole", everything, answer.picture)]
+        messages, areas, said = message(answer.picture, question), [everything], answer.first
+        if answer.zoomed is not None:
+            views.append(SeenView.of("crop", answer.regions[-1], answer.crops[-1]))
+            messages, said = _closer(answer), answer.zoomed
+            areas.append(answer.regions[-1])
+        story = Story(answer.picture, messages, areas, said.tokens)
+        account = answer.account if answer.regions else replace(answer.account, regions=None)
+        told = Told(type(self.vlm.model).__name__, question, said.text, account, views)
+        subject = explained_by(self.vlm)
+        return explain(subject, story, told, words=words, reading=reading, probe=probe)
 
     def _looks(
         self, picture: Image.Image, question: str, propose: Proposer, turns: int
