@@ -497,8 +497,13 @@ class InfConnector(Connector):
             cells += down.T @ relevance @ across
         fused = rows.weights.T @ relevance @ columns.weights  # (K, fused rows, fused columns)
         own = 0.5 if scheme.groups and self.options.attention == "residual" else float(not scheme.groups)
-        cells[:, np.array(rows.fused)[:, None], np.array(columns.fused)] += own * fused
         stacks = self.stacks(views, scheme)
+        maps = [direction.queries for direction in scheme.groups] or list(stacks)
+        for cut in maps:
+            down, across = (
+                covered(axis, cut)[:, axis.at(cut, axis.fused)] for axis in (rows, columns)
+            )  # (rows of the large map, fused rows)
+            cells += own / len(maps) * (down @ fused @ across.T)
         for direction, groups in scheme.groups.items():
             x, source = self._looking(direction, stacks, scheme)
             places = [np.searchsorted(axis.live, axis.fused) for axis in (rows, columns)]
