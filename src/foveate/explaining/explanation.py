@@ -109,7 +109,7 @@ class Explanation:
         views: that the model was shown, in its order.
         regions: parts that it chose to look at; None if it chose none.
         chains: parts that it looked at one after the other.
-        gates: name -> how open it was, 0 to 1.
+        gates: name -> its value, a mean over the picture; 0 is closed.
         notes: sentences about what it did.
         tokens: the visual tokens, in the order of the LLM's sequence.
         parts: the parts of the picture over which relevance is spread. Most methods have one a visual token;

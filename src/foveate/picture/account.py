@@ -50,7 +50,7 @@ class Account:
         chains: parts that were looked at one after the other.
         views: views that the tower made itself: role and pixels (3, h, w), normalised.
         notes: sentences about what it did.
-        gates: name -> how open it was, from 0 to 1, as a mean over the picture.
+        gates: name -> its value, a mean over the picture; 0 is closed.
         sources: (n,) numbers by which the method knows the visual tokens at their n places, where the
             question decides which they are; None where the plan does.
     """
