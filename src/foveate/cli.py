@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foveate.methods.base import Method
     from foveate.picture.geometry import Size
     from foveate.picture.limits import Limits
+    from foveate.zoom.zoom import Zoom
 
 app = typer.Typer(
     name="foveate",
@@ -145,11 +146,9 @@ def ask(
     once = _found(picture, limits)  # what is no picture ends it before any model is looked for
     if zoom is not None or _is_others(model, revision, subfolder):
         ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
-        ours |= {"quantize": quantize, "transparency": transparency}
-        if given := [name for name, value in ours.items() if value]:
-            raise FoveateError(f"--{given[0]} is for models that Foveate reads, without --zoom: leave it out")
-        rest = (zoom, limits, max_positions, max_new_tokens, as_json, out)
-        _ask_closely(once, questions, *rest, model, device, dtype, revision=revision, subfolder=subfolder)
+        _only_ours(ours | {"quantize": quantize, "transparency": transparency})
+        asked = _closely(zoom, limits, max_positions, model, revision, subfolder, device, dtype)
+        _ask_closely(asked, once, questions, zoom is None, max_new_tokens, as_json, out)
         return
     image, foveate = _ready(
         once,
@@ -184,6 +183,82 @@ def ask(
             _print_answer(console, answer)
     if out is not None:
         _draw(console, answers, out, as_json)
+
+
+@app.command()
+def explain(
+    picture: Picture,
+    question: Annotated[str, typer.Argument(help="The question about it.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write it as its name ends: .html, .png, .jpg, .webp or .json; repeatable."),
+    ] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+    words: Annotated[
+        int, typer.Option(min=1, help="How many of the answer's tokens are explained, its first ones.")
+    ] = 32,
+    share: Annotated[
+        float, typer.Option(help="The fraction of the picture that is hidden to test the explanation.")
+    ] = 0.05,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Random parts that are hidden for comparison; 0 tests nothing.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of their places.")] = 0,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    transparency: Transparent = None,
+    vision_tower: Tower = None,
+    method: AsMethod = None,
+    template: Template = None,
+    option: Option = None,
+    max_positions: Positions = None,
+    quantize: Quantized = None,
+    zoom: CloserLook = None,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
+) -> None:
+    """Explain an answer: where the model looked, what the answer rests on, and whether that is faithful."""
+    check_text(question, "the question")
+    limits = _limits(max_pixels, allow_private)
+    once = _found(picture, limits)
+    from foveate.explaining.drawing import sentences
+    from foveate.explaining.explanation import explained_as
+    from foveate.explaining.faithfulness import Probe
+
+    for path in out or ():
+        explained_as(path)  # before the model loads
+    how: dict[str, Any] = {
+        "words": words,
+        "probe": Probe(share, draws, seed),
+        "max_new_tokens": max_new_tokens,
+    }
+    loading = (model, revision, subfolder)
+    if zoom is not None or _is_others(*loading):
+        ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
+        _only_ours(ours | {"quantize": quantize, "transparency": transparency})
+        found = _closely(zoom, limits, max_positions, *loading, device, dtype).explain(
+            once, question, no_zoom=zoom is None, **how
+        )
+    else:
+        ready = (transparency, device, dtype, vision_tower, method, template, option, max_positions, quantize)
+        image, foveate = _ready(once, limits, *loading, *ready)
+        found = foveate.explain(image, question, **how)
+    for path in out or ():
+        found.save(path)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    from foveate.ask.live import show_text
+
+    console = Console()
+    _print_dim(console, question)
+    show_text(console, found.answer)
+    for line in (*sentences(found), *(f"written to {path}" for path in out or ())):
+        _print_dim(console, line)
 
 
 @app.command()
@@ -743,31 +818,48 @@ def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
     return False
 
 
-def _ask_closely(
-    picture: Any,
-    questions: list[str],
+def _only_ours(given: dict[str, Any]) -> None:
+    """Refuses options that other VLMs have not."""
+    if names := [name for name, value in given.items() if value]:
+        raise FoveateError(f"--{names[0]} is for models that Foveate reads, without --zoom: leave it out")
+
+
+def _closely(
     zoom: Literal["answer", "relevance", "tool"] | None,
     limits: Limits,
     max_positions: int | None,
-    max_new_tokens: int,
-    as_json: bool,
-    out: Path | None,
-    *loading: Any,
-    **hub: Any,
-) -> None:
-    """Asks any VLM, with a closer look or without, prints its answers and draws them."""
+    model: str | None,
+    revision: str | None,
+    subfolder: str,
+    device: str | None,
+    dtype: str | None,
+) -> Zoom:
+    """Any VLM, ready to be asked with a closer look or without."""
     _quiet()
-    from foveate.ask.live import show_text
     from foveate.zoom.vlm import VLM
     from foveate.zoom.zoom import Zoom
 
-    if loading[0] is None:
+    if model is None:
         Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
-    vlm, console = VLM.load(*loading, **hub), Console()
-    asked = Zoom(vlm.model, vlm.processor, zoom or "answer", max_positions=max_positions, limits=limits)
+    vlm = VLM.load(model, device, dtype, revision=revision, subfolder=subfolder)
+    return Zoom(vlm.model, vlm.processor, zoom or "answer", max_positions=max_positions, limits=limits)
+
+
+def _ask_closely(
+    asked: Zoom,
+    picture: Any,
+    questions: list[str],
+    no_zoom: bool,
+    max_new_tokens: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Asks any VLM, prints its answers and draws them."""
+    from foveate.ask.live import show_text
+
+    console = Console()
     answers = [
-        asked.ask(picture, question, no_zoom=zoom is None, max_new_tokens=max_new_tokens)
-        for question in questions
+        asked.ask(picture, question, no_zoom=no_zoom, max_new_tokens=max_new_tokens) for question in questions
     ]
     if as_json:
         values = [answer.to_dict() for answer in answers]

@@ -52,6 +52,7 @@ ROOMS = (
     ("towers",),
     ("methods",),
     ("model",),
+    ("explaining",),
     ("ask", "data"),
     ("zoom",),
     ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve"),

@@ -421,7 +421,9 @@ def test_a_layer_may_be_on_another_device_than_the_connector(llm: str) -> None:
             attention = CrossAttention(Widths(8, 12), CoroiOptions())
             number = torch.zeros(1, 4, dtype=torch.long)
             group = Group(rows=number[0, :1], places=number, gates=torch.ones(1))
-            regions = InjectedWindows(torch.zeros(1, 16, 8), [Round(torch.arange(4), torch.arange(1), [group])])
+            regions = InjectedWindows(
+                torch.zeros(1, 16, 8), [Round(torch.arange(4), torch.arange(1), [group])]
+            )
         hidden, visual = torch.zeros(1, 20, 12, device=llm), torch.ones(1, 20, dtype=torch.bool)
         changed = RoiInjector(attention)(hidden, regions, visual)
         with torch.device(llm):  # as accelerate does, which moves weights and tensors and not what holds them

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from threading import RLock
+from threading import Condition, RLock
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from foveate.ask.answer import Ledger
 from foveate.ask.context import Context, Passage, Written, can_go_on
-from foveate.methods.base import Rerun
+from foveate.explaining.own import rerun
 from foveate.model.cost import Pricer, shared_pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
@@ -44,11 +45,39 @@ class Said:
         text: without special tokens.
         ledger: what this turn cost.
         accounts: where the method looked in the pictures read now, the conversation's last ones.
+        tokens: ids of the reply's tokens, including the one that ends it.
     """
 
     text: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     accounts: list[Account] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Gate:
+    """Many may be inside at once, or one alone."""
+
+    def __init__(self) -> None:
+        self._free, self._inside = Condition(), 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Waits while somebody is inside alone."""
+        with self._free:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._inside -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until nobody is inside. Who is alone may also enter as one of many."""
+        with self._free:
+            self._free.wait_for(lambda: not self._inside)
+            yield
 
 
 @dataclass(frozen=True)
@@ -127,14 +156,16 @@ class Engine:
         # Held while pictures are encoded and connected, so that no two threads encode the same one. The LLM
         # writes without it.
         self.lock = RLock()
+        # Explaining changes how the LLM computes its attention: nobody else may use it at that time.
+        self.gate = Gate()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and what is computed again: a copy starts with no picture in memory."""
-        state = {name: value for name, value in vars(self).items() if name not in ("lock", "pricer")}
+        """Without locks and what is computed again: a copy starts with no picture in memory."""
+        state = {name: value for name, value in vars(self).items() if name not in ("lock", "gate", "pricer")}
         return {**state, "memory": Memory(self.memory.most)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state, lock=RLock())
+        vars(self).update(state, lock=RLock(), gate=Gate())
 
     def plan(self, picture: Image.Image) -> ViewPlan:
         return self.processor.image_processor.plan(picture.height, picture.width)
@@ -146,22 +177,11 @@ class Engine:
             known = self.memory.features.get(fingerprint(picture))
             if known is not None:
                 return known
-            return self.model.encode_views(self._views(picture))
-
-    def _views(self, picture: Image.Image) -> Tensor:
-        """(V, 3, h, w), normalised, on the device."""
-        pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
-        return pixels.to(self.model.device, self.model.dtype)
+            return self.model.encode_views(rerun(self.model, self.processor, picture).views())
 
     def account(self, picture: Image.Image) -> Account:
         """The details about a picture that need another run of the tower or connector."""
-        run = Rerun(
-            self.model.vision_tower,
-            self.model.connector,
-            self.plan(picture),
-            partial(self._views, picture),
-            partial(self.features, picture),
-        )
+        run = rerun(self.model, self.processor, picture, partial(self.features, picture))
         return self.model.method.account(run)
 
     @cached_property
@@ -183,6 +203,15 @@ class Engine:
         Returns:
             One reply each. Shared time is divided equally among them.
         """
+        with self.gate.shared():
+            return self._say(conversations, context, generation)
+
+    def _say(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        context: Context,
+        generation: Mapping[str, Any],
+    ) -> list[Said]:
         if not (self.keep_context and can_go_on(self.model, generation)):
             context.clear()
         said = [Said() for _ in conversations]
@@ -216,6 +245,7 @@ class Engine:
         said.ledger.new_tokens = len(reply.ids)
         said.ledger.tflop += (prefill + decode * max(len(reply.ids) - 1, 0)) / 1e12
         said.ledger.kv_megabytes = kv / 1e6
+        said.tokens = reply.ids
         said.text = self.processor.decode(reply.ids, skip_special_tokens=True).strip()
 
     def _now(self) -> float:

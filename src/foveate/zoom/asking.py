@@ -52,12 +52,14 @@ class Said(NamedTuple):
             tell probabilities.
         tokens: how many it wrote; None if unknown.
         calls: of tools, where a server has told them apart from the text.
+        ids: the tokens themselves, of a model that is here.
     """
 
     text: str
     confidence: float | None
     tokens: int | None = None
     calls: tuple[Call, ...] = ()
+    ids: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Text and confidence, for JSON."""

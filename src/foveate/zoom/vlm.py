@@ -262,9 +262,11 @@ class VLM:
         said = self._said(new)[:, : probability.shape[1]]
         confidence = (probability * said).sum(1) / said.sum(1)
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        counts = said.sum(1).tolist()
         return [
-            Said(text.strip(), c, n) for text, c, n in zip(texts, confidence.tolist(), counts, strict=True)
+            Said(text.strip(), sure, length, ids=tuple(ids[:length]))
+            for text, sure, ids, length in zip(
+                texts, confidence.tolist(), new.tolist(), said.sum(1).tolist(), strict=True
+            )
         ]
 
     def _said(self, new: Tensor) -> Tensor:

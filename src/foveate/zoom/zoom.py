@@ -9,7 +9,7 @@ it; its steps are those of `foveate.zoom.looking`. A proposer says where to look
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
+from foveate.explaining.explanation import Explanation, SeenView, Told, explain
+from foveate.explaining.faithfulness import PROBE, Probe
+from foveate.explaining.relevance import Reading
+from foveate.explaining.story import Story
 from foveate.picture.account import Account
 from foveate.picture.drawing import Shown, lay_out
+from foveate.picture.geometry import Box
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, png, read_picture, write_drawing
 from foveate.zoom.asking import Model, answered
@@ -36,6 +41,7 @@ from foveate.zoom.looking import (
 )
 from foveate.zoom.relevance import Highlighter, RegionRule
 from foveate.zoom.server import SECONDS, SERVED, Server
+from foveate.zoom.subject import explained_by
 from foveate.zoom.vlm import VLM
 from foveate.zoom.wire import Served
 
@@ -231,3 +237,58 @@ class Zoom:
         steps = look(self.vlm, Talk.about(whole, question), propose, self.budget, turns)
         found = answered(self.vlm, steps, max_new_tokens, **generation)
         return ZoomAnswer(**vars(found), question=question, picture=whole)
+
+    def explain(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+        no_zoom: bool = False,
+        words: int = 32,
+        reading: Reading = "chefer",
+        probe: Probe = PROBE,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> Explanation:
+        """Asks one question about a picture, and explains the answer: where it looked and what it rests on.
+
+        Explained is the last answer: with the crop, where there was one.
+
+        Args:
+            picture: as for `ask`; so are question, box and no_zoom.
+            question: not empty.
+            box: look here instead of asking the proposer.
+            no_zoom: only the whole picture.
+            words: how many of the answer's tokens are explained, its first ones.
+            reading: of attention and gradient, as in `foveate.explaining.relevance`.
+            probe: how it is measured whether the explanation is faithful; `Probe(draws=0)` leaves that out.
+            max_new_tokens: bound on each answer.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; a model on a server, or one that looks by calling a tool; one whose
+                relevance cannot be propagated or placed.
+        """
+        if not isinstance(self.vlm, VLM):
+            raise FoveateError("a server does not let us look into its model: load it here to explain it")
+        if isinstance(self.region, ByTool) and box is None and not no_zoom:
+            raise FoveateError(
+                "what a model said between calls of a tool is not explained: choose answer or relevance"
+            )
+        answer = self.ask(
+            picture, question, box=box, no_zoom=no_zoom, max_new_tokens=max_new_tokens, **generation
+        )
+        everything = Box(0, 0, *answer.picture.size)
+        views = [SeenView.of("whole", everything, answer.picture)]
+        talk, areas, said = Talk.about(answer.picture, question), [everything], answer.first
+        messages = talk.messages
+        if answer.zoomed is not None:
+            views.append(SeenView.of("crop", answer.regions[-1], answer.crops[-1]))
+            messages, said = talk.closer(answer.crops[-1]), answer.zoomed
+            areas.append(answer.regions[-1])
+        story = Story(answer.picture, messages, areas, said.ids)
+        account = answer.account if answer.regions else replace(answer.account, regions=None)
+        told = Told(type(self.vlm.model).__name__, question, said.text, account, views)
+        subject = explained_by(self.vlm)
+        return explain(subject, story, told, words=words, reading=reading, probe=probe)
