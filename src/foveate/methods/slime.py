@@ -606,7 +606,7 @@ class Slime(Method):
         if account.sources is not None:
             sources = account.sources.numpy()
         elif len(sources) != plan.tokens:  # no text, of which a part would have been kept
-            places = Places.of([plan], [sources], self.tower.tokens, self.side**2)
+            places = Places.of([plan], [sources], self.tower.tokens, self.side**2, [0])
             sources = sources[places.evenly()]
         shown = torch.from_numpy(sources != SEPARATOR)
         local = plan.tiles.height * plan.tiles.width * self.side**2
