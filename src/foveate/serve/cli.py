@@ -73,6 +73,9 @@ def serve(
     quantize: Annotated[
         Literal["8bit", "4bit"] | None, typer.Option(help="The LLM's linear layers in fewer bits.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="The vision tower by torch.compile, at the first picture.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     subfolder: Annotated[str, typer.Option(help="The folder inside the model's that holds it.")] = "",
     vision_tower: Annotated[str | None, typer.Option(help="For checkpoints that keep it apart.")] = None,
@@ -129,6 +132,8 @@ def serve(
         revision=revision,
         subfolder=subfolder,
     )
+    if compiled:
+        loaded.model.vision_tower.compile(dynamic=True)
     bounds = Bounds(
         places=places,
         waiting=queue,
