@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from foveate.serve.course import Completed, Look, Messages
 from foveate.serve.http import Refused
@@ -68,6 +68,14 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discri
 Nothing = None | Annotated[list[Any], Field(max_length=0)]
 
 
+End = Annotated[str, Field(min_length=1, max_length=LONGEST_END)]
+Ends = Annotated[
+    list[End],
+    Field(max_length=MOST_ENDS),
+    BeforeValidator(lambda ends: [ends] if isinstance(ends, str) else ends),
+]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -87,13 +95,7 @@ class ChatRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=LONGEST_END)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=LONGEST_END)]], Field(max_length=MOST_ENDS)
-        ]
-        | None
-    ) = None
+    stop: Ends | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
@@ -137,13 +139,12 @@ class ChatRequest(Strict):
             raise Refused(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise Refused(400, "stream_options needs stream: true", param="stream_options")
-        ends = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Settings(
-            max_new_tokens=next(iter(bounds)) or most if bounds else most,
+            max_new_tokens=next(iter(bounds), None) or most,
             temperature=self.temperature or 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            ends=tuple(ends),
+            ends=tuple(self.stop or ()),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
