@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.batch.cli import batch
 from foveate.data.cli import app as data
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
+app.command()(batch)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

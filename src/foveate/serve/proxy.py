@@ -30,6 +30,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foveate.errors import FoveateError
+from foveate.picture.fetching import scheme
 from foveate.picture.geometry import Size
 from foveate.picture.limits import Limits
 from foveate.picture.reading import read_size
@@ -79,7 +80,7 @@ UNKNOWN = 1344 * 1344  # pixels that a model is taken to see if upstream does no
 MOST_EVENT = 2**24  # bytes of one event of a stream
 REQUESTS = 512  # connections to upstream
 SMALL = 2**20  # bytes of a body
-HEAD = 2**18  # characters of a data URL in which a picture's size stands, as a rule; divisible by 4
+HEAD = 2**16  # characters of a data URL in which a picture's size stands, as a rule; divisible by 4
 MODELS = 100  # for how many it is remembered what they see
 
 
@@ -290,7 +291,7 @@ class Proxy:
 
     async def _is_large(self, request: Request, body: dict[str, Any], found: _Asked) -> bool:
         """Whether the picture is larger than the model sees. A picture that cannot be read is upstream's."""
-        if not found.url.strip().lower().startswith("data:") and not self.pictures.urls:
+        if scheme(found.url) != "data" and not self.pictures.urls:
             return False
         try:
             size = await _in_thread(_size, found.url, self.pictures.limits)
@@ -403,10 +404,10 @@ class Proxy:
 
 def _size(url: str, limits: Limits) -> Size:
     """A picture's size, of the beginning of its data URL if that tells it."""
-    head, comma, body = url.partition(",")
-    if head.lower().endswith(";base64") and len(body) > HEAD:
+    start = url.find(",") + 1
+    if url[:start].lower().endswith(";base64,") and len(url) > start + HEAD:
         with suppress(FoveateError):
-            return read_size(f"{head}{comma}{body[:HEAD]}", limits)
+            return read_size(url[: start + HEAD], limits)
     return read_size(url, limits)
 
 
