@@ -23,6 +23,7 @@ from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options
+from foveate.serve.cli import serve
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
 app.command()(batch)
+app.command()(serve)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

@@ -130,17 +130,10 @@ def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
 # Only `DynamicLayer` itself keeps the keys and values of every token, in their order, and nothing else.
 def states_of(cache: Any) -> list[tuple[Tensor, Tensor]] | None:
     """Per layer of a cache its keys and values (B, heads, T, width); None if it holds anything else."""
-    if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
+    kinds = (DynamicLayer, RoomLayer)
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in kinds for layer in cache.layers):
         return None
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def cache_of(states: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache of keys and values (B, heads, T, width) per layer."""
-    cache = DynamicCache()
-    for i, (keys, values) in enumerate(states):
-        cache.update(keys, values, i)
-    return cache
 
 
 # A layer's `update` takes the states of the new tokens and returns those of all. Attention masks are made for
@@ -171,10 +164,32 @@ class SlotLayer(DynamicLayer):
         return self.used - 1
 
 
-def slots_of(states: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache whose layers are `SlotLayer`s of these keys and values."""
+class RoomLayer(DynamicLayer):
+    """A layer with room for the tokens that are read next, which are written in place.
+
+    Args:
+        keys: (B, heads, T, width), those of tokens before and room for the new ones at the end.
+        values: the same.
+        new: how many new ones.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, new: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.device, self.dtype, self.new = keys.device, keys.dtype, new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, -self.new :], self.values[:, :, -self.new :] = key_states, value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - self.new
+
+
+def cache_of(layers: Sequence[DynamicLayer]) -> DynamicCache:
+    """A cache of these layers."""
     cache = DynamicCache()
-    cache.layers = [SlotLayer(keys, values) for keys, values in states]
+    cache.layers = list(layers)
     return cache
 
 

@@ -59,8 +59,7 @@ class Echo:
         async def sizes(request: Request) -> Response:
             value = await read_json(request)
             urls = [(url, f"pictures[{i}]") for i, url in enumerate(value["pictures"])]
-            async with pictures.read(urls) as found:
-                return answer([image.size for image in found])
+            return answer([image.size for image in await pictures.read(request, urls)])
 
         @self.app.post("/wait")
         async def wait(request: Request) -> Response:

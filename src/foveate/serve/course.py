@@ -190,20 +190,22 @@ class Course:
 def question_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Image.Image, str] | None:
     """The picture and the text of a conversation that asks once about one picture; None for others.
 
-    The picture may stand behind the text; system messages may stand before both.
+    System messages may stand before both.
     """
     *before, last = messages
     if any(message["role"] != "system" for message in before):
         return None
-    kinds = sorted(part["type"] for part in last["content"])
-    if kinds != ["image", "text"] or any(p["type"] == "image" for m in before for p in m["content"]):
+    if [part["type"] for part in last["content"]] != ["image", "text"]:
         return None
-    found = {part["type"]: part for part in last["content"]}
-    return found["image"]["image"], found["text"]["text"]
+    picture, text = last["content"]
+    return picture["image"], text["text"]
 
 
 def _typed(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[str, Any]:
-    """A message in which special tokens are text; texts that follow one another are one."""
+    """A message in which special tokens are text; texts that follow one another are one.
+
+    Its picture, if it shows one, comes before its text, as models of this kind have learnt it.
+    """
     parts: list[dict[str, Any]] = []
     for part in message["content"]:
         if part["type"] == "text" and parts and parts[-1]["type"] == "text":
@@ -212,5 +214,7 @@ def _typed(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[str, An
             parts.append(part)
     if not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise FoveateError("a message is empty: give it a text or a picture")
+    if [part["type"] for part in parts] == ["text", "image"]:
+        parts.reverse()
     typed = [p if p["type"] != "text" else {**p, "text": as_typed(p["text"], special)} for p in parts]
     return {"role": message["role"], "content": typed}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveate import upstream
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
-from foveate.serve.prefixes import States
+from foveate.serve.prefixes import Known, States
 
 WIDER = 128  # columns by which slots grow
 
@@ -27,19 +27,37 @@ class Part:
 
     Attributes:
         ids: at least one.
-        known: per layer keys and values (heads, T, width) of the tokens before; None if there are none.
+        known: the tokens before.
         encoded: the pictures among `ids`, without dropped tokens; None if there are none.
-        before: how many tokens are known.
+        before: how many visible tokens are known.
     """
 
     ids: list[int]
-    known: States | None = None
+    known: Known = field(default_factory=Known)
     encoded: EncodedPictures | None = None
-
     before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = 0 if self.known is None else self.known[0][0].shape[1]
+        self.before = self.known.columns
+
+
+@dataclass(frozen=True)
+class Read:
+    """One row of a batch that was read: where its states are.
+
+    Attributes:
+        states: per layer keys and values (B, heads, T, width).
+        row: its number.
+        stretches: first and last column, and the one after it, of each stretch that it has.
+    """
+
+    states: Sequence[tuple[Tensor, Tensor]]
+    row: int
+    stretches: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(end - start for start, end in self.stretches)
 
 
 class Place(Protocol):
@@ -69,6 +87,11 @@ class Own:
     def shared(self) -> bool:
         """Whether its states can go into slots, and be kept."""
         return upstream.states_of(self.cache) is not None
+
+    def read(self) -> Read:
+        states = upstream.states_of(self.cache)
+        assert states is not None
+        return Read(states, 0, ((0, self.length),))
 
     def step(self, model: FoveateForConditionalGeneration, token: int) -> Tensor:
         """Reads a token; returns the logits (V,) of the next."""
@@ -123,20 +146,24 @@ class Slots:
         keys = self.cache.layers[0].keys
         return keys.shape[0], keys.shape[2]
 
-    def join(self, states: States) -> Slot:
-        """A slot for a row that has read these tokens: per layer keys and values (heads, T, width)."""
-        length = states[0][0].shape[1]
-        self.bytes_per_token = sum(part.nbytes for layer in states for part in layer) // length
-        self._grow(len(self.taken) + 1, length + 1, states)
+    def join(self, read: Read) -> Slot:
+        """A slot for a row that has been read."""
+        length = read.length
+        one = [(keys[0], values[0]) for keys, values in read.states]
+        self.bytes_per_token = sum(part[:, 0].nbytes for layer in one for part in layer)
+        self._grow(len(self.taken) + 1, length + 1, one)
         slot = Slot(self, len(self.taken), length)
-        for layer, new in zip(self.cache.layers, states, strict=True):
-            for held, part in zip((layer.keys, layer.values), new, strict=True):
-                held[slot.index, :, :length] = part
+        for layer, states in zip(self.cache.layers, read.states, strict=True):
+            for held, part in zip((layer.keys, layer.values), states, strict=True):
+                at = 0
+                for start, end in read.stretches:
+                    held[slot.index, :, at : at + end - start] = part[read.row, :, start:end]
+                    at += end - start
         self.taken.append(slot)
         return slot
 
     def leave(self, slot: Slot) -> None:
-        """Frees a slot; the last one's row moves into it. The last row of all gives the memory back."""
+        """Frees a slot; the last one's row moves into it."""
         last = self.taken.pop()
         if last is not slot:
             for layer in self.cache.layers:
@@ -144,8 +171,6 @@ class Slots:
                     held[slot.index, :, : last.length] = held[last.index, :, : last.length]
             last.index = slot.index
             self.taken[slot.index] = last
-        if not self.taken:
-            self.cache = None
 
     def states(self, slot: Slot) -> States:
         return [
@@ -189,20 +214,21 @@ class Slots:
                 for held, part in zip(new, (old.keys, old.values), strict=True):
                     held[:rows, :, : part.shape[2]] = part[:rows]
             made.append((new[0], new[1]))
-        self.cache = upstream.slots_of(made)
+        self.cache = upstream.cache_of([upstream.SlotLayer(*layer) for layer in made])
 
 
 def read(
     model: FoveateForConditionalGeneration, parts: Sequence[Part]
-) -> tuple[Tensor, Sequence[Own | States]]:
+) -> tuple[Tensor, Sequence[Own | Read]]:
     """Reads the parts of several rows at once.
 
     Args:
         model: the model.
-        parts: of several rows only if their pictures have nothing to inject.
+        parts: of several rows only if their pictures have nothing to inject, and the LLM keeps plain states.
 
     Returns:
-        The logits (B, V) of the next tokens; and of one row its cache, of several each one's states.
+        The logits (B, V) of the next tokens; and where each row's states are: those of one row alone that
+        knew nothing are a cache of its own.
     """
     device, image = model.device, model.config.image_token_id
     width, past = max(len(part.ids) for part in parts), max(part.before for part in parts)
@@ -216,7 +242,7 @@ def read(
     encoded = [part.encoded for part in parts if part.encoded is not None]
     given: dict[str, Any] = {"mm_encoder_outputs": {"image": _joined(encoded)}} if encoded else {}
     if past:
-        given[upstream.CACHE] = upstream.cache_of(_padded(parts, past))
+        given[upstream.CACHE] = upstream.cache_of(_with_room(parts, past, width))
     output = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -226,15 +252,14 @@ def read(
         **given,
     )
     cache, logits = output[upstream.CACHE], output.logits[:, -1].float()
-    if len(parts) == 1:
-        return logits, [Own(cache, parts[0].before + len(parts[0].ids))]
+    if len(parts) == 1 and not past:
+        return logits, [Own(cache, width)]
     states = upstream.states_of(cache)
     assert states is not None
-    return logits, [_row(states, row, keep.nonzero()[:, 0].to(device)) for row, keep in enumerate(mask)]
-
-
-def _row(states: Sequence[tuple[Tensor, Tensor]], row: int, columns: Tensor) -> States:
-    return [(keys[row][:, columns], values[row][:, columns]) for keys, values in states]
+    return logits, [
+        Read(states, row, ((past - part.before, past), (past + width - len(part.ids), past + width)))
+        for row, part in enumerate(parts)
+    ]
 
 
 def _joined(encoded: Sequence[EncodedPictures]) -> EncodedPictures:
@@ -245,15 +270,18 @@ def _joined(encoded: Sequence[EncodedPictures]) -> EncodedPictures:
     return EncodedPictures(pooler_output=tokens, pictures=len(tokens))
 
 
-def _padded(parts: Sequence[Part], past: int) -> list[tuple[Tensor, Tensor]]:
-    """Known states of several rows, (B, heads, past, width) per layer, padded on the left."""
-    first = next(part.known for part in parts if part.known is not None)
-    made = []
-    for i, layer in enumerate(first):
-        pair = [like.new_zeros(len(parts), like.shape[0], past, like.shape[2]) for like in layer]
+def _with_room(parts: Sequence[Part], past: int, width: int) -> list[upstream.RoomLayer]:
+    """Layers with the known states of several rows, padded on the left, and room for what they read."""
+    first = next(part.known for part in parts if part.before)
+    layers = []
+    for i, (keys, values) in enumerate(first.nodes[0][0].states):
+        pair = [
+            like.new_empty(len(parts), like.shape[0], past + width, like.shape[2]) for like in (keys, values)
+        ]
         for row, part in enumerate(parts):
-            if part.known is not None:
-                for held, known in zip(pair, part.known[i], strict=True):
-                    held[row, :, past - part.before :] = known
-        made.append((pair[0], pair[1]))
-    return made
+            start = past - part.before
+            for held in pair:
+                held[row, :, :start] = 0
+            part.known.write(i, pair[0][row, :, start:], pair[1][row, :, start:])
+        layers.append(upstream.RoomLayer(pair[0], pair[1], width))
+    return layers

@@ -4,7 +4,8 @@
 
 A server makes its app with `new_app` and adds its routes to it. A route reads its body with `read_json` (or
 `request.body()`), pictures with `Pictures`, and answers with a value, or with `Events` as it comes. It says
-no by raising `Refused` or `FoveateError`. No error body holds a path or a traceback.
+no by raising `Refused` or `FoveateError`, and frees what it took with `on_leave`. No error body holds a path
+or a traceback.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -42,9 +44,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foveate.errors import FoveateError
-from foveate.picture.fetching import named, scheme
+from foveate.picture.fetching import decode, named, scheme
 from foveate.picture.limits import LIMITS, Limits
-from foveate.picture.reading import Transparency, fetched, read_picture, read_size
+from foveate.picture.reading import Transparency, count_pixels, fetched, read_picture
 
 log = logging.getLogger("foveate.serve")
 
@@ -261,6 +263,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         passage = _Passage(self.door, self.bodies, receive, send)
+        scope["foveate.leave"] = passage.leaving
         start = time.perf_counter()
         self.metrics.running.inc()
         try:
@@ -305,6 +308,11 @@ def note(request: Request, text: str) -> None:
     request.scope["foveate.note"] = text
 
 
+def on_leave(request: Request, do: Callable[[], object]) -> None:
+    """Does something once the request has been answered or its client has left, whatever happened."""
+    request.scope["foveate.leave"].append(do)
+
+
 class _Passage:
     """One request on its way through the gate."""
 
@@ -315,6 +323,7 @@ class _Passage:
         self.read = self.sent = 0
         self.status, self.started, self.arrived = 0, False, False
         self.end = time.monotonic() + door.seconds
+        self.leaving: list[Callable[[], object]] = []
 
     async def receive(self) -> Message:
         if self.arrived:  # what comes now is the news that the client left
@@ -362,6 +371,8 @@ class _Passage:
 
     def leave(self) -> None:
         self.bodies.give_back(self.read)
+        for do in self.leaving:
+            do()
 
 
 def new_app(
@@ -524,13 +535,13 @@ class Pictures:
         self.room = Room(room, "pixels")
         self._threads = anyio.CapacityLimiter(at_once)
 
-    @asynccontextmanager
     async def read(
-        self, urls: Sequence[tuple[str, str]], transparency: Transparency = "white"
-    ) -> AsyncIterator[list[Image.Image]]:
-        """The pictures behind URLs, upright and RGB, for as long as the request is answered.
+        self, request: Request, urls: Sequence[tuple[str, str]], transparency: Transparency = "white"
+    ) -> list[Image.Image]:
+        """The pictures behind URLs, upright and RGB. They take room until the request has been answered.
 
         Args:
+            request: that shows them.
             urls: each with the field of the request that names it.
             transparency: as of `read_picture`.
 
@@ -545,18 +556,14 @@ class Pictures:
             )
         for url, param in urls:
             self._check(url, param)
-        taken = 0
-        try:
-            found = []
-            for url, param in urls:
-                with _naming(param):
-                    pixels, once = await self._in_thread(self._size, url)
-                    self.room.take(pixels)
-                    taken += pixels
-                    found.append(await self._in_thread(read_picture, once, self.limits, transparency))
-            yield found
-        finally:
-            self.room.give_back(taken)
+        found = []
+        for url, param in urls:
+            with _naming(param):
+                pixels, once = await self._in_thread(self._size, url)
+                self.room.take(pixels)
+                on_leave(request, partial(self.room.give_back, pixels))
+                found.append(await self._in_thread(read_picture, once, self.limits, transparency))
+        return found
 
     def _check(self, url: str, param: str) -> None:
         kind = scheme(url)
@@ -573,9 +580,9 @@ class Pictures:
             raise Refused(400, "a picture must be a URL that starts with data:image/", param=param)
 
     def _size(self, url: str) -> tuple[int, Any]:
-        """A picture's pixels, of its head alone; and its bytes, or their data URL."""
+        """A picture's pixels, of its head alone, and its bytes."""
         if scheme(url) == "data":
-            once: Any = url
+            once: Any = decode(url, self.limits)
         else:
             try:
                 once = fetched(url, self.limits)
@@ -584,8 +591,7 @@ class Pictures:
                 raise Refused(
                     400, f"no picture could be fetched from {named(url)}: send it as a data URL"
                 ) from None
-        size = read_size(once, self.limits)
-        return size.height * size.width, once
+        return count_pixels(once, self.limits), once
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await anyio.to_thread.run_sync(lambda: function(*arguments), limiter=self._threads)

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from foveate.ask.context import Passage
@@ -82,17 +81,19 @@ class Known:
     def seen(self) -> list[Seen]:
         return [one for node, _ in self.nodes for one in node.seen if one.end <= self.tokens]
 
-    def states(self) -> States:
-        """Per layer keys and values (heads, T, width) of the visible tokens."""
-        parts = [(node.states, sum(node.visible[:taken])) for node, taken in self.nodes]
-        layers = range(len(parts[0][0]))
-        return [
-            (
-                torch.cat([states[i][0][:, :n] for states, n in parts], 1),
-                torch.cat([states[i][1][:, :n] for states, n in parts], 1),
-            )
-            for i in layers
-        ]
+    @property
+    def columns(self) -> int:
+        """Visible tokens."""
+        return sum(sum(node.visible[:taken]) for node, taken in self.nodes)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Writes the states of the visible tokens in one layer to tensors (heads, T, width)."""
+        at = 0
+        for node, taken in self.nodes:
+            count = sum(node.visible[:taken])
+            for held, part in zip((keys, values), node.states[layer], strict=True):
+                held[:, at : at + count] = part[:, :count]
+            at += count
 
 
 class Prefixes:

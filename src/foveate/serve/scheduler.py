@@ -36,8 +36,8 @@ from foveate.model.positions import check_lengths
 from foveate.model.text import special_tokens
 from foveate.picture.account import Account
 from foveate.serve.course import Completed, Course, Messages
-from foveate.serve.decoding import Own, Part, Slot, Slots, read
-from foveate.serve.prefixes import Known, Prefixes, Seen, States
+from foveate.serve.decoding import Own, Part, Read, Slot, Slots, read
+from foveate.serve.prefixes import Known, Prefixes, Seen
 from foveate.serve.settings import Chooser, Rules, Settings, Token
 from foveate.serve.writing import Writing
 
@@ -47,7 +47,7 @@ READ_AT_ONCE = 2048  # tokens of prompts that are read between two rounds of wri
 ALIKE = 2  # prompts are read together if none is this many times as long as another
 SHORT = 32  # or if they are shorter than this
 # How far rounding may move a logit, as a fraction of the largest. Measured in benchmarks/serving.md.
-ROUNDING = {torch.float32: 2.0**-14}
+ROUNDING = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
 
 class Full(FoveateError):
@@ -220,8 +220,8 @@ class Scheduler:
     def __init__(self, engine: Engine, bounds: Bounds | None = None, exact: bool | None = None) -> None:
         self.engine, self.bounds = engine, bounds or Bounds()
         self.rules = Rules(engine.model)
-        self.exact = engine.model.dtype in ROUNDING if exact is None else exact
-        self.rounding = ROUNDING.get(engine.model.dtype, torch.finfo(engine.model.dtype).eps * 8)
+        self.exact = engine.model.dtype == torch.float32 if exact is None else exact
+        self.rounding = ROUNDING[engine.model.dtype]
         self.special = special_tokens(engine.processor.tokenizer)
         self.prefixes, self.slots = Prefixes(self.bounds.prefix_bytes), Slots(engine.model)
         self.counts = Counts()
@@ -465,8 +465,7 @@ class Scheduler:
             visual = torch.tensor([row.passage.ids]) == self.engine.model.config.image_token_id
             visual &= torch.tensor([row.visible])
             check_lengths(torch.tensor([sum(row.visible)]), self.engine.model.positions, visual, answer=1)
-        states = known.states() if known.tokens else None
-        row.part = Part(ids, states, None if encoded is None else compacted(encoded))
+        row.part = Part(ids, known, None if encoded is None else compacted(encoded))
 
     def _read(self) -> None:
         """Reads prompts, those of about the same length together, up to a bound on the tokens of a round."""
@@ -500,16 +499,16 @@ class Scheduler:
                 group.append(row)
         return group
 
-    def _place(self, row: Row, held: Own | States) -> None:
+    def _place(self, row: Row, held: Own | Read) -> None:
         """Gives a row that has been read a place to write, and keeps what was read of its pictures."""
         if isinstance(held, Own) and (row.alone or not held.shared):
             row.place = held
         else:
-            row.place = self.slots.join(held.states() if isinstance(held, Own) else held)
+            row.place = self.slots.join(held.read() if isinstance(held, Own) else held)
         if len(row.seen) > len(row.known.seen):
             self._keep(row, row.seen[-1].end)
-        row.parts.known = row.parts.encoded = None  # their memory
-        row.known = Known()
+        row.known = row.parts.known = Known()  # nothing of which is needed any more
+        row.parts.encoded = None
 
     def _keep(self, row: Row, tokens: int) -> None:
         """Keeps what a row has read, up to a number of tokens, for those that begin in the same way."""
