@@ -341,13 +341,12 @@ class Proxy:
         streams = body.get("stream") is True
 
         async def work() -> Response:
-            async with self.pictures.read([(found.url, found.param)], self.upstream.served.transparency) as (
-                picture,
-            ):
-                talk = Talk(found.messages, picture, found.question, found.place)
-                steps = look(self.upstream.served, talk, self.rules.region, self.rules.budget)
-                course = _Course(self, request, body, steps)
-                last = await course.run(streams)
+            shown, transparency = [(found.url, found.param)], self.upstream.served.transparency
+            (picture,) = await self.pictures.read(request, shown, transparency)
+            talk = Talk(found.messages, picture, found.question, found.place)
+            steps = look(self.upstream.served, talk, self.rules.region, self.rules.budget)
+            course = _Course(self, request, body, steps)
+            last = await course.run(streams)
             if last is not None:
                 return Events(course.streamed(*last))
             value = await course.result()
