@@ -24,6 +24,7 @@ from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options
 from foveate.serve.cli import serve
+from foveate.serve.mcp_cli import mcp
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -48,6 +49,7 @@ app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
 app.command()(batch)
 app.command()(serve)
+app.command()(mcp)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

@@ -24,12 +24,15 @@ from openai import OpenAI
 
 from foveate import FoveateError
 from foveate.picture.limits import Limits
+from foveate.serve.app import Server, Serving
 from foveate.serve.http import Door, Listener, Pictures
 from foveate.serve.proxy import Proxy, Rules, Upstream
-from foveate.zoom.looking import QUESTION, REGION, Answered, Budget, ByTool
+from foveate.serve.scheduler import Bounds
+from foveate.zoom.looking import QUESTION, REGION, Answered, Budget, ByTool, Given
 from foveate.zoom.measuring import seen_pixels
 from foveate.zoom.wire import Served
 from tests.command import foveate
+from tests.methods.conftest import fresh
 from tests.serve.support import ask, data_url, plug, served, wait_for
 from tests.support import picture
 from tests.upstream import Drop, Endless, Refusal, Text, shown, upstream
@@ -541,6 +544,23 @@ def test_wrong_settings() -> None:
         Upstream("http://a/v1", sees=0)
     with pytest.raises(FoveateError, match="zoom must be off, auto or always, not 'on'"):
         Rules(zoom="on")  # type: ignore[arg-type]
+
+
+def test_in_front_of_our_own_server(pair: Pair, proxy: Listener) -> None:
+    """A random model: its answers with and without the crop, their probabilities, tokens of both."""
+    own = Server(fresh("llava"), Serving("tiny", Door(), Pictures(), Bounds(places=2), new_tokens=4))
+    behind = pair.stack.enter_context(served(own.app))
+    in_front = pair.start(url=behind.url, region=Given((18, 30, 54, 60)), zoom="always")
+    got = chat(in_front, None, model="tiny")
+    assert got.foveate["regions"] == [BOX] and 0 < got.foveate["zoomed"]["confidence"] <= 1
+    assert got.choices[0].message.content.strip() == got.foveate["zoomed"]["text"]
+    assert got.usage.completion_tokens <= 8 and got.usage.prompt_tokens > 40
+    events = list(chat(in_front, None, model="tiny", stream=True))
+    assert (
+        "".join(e.choices[0].delta.content or "" for e in events if e.choices).strip()
+        == (got.foveate["zoomed"]["text"])
+    )
+    assert [one.id for one in client(in_front).models.list()] == ["tiny"]
 
 
 # The command.

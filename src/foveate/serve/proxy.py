@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import anyio
 import httpx2
@@ -82,6 +82,15 @@ REQUESTS = 512  # connections to upstream
 SMALL = 2**20  # bytes of a body
 HEAD = 2**16  # characters of a data URL in which a picture's size stands, as a rule; divisible by 4
 MODELS = 100  # for how many it is remembered what they see
+
+
+class _Route(NamedTuple):
+    """What the log and the metrics call a request."""
+
+    path: str
+
+
+CHATS, REST = _Route("/v1/chat/completions"), _Route("/v1/...")
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ class Proxy:
         bounds = httpx2.Timeout(upstream.stall, connect=min(10.0, upstream.stall))
         self.extensions = {"timeout": bounds.as_dict()}
         self.app = new_app(door, self.metrics, lambda: self.transport is not None, self._open)
-        self.app.add_route("/v1/chat/completions", self.chat, methods=["POST"])
+        self.app.add_route(CHATS.path, self.chat, methods=["POST"])
         self.app.add_route("/v1/{path:path}", self.rest, methods=METHODS)
 
     @asynccontextmanager
@@ -221,10 +230,12 @@ class Proxy:
 
     async def rest(self, request: Request) -> Response:
         """Everything but chats: passed on as it is."""
+        request.scope["route"] = REST
         return await self._pass(request, await request.body())
 
     async def chat(self, request: Request) -> Response:
         """A chat: zoomed, or passed on as it is."""
+        request.scope["route"] = CHATS
         content = await request.body()
         plain = self.rules.zoom == "off" and b"zoom" not in content
         if plain or sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
