@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.batch.cli import batch
 from foveate.data.cli import app as data
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options
 from foveate.serve.cli import serve
+from foveate.serve.mcp_cli import mcp
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -46,7 +48,9 @@ app = typer.Typer(
 
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
+app.command()(batch)
 app.command()(serve)
+app.command()(mcp)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

@@ -56,6 +56,7 @@ ROOMS = (
     ("ask", "data"),
     ("zoom",),
     ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve"),
+    ("batch",),
     ("cli", "__main__"),
 )
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import IncompleteRead
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +24,15 @@ from openai import OpenAI
 
 from foveate import FoveateError
 from foveate.picture.limits import Limits
+from foveate.serve.app import Server, Serving
 from foveate.serve.http import Door, Listener, Pictures
 from foveate.serve.proxy import Proxy, Rules, Upstream
-from foveate.zoom.looking import QUESTION, REGION, Answered, Budget, ByTool
+from foveate.serve.scheduler import Bounds
+from foveate.zoom.looking import QUESTION, REGION, Answered, Budget, ByTool, Given
 from foveate.zoom.measuring import seen_pixels
 from foveate.zoom.wire import Served
+from tests.command import foveate
+from tests.methods.conftest import fresh
 from tests.serve.support import ask, data_url, plug, served, wait_for
 from tests.support import picture
 from tests.upstream import Drop, Endless, Refusal, Text, shown, upstream
@@ -535,3 +544,81 @@ def test_wrong_settings() -> None:
         Upstream("http://a/v1", sees=0)
     with pytest.raises(FoveateError, match="zoom must be off, auto or always, not 'on'"):
         Rules(zoom="on")  # type: ignore[arg-type]
+
+
+def test_in_front_of_our_own_server(pair: Pair, proxy: Listener) -> None:
+    """A random model: its answers with and without the crop, their probabilities, tokens of both."""
+    own = Server(fresh("llava"), Serving("tiny", Door(), Pictures(), Bounds(places=2), new_tokens=4))
+    behind = pair.stack.enter_context(served(own.app))
+    in_front = pair.start(url=behind.url, region=Given((18, 30, 54, 60)), zoom="always")
+    got = chat(in_front, None, model="tiny")
+    assert got.foveate["regions"] == [BOX] and 0 < got.foveate["zoomed"]["confidence"] <= 1
+    assert got.choices[0].message.content.strip() == got.foveate["zoomed"]["text"]
+    assert got.usage.completion_tokens <= 8 and got.usage.prompt_tokens > 40
+    events = list(chat(in_front, None, model="tiny", stream=True))
+    assert (
+        "".join(e.choices[0].delta.content or "" for e in events if e.choices).strip()
+        == (got.foveate["zoomed"]["text"])
+    )
+    assert [one.id for one in client(in_front).models.list()] == ["tiny"]
+
+
+# The command.
+
+
+def test_the_command(pair: Pair, proxy: Listener, tmp_path: Path) -> None:
+    """It starts without torch, shows upstream its key, zooms as its options say, and ends when it is told."""
+    key, errors = tmp_path / "key", tmp_path / "errors"
+    key.write_text("back\n")
+    errors.touch()
+    options = ("--upstream", pair.behind.url, "--model", "m", "--upstream-key-file", key, "--port", "0")
+    options += ("--zoom", "always", "--boxes", "qwen3_vl", "--look-tokens", "40", "--crop-pixels", "500")
+    with errors.open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", WITHOUT_TORCH, *map(str, options)], stderr=log)
+    try:
+        wait_for(lambda: " at http" in errors.read_text() or process.poll() is not None, 60)
+        found = re.search(r"a second look for m of \S+ at (http://127\.0\.0\.1:\d+/v1)", errors.read_text())
+        assert found is not None, errors.read_text()
+        pair.behind.script = ['{"bbox_2d": [200, 500, 600, 1000]}', "a dog", "a cat"]
+        started = OpenAI(base_url=found[1], api_key="front")
+        got = started.chat.completions.create(model="m", messages=messages())
+        assert got.choices[0].message.content == "a cat"
+        assert pair.behind.requests[0]["headers"]["authorization"] == "Bearer back"
+        assert pair.behind.requests[2]["body"]["max_tokens"] == 39
+        crop = pair.behind.pictures(2)[1]
+        assert crop.width * crop.height <= 520
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+sys.argv[1:1] = ["serve"]
+from foveate.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("a-model", "--upstream", "http://a/v1"), "a model here and --upstream do not go together"),
+        (("--upstream", "http://a/v1", "--device", "cpu"), "--device and --upstream do not go together"),
+        (("--upstream", "a/v1"), "is not the address of a server"),
+        (("--upstream", "http://a/v1", "--boxes", "xywh"), "unknown box format 'xywh'"),
+        (("--upstream", "http://a/v1", "--tool", "eyes"), "unknown tool convention 'eyes'"),
+        (("--upstream", "http://a/v1", "--upstream-key-file", "none"), "none"),
+        (("--upstream", "http://a/v1", "--host", "0.0.0.0"), "set an API key"),
+        (("--zoom", "always"), "--zoom is for --upstream"),
+        (("--model", "m"), "--model is for --upstream"),
+    ],
+)
+def test_commands_that_make_no_sense(
+    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = foveate("serve", *options)
+    assert found.code == 2 and said in " ".join(found.stderr.split()), found.stderr

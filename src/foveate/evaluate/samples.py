@@ -76,7 +76,7 @@ class Questions:
 
     def picture(self, sample: Sample) -> str | bytes:
         """A sample's picture, as `read_picture` takes it."""
-        return _picture(self.rows.record(sample.row), self.images)
+        return picture_of(self.rows.record(sample.row), self.images)
 
 
 def read_questions(
@@ -103,7 +103,7 @@ def read_questions(
     places: dict[str, str] = {}
 
     def note(record: Any, index: int, where: str, folder: Path) -> None:
-        for sample in _samples(record, index, where, folder):
+        for sample in samples_of(record, index, where, folder):
             if sample.id in places:
                 raise FoveateError(f"id {sample.id!r} is also that of {places[sample.id]}: give each its own")
             places[sample.id] = where
@@ -117,10 +117,18 @@ def read_questions(
     return Questions(records.path, records.images, found[:limit], records.digest, records.rows, hub)
 
 
-def _samples(record: Any, index: int, where: str, images: Path) -> Iterator[Sample]:
+def samples_of(record: Any, index: int, where: str, images: Path) -> Iterator[Sample]:
+    """The samples of a record. Raises `FoveateError` for what is wrong with it, without its place.
+
+    Args:
+        record: as a line of a file has it.
+        index: its number in the data.
+        where: its place in the data, for messages.
+        images: folder that picture paths start from and must stay in.
+    """
     if not isinstance(record, Mapping):
         raise FoveateError("is not an object")
-    picture = _picture(record, images)
+    picture = picture_of(record, images)
     if isinstance(picture, str):
         _check_inside(picture, images)
     name = str(record.get("id", index))
@@ -149,7 +157,8 @@ def _said(message: Mapping[str, Any]) -> str:
     return " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
 
 
-def _picture(record: Mapping[str, Any], images: Path) -> str | bytes:
+def picture_of(record: Mapping[str, Any], images: Path) -> str | bytes:
+    """A record's picture, as `read_picture` takes it. Raises `FoveateError` if it has none, or several."""
     given = record.get("image", record.get("images"))
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         if len(given) != 1:

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from foveate.errors import FoveateError, require
+from foveate.picture.limits import Limits
+from foveate.serve import proxy_cli as proxy
 
 KEY = "FOVEATE_API_KEY"
 MODULES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -20,6 +22,7 @@ MEGA, GIGA = 2**20, 2**30
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Model folder or Hugging Face hub id; by default the embedded model.")
     ] = None,
@@ -90,8 +93,21 @@ def serve(
     max_positions: Annotated[
         int | None, typer.Option(min=1, help="Longest conversation in tokens, beyond the LLM's own.")
     ] = None,
+    upstream: proxy.Address = None,
+    upstream_model: proxy.ModelName = None,
+    upstream_key_file: proxy.KeyFile = None,
+    zoom: proxy.When = "auto",
+    region: proxy.How = "answer",
+    boxes: proxy.Boxes = "unit_xyxy",
+    tool: proxy.Convention = "qwen3_vl",
+    sees: proxy.Sees = None,
+    turns: proxy.Turns = None,
+    crop_pixels: proxy.CropPixels = 1344 * 1344,
+    look_tokens: proxy.LookTokens = None,
+    stall: proxy.Stall = 120.0,
 ) -> None:
-    """Serve a model over HTTP in OpenAI's protocol, many requests at once."""
+    """Serve a model over HTTP in OpenAI's protocol, or give that of another server a second look."""
+    proxy.check_options(context, upstream)
     for module, package in MODULES.items():
         require(module, "serve", f"foveate serve, for its part {package},")
     from foveate.serve.http import Door, Listener, Pictures, Place
@@ -106,17 +122,23 @@ def serve(
             raise
         raise FoveateError(f"{error}, with {KEY}, --api-key-file or --no-api-key") from None
     place = Place(host, port, stop_seconds)
+    if upstream is not None:
+        names = (upstream, upstream_model, upstream_key_file, zoom, region, boxes, tool, sees, turns)
+        asked = proxy.Options(*names, crop_pixels, look_tokens, seconds, stall)
+        looked_at = Pictures(limits_of(max_pixels), urls=allow_urls, room=max(2**28, max_pixels))
+        _log()
+        proxy.listen(asked, door, looked_at, place)
+        return
     from transformers.utils import logging as of_transformers
 
     from foveate.ask.foveate import Foveate, load
-    from foveate.picture.limits import Limits
     from foveate.serve.app import Server, Serving
     from foveate.serve.scheduler import Bounds
     from foveate.written import read_pairs
 
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
-    limits = Limits(max_pixels=max_pixels, seconds=10.0)
+    limits = limits_of(max_pixels)
     loaded = load(
         model,
         device=device,
@@ -160,6 +182,11 @@ def serve(
     )
     with suppress(KeyboardInterrupt):  # sent again once the answers in progress have ended
         listener.listen()
+
+
+def limits_of(max_pixels: int) -> Limits:
+    """Bounds on a request's pictures; they may not keep it waiting for long."""
+    return Limits(max_pixels=max_pixels, seconds=10.0)
 
 
 def _key(file: Path | None) -> str | None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import anyio
 import httpx2
@@ -29,6 +30,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foveate.errors import FoveateError
+from foveate.picture.fetching import scheme
+from foveate.picture.geometry import Size
+from foveate.picture.limits import Limits
 from foveate.picture.reading import read_size
 from foveate.serve.http import (
     DONE,
@@ -75,7 +79,18 @@ OF_ANSWERS = frozenset(
 UNKNOWN = 1344 * 1344  # pixels that a model is taken to see if upstream does not tell its tokens
 MOST_EVENT = 2**24  # bytes of one event of a stream
 REQUESTS = 512  # connections to upstream
+SMALL = 2**20  # bytes of a body
+HEAD = 2**16  # characters of a data URL in which a picture's size stands, as a rule; divisible by 4
 MODELS = 100  # for how many it is remembered what they see
+
+
+class _Route(NamedTuple):
+    """What the log and the metrics call a request."""
+
+    path: str
+
+
+CHATS, REST = _Route("/v1/chat/completions"), _Route("/v1/...")
 
 
 @dataclass(frozen=True)
@@ -198,31 +213,36 @@ class Proxy:
         self.dialect = Dialect()
         self.seen: dict[str, int] = {}  # by model
         self.measuring = asyncio.Lock()
-        self.client: httpx2.AsyncClient | None = None
-        self.app = new_app(door, self.metrics, lambda: self.client is not None, self._open)
-        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        self.app.add_api_route("/v1/{path:path}", self.rest, methods=METHODS)
+        # The library's transport alone: its client would add headers, and twice the time.
+        self.transport: httpx2.AsyncHTTPTransport | None = None
+        bounds = httpx2.Timeout(upstream.stall, connect=min(10.0, upstream.stall))
+        self.extensions = {"timeout": bounds.as_dict()}
+        self.app = new_app(door, self.metrics, lambda: self.transport is not None, self._open)
+        self.app.add_route(CHATS.path, self.chat, methods=["POST"])
+        self.app.add_route("/v1/{path:path}", self.rest, methods=METHODS)
 
     @asynccontextmanager
     async def _open(self, app: FastAPI) -> AsyncIterator[None]:
-        bounds = httpx2.Timeout(self.upstream.stall, connect=min(10.0, self.upstream.stall))
         limits = httpx2.Limits(max_connections=REQUESTS, max_keepalive_connections=REQUESTS)
-        async with httpx2.AsyncClient(timeout=bounds, limits=limits, trust_env=False) as self.client:
+        async with httpx2.AsyncHTTPTransport(limits=limits, trust_env=False) as self.transport:
             yield
-        self.client = None
+        self.transport = None
 
     async def rest(self, request: Request) -> Response:
         """Everything but chats: passed on as it is."""
+        request.scope["route"] = REST
         return await self._pass(request, await request.body())
 
     async def chat(self, request: Request) -> Response:
         """A chat: zoomed, or passed on as it is."""
+        request.scope["route"] = CHATS
         content = await request.body()
         plain = self.rules.zoom == "off" and b"zoom" not in content
         if plain or sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
             return await self._pass(request, content)
         try:
-            body = await _in_thread(from_json, content)
+            # A thread costs more than a small body does.
+            body = from_json(content) if len(content) < SMALL else await _in_thread(from_json, content)
         except ValueError:  # upstream says what is wrong with it
             return await self._pass(request, content)
         if not isinstance(body, dict):
@@ -250,13 +270,8 @@ class Proxy:
     async def _pass(self, request: Request, content: bytes) -> Response:
         path = request.url.path.removeprefix("/v1")
         query = f"?{request.url.query}" if request.url.query else ""
-        headers = self._headers(request)
-
-        async def opened() -> httpx2.Response:
-            return await self._sent(request.method, f"{path}{query}", headers, content)
-
-        end = time.monotonic() + self.upstream.seconds
-        return _Relay(await unless_gone(request, opened), end)
+        sending = partial(self._sent, request.method, f"{path}{query}", self._headers(request), content)
+        return _Relay(sending, self.upstream.seconds)
 
     def _headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         """A client's headers as upstream gets them."""
@@ -271,16 +286,12 @@ class Proxy:
         self, method: str, path: str, headers: list[tuple[bytes, bytes]], content: bytes
     ) -> httpx2.Response:
         """Upstream's answer, of which the head has come."""
-        assert self.client is not None
+        assert self.transport is not None
         url = f"{self.upstream.url.rstrip('/')}{path}"
-        # The library adds headers of its own where a client sends none.
-        absent = {b"accept", b"accept-encoding", b"user-agent"} - {name for name, _ in headers}
-        sent = self.client.build_request(method, url, headers=headers, content=content)
-        for name in absent:
-            del sent.headers[name.decode()]
+        sent = httpx2.Request(method, url, headers=headers, content=content, extensions=self.extensions)
         try:
             with anyio.fail_after(self.upstream.seconds):
-                return await self.client.send(sent, stream=True)
+                return await self.transport.handle_async_request(sent)
         except (httpx2.TimeoutException, TimeoutError):
             raise Refused(504, "upstream did not answer in time", code="upstream_timeout") from None
         except httpx2.HTTPError as error:
@@ -291,10 +302,10 @@ class Proxy:
 
     async def _is_large(self, request: Request, body: dict[str, Any], found: _Asked) -> bool:
         """Whether the picture is larger than the model sees. A picture that cannot be read is upstream's."""
-        if not found.url.strip().lower().startswith("data:") and not self.pictures.urls:
+        if scheme(found.url) != "data" and not self.pictures.urls:
             return False
         try:
-            size = await _in_thread(read_size, found.url, self.pictures.limits)
+            size = await _in_thread(_size, found.url, self.pictures.limits)
         except FoveateError:
             return False
         return size.height * size.width > await self._sees(request, str(body.get("model", "")))
@@ -341,13 +352,12 @@ class Proxy:
         streams = body.get("stream") is True
 
         async def work() -> Response:
-            async with self.pictures.read([(found.url, found.param)], self.upstream.served.transparency) as (
-                picture,
-            ):
-                talk = Talk(found.messages, picture, found.question, found.place)
-                steps = look(self.upstream.served, talk, self.rules.region, self.rules.budget)
-                course = _Course(self, request, body, steps)
-                last = await course.run(streams)
+            shown, transparency = [(found.url, found.param)], self.upstream.served.transparency
+            (picture,) = await self.pictures.read(request, shown, transparency)
+            talk = Talk(found.messages, picture, found.question, found.place)
+            steps = look(self.upstream.served, talk, self.rules.region, self.rules.budget)
+            course = _Course(self, request, body, steps)
+            last = await course.run(streams)
             if last is not None:
                 return Events(course.streamed(*last))
             value = await course.result()
@@ -402,6 +412,15 @@ class Proxy:
         return bytes(content)
 
 
+def _size(url: str, limits: Limits) -> Size:
+    """A picture's size, of the beginning of its data URL if that tells it."""
+    start = url.find(",") + 1
+    if url[:start].lower().endswith(";base64,") and len(url) > start + HEAD:
+        with suppress(FoveateError):
+            return read_size(url[: start + HEAD], limits)
+    return read_size(url, limits)
+
+
 def _error(response: httpx2.Response, content: bytes) -> Exception:
     passed = Passed(response.status_code, _kept(response, encoded=False), content)
     return _Refusal(passed) if response.status_code in (*REFUSALS, 413) else passed
@@ -427,36 +446,38 @@ class _Relay(Response):
     """Upstream's answer, each byte as it comes. Upstream's is closed when the client leaves.
 
     Args:
-        response: of which the head has come.
-        end: when it must have ended.
+        sending: asks upstream; its result is the answer, of which the head has come.
+        seconds: bound on all of it.
     """
 
-    def __init__(self, response: httpx2.Response, end: float) -> None:
+    def __init__(self, sending: Callable[[], Awaitable[httpx2.Response]], seconds: float) -> None:
         super().__init__()
-        self.response, self.end = response, end
+        self.sending, self.seconds = sending, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = _kept(self.response)
-        length = self.response.headers.get("content-length")
+        async def run() -> None:
+            end = time.monotonic() + self.seconds
+            response = await self.sending()
+            try:
+                await self._pass_on(response, send, end)
+            except (httpx2.HTTPError, TimeoutError) as error:
+                log.warning("upstream's answer broke off: %s", type(error).__name__)
+                raise Gone from None
+            finally:
+                await _closed(response)
+
+        await unless_gone(Request(scope, receive), run)
+
+    async def _pass_on(self, response: httpx2.Response, send: Send, end: float) -> None:
+        headers = _kept(response)
+        length = response.headers.get("content-length")
         if length is not None:
             headers.append((b"content-length", length.encode()))
-
-        async def run() -> None:
-            await send(
-                {"type": "http.response.start", "status": self.response.status_code, "headers": headers}
-            )
-            with anyio.fail_after(max(self.end - time.monotonic(), 0)):
-                async for chunk in self.response.aiter_raw():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-        try:
-            await unless_gone(Request(scope, receive), run)
-        except (httpx2.HTTPError, TimeoutError) as error:
-            log.warning("upstream's answer broke off: %s", type(error).__name__)
-            raise Gone from None
-        finally:
-            await _closed(self.response)
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        with anyio.fail_after(max(end - time.monotonic(), 0)):
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 @dataclass(frozen=True)
