@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs: a street of 12 megapixels, what methods see of it, demo, explanation.
+"""Draws the pictures of README and docs: a street of 12 megapixels, what methods see of it, and answers.
 
     python docs/images/draw.py [FOLDER]
 
@@ -146,7 +146,10 @@ def main(folder: Path) -> None:
     app(["ask", str(SIGNS), SIGNS_QUESTION, "--out", str(seen)], standalone_mode=False)
     shrink(seen)
     seen = folder / "explained.png"
-    app(["explain", str(SIGNS), WORD_QUESTION, "--dtype", "float32", "--out", str(seen)], standalone_mode=False)
+    app(
+        ["explain", str(SIGNS), WORD_QUESTION, "--dtype", "float32", "--out", str(seen)],
+        standalone_mode=False,
+    )
     shrink(seen)
 
 
