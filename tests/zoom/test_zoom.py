@@ -63,7 +63,7 @@ def test_given_box(name: str) -> None:
         )
     )
     assert (found.first, found.zoomed) == (first, zoomed)
-    assert (found.text, found.confidence) == zoomed
+    assert (found.text, found.confidence) == (zoomed.text, zoomed.confidence)
     assert first.text != zoomed.text
 
 
