@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.data.cli import app as data
+from foveate.demo.cli import demo
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
@@ -45,6 +46,7 @@ app = typer.Typer(
 
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
+app.command()(demo)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

@@ -55,7 +55,7 @@ ROOMS = (
     ("explaining",),
     ("ask", "data"),
     ("zoom",),
-    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "demo"),
     ("cli", "__main__"),
 )
 
