@@ -94,7 +94,9 @@ async def _refuse(send: Send, status: int, why: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def application(models: Mapping[str, Foveate], limits: Limits, most_tokens: int, host: str) -> Any:
+def application(
+    models: Mapping[str, Foveate], limits: Limits, most_tokens: int, host: str, examples: bool = False
+) -> Any:
     """The page as an ASGI application.
 
     Args:
@@ -102,13 +104,14 @@ def application(models: Mapping[str, Foveate], limits: Limits, most_tokens: int,
         limits: on the pictures that are read; `max_bytes` also bounds an upload.
         most_tokens: bound on the answers' length that visitors may choose.
         host: where it will listen.
+        examples: whether the first model is the embedded one, for which there are examples.
     """
     import gradio as gr
     from fastapi import FastAPI
 
     from foveate.demo.page import STYLE, Page, theme
 
-    blocks = Page(models, limits, most_tokens).blocks()
+    blocks = Page(models, limits, most_tokens, examples).blocks()
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         blocks,
@@ -147,11 +150,10 @@ def check_packages() -> None:
         require(module, "demo", "foveate demo")
 
 
-def server(models: Mapping[str, Foveate], limits: Limits, most_tokens: int, host: str) -> Any:
-    """A server of the page that is ready to run on a socket."""
+def server(app: Any) -> Any:
+    """A server of an application, ready to run on a socket."""
     import uvicorn
 
-    app = application(models, limits, most_tokens, host)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
 
 
@@ -162,21 +164,23 @@ def serve(
     host: str,
     port: int,
     ready: Callable[[str], None],
+    examples: bool = False,
 ) -> None:
     """Serves the page until it is interrupted; uploads are deleted then.
 
     Args:
-        models: by name, at least one.
+        models: as for `application`; so are limits, most_tokens and examples.
         limits: on the pictures that are read.
         most_tokens: bound on the answers' length that visitors may choose.
         host: address to listen at.
         port: 0 takes any free one.
         ready: is told the page's address.
+        examples: whether the first model is the embedded one.
     """
     with TemporaryDirectory(prefix="foveate-demo-") as folder, listening(host, port) as at:
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        made = server(models, limits, most_tokens, host)
+        made = server(application(models, limits, most_tokens, host, examples))
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{at.getsockname()[1]}/")
         made.run(sockets=[at])

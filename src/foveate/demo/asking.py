@@ -63,11 +63,13 @@ class Talk:
 
     Attributes:
         model: its name.
+        path: the picture's file.
         chat: the conversation of the last answer.
         said: questions and answers, as messages of the page.
     """
 
     model: str
+    path: str
     chat: Chat
     said: list[dict[str, str]] = field(default_factory=list)
 
@@ -170,17 +172,22 @@ def switched_on(names: Sequence[str]) -> list[str]:
 
 
 def drawn(picture: Image.Image, shown: Mapping[str, Sequence[Box]]) -> Image.Image:
-    """The picture with the boxes of some layers; the steps of a chain have arrows."""
+    """The picture with the boxes of some layers and their numbers; the steps of one chain have arrows."""
     small = picture.copy()
     small.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    across, down = small.width / picture.width, small.height / picture.height
-    boxes = [
-        Box(*(float(n) * scale for n, scale in zip(box, (across, down) * 2, strict=True)))
-        for layer in shown.values()
-        for box in layer
-    ]
-    arrows = len(shown) == 1 and len(boxes) > 1
-    return mark_regions(small, boxes, SIDE, SIDE, arrows=arrows)
+    scales = (small.width / picture.width, small.height / picture.height) * 2
+    boxes, names = [], []
+    for layer, parts in shown.items():
+        for step, box in enumerate(parts, 1):
+            boxes.append(Box(*(float(n) * scale for n, scale in zip(box, scales, strict=True))))
+            names.append(f"{layer.split()[1]}.{step}" if layer.startswith("chain ") else _number(layer))
+    return mark_regions(small, boxes, SIDE, SIDE, arrows=len(shown) == 1 and len(boxes) > 1, names=names)
+
+
+def _number(layer: str) -> str:
+    """The number in a layer's name: views begin with it, and regions end with it."""
+    first, last = layer.split()[0], layer.split()[-1]
+    return first if first.isdigit() else f"region {last}"
 
 
 def pictures(views: Sequence[SeenView]) -> list[tuple[Image.Image, str]]:
@@ -190,16 +197,21 @@ def pictures(views: Sequence[SeenView]) -> list[tuple[Image.Image, str]]:
         if view.picture is not None:
             small = view.picture.copy()
             small.thumbnail((VIEW_SIDE, VIEW_SIDE), Image.Resampling.BICUBIC)
-            found.append((small, f"{number} {view.role}, {view.size.width} x {view.size.height}"))
+            found.append((small, f"{number} {view.role}"))
     return found
 
 
-def costs(ledger: Ledger) -> list[list[str]]:
+def costs(ledger: Ledger) -> dict[str, str]:
     """What an answer cost, in words and numbers."""
-    rows = [[words, f"{getattr(ledger, name):.4g}"] for name, words in COSTS.items()]
-    return rows + [[f"seconds to {phase}", f"{seconds:.2f}"] for phase, seconds in ledger.seconds.items()]
+    known = vars(ledger)
+    told = {words: f"{known[name]:.4g}" for name, words in COSTS.items()}
+    return told | {f"seconds to {phase}": f"{seconds:.2f}" for phase, seconds in ledger.seconds.items()}
 
 
-def name_of(model: str | None) -> str:
-    """What a model is called on the page."""
-    return EMBEDDED if model is None else model
+def names_of(models: Sequence[str | None]) -> list[str]:
+    """What models are called on the page: folders by their own names, not by where they lie."""
+    names: list[str] = []
+    for model in models:
+        name = EMBEDDED if model is None else Path(model).resolve().name if Path(model).is_dir() else model
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names

@@ -56,10 +56,10 @@ def demo(
     names: list[str | None] = [*model] if model else [None]
     if len({*names}) < len(names):
         raise FoveateError("--model names one model twice: name each once")
-    from foveate.demo.asking import name_of
+    from foveate.demo.asking import names_of
 
     models = {
-        name_of(name): load(
+        title: load(
             name,
             device=device,
             dtype=dtype,
@@ -68,7 +68,7 @@ def demo(
             options=read_pairs(option),
             limits=limits,
         )
-        for name in names
+        for title, name in zip(names_of(names), names, strict=True)
     }
     console = Console(soft_wrap=True, highlight=False)
     if host not in HERE:
@@ -84,4 +84,5 @@ def demo(
         host,
         port,
         lambda address: console.print(f"{address}   (stop with Ctrl+C)", markup=False),
+        examples=names[0] is None,
     )

@@ -14,7 +14,6 @@ from foveate.ask.answer import Answer
 from foveate.ask.conversation import Chat
 from foveate.ask.foveate import Foveate
 from foveate.demo.asking import (
-    EMBEDDED,
     Settings,
     Talk,
     costs,
@@ -38,9 +37,12 @@ QUESTIONS = (  # about signs.jpg, for the embedded model
     "how many shapes are there?",
 )
 STYLE = """
-.gradio-container { max-width: 90rem !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 96rem !important; margin: 0 auto !important; }
 #picture img, .seen img { object-fit: contain; }
-.costs table { font-variant-numeric: tabular-nums; }
+.costs table { font-variant-numeric: tabular-nums; width: 100%; border-collapse: collapse; }
+.costs th { font-weight: 400; text-align: left; } .costs td { text-align: right; }
+.costs th, .costs td { padding: .15rem .3rem; border-bottom: 1px solid var(--border-color-primary); }
+#status { min-height: 1.6rem; }
 footer { display: none !important; }
 """
 
@@ -55,7 +57,7 @@ class Column:
     layers: gr.CheckboxGroup
     seen: gr.Image
     views: gr.Gallery
-    costs: gr.Dataframe
+    costs: gr.HTML
     notes: gr.Markdown
     why: gr.Button
     explained: gr.Image
@@ -84,15 +86,21 @@ class Page:
         models: by name, at least one.
         limits: on the pictures that are read.
         most_tokens: bound on the answers' length that visitors may choose.
+        examples: whether the first model is the embedded one, for which there are examples.
     """
 
-    def __init__(self, models: Mapping[str, Foveate], limits: Limits, most_tokens: int = 1024) -> None:
+    def __init__(
+        self, models: Mapping[str, Foveate], limits: Limits, most_tokens: int, examples: bool
+    ) -> None:
         self.models, self.limits, self.most_tokens = dict(models), limits, most_tokens
+        self.examples = examples
 
     def blocks(self) -> gr.Blocks:
         """Gradio's page."""
         names = list(self.models)
-        with gr.Blocks(analytics_enabled=False, title="Foveate", delete_cache=(3600, 3600)) as made:
+        with gr.Blocks(
+            analytics_enabled=False, title="Foveate", delete_cache=(3600, 3600), fill_width=True
+        ) as made:
             gr.Markdown("# Foveate\nAsk about a picture, and see where the model looked.")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -114,6 +122,7 @@ class Page:
                         elem_id="question",
                         autofocus=True,
                     )
+                    status = gr.HTML("", elem_id="status", padding=False)
                     first = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
                     second = gr.Dropdown(
                         [ALONE, *names],
@@ -124,11 +133,15 @@ class Page:
                     )
                     with gr.Accordion("Options", open=False):
                         tokens = gr.Slider(
-                            1, self.most_tokens, 256, step=1, label="Tokens of an answer, at most"
+                            1,
+                            self.most_tokens,
+                            min(256, self.most_tokens),
+                            step=1,
+                            label="Tokens of an answer, at most",
                         )
                         heat = gr.Slider(0, 2, 0, step=0.05, label="Temperature; 0 takes the most likely")
                         remember = gr.Checkbox(False, label="Each question sees what was said before")
-                    if EMBEDDED in names:
+                    if self.examples:
                         self._examples(picture, question)
                 columns = [self._column(0), self._column(1)]
             asked = [picture, question, first, second, tokens, heat, remember]
@@ -143,14 +156,14 @@ class Page:
                     *outputs,
                 ],
                 api_visibility="private",
-                show_progress="minimal",
+                show_progress_on=status,  # it would cover the answers
             )
             picture.change(
                 self.look,
                 [picture, first],
                 outputs,
                 api_visibility="private",
-                show_progress="hidden",
+                show_progress_on=status,
             )
             for column in columns:
                 column.layers.input(
@@ -161,7 +174,11 @@ class Page:
                     show_progress="hidden",
                 )
                 column.why.click(
-                    self.explain, column.talk, [column.explained, column.notes], api_visibility="private"
+                    self.explain,
+                    column.talk,
+                    [column.explained, column.notes],
+                    api_visibility="private",
+                    show_progress_on=column.notes,
                 )
         return made
 
@@ -189,6 +206,8 @@ class Page:
             switches = gr.CheckboxGroup([], label="Views and regions", visible=False, elem_classes="layers")
             seen = gr.Image(
                 label="Where it looked",
+                show_label=False,
+                alt_text="Where it looked",
                 interactive=False,
                 visible=False,
                 format="png",
@@ -198,6 +217,8 @@ class Page:
             why = gr.Button("What does the answer rest on?", visible=False, elem_classes="why")
             explained = gr.Image(
                 label="What it rests on",
+                show_label=False,
+                alt_text="What it rests on",
                 interactive=False,
                 visible=False,
                 format="png",
@@ -215,14 +236,7 @@ class Page:
                     buttons=["fullscreen"],
                     elem_classes="views",
                 )
-                table = gr.Dataframe(
-                    headers=["cost", "value"],
-                    datatype="str",
-                    interactive=False,
-                    column_count=2,
-                    buttons=[],
-                    elem_classes="costs",
-                )
+                table = gr.HTML("", elem_classes="costs")
             talk = gr.State(None)
         return Column(box, title, said, switches, seen, views, table, notes, why, explained, talk)
 
@@ -259,24 +273,35 @@ class Page:
             frame = [gr.skip(), gr.update(), gr.update(visible=len(talks) > 1)]
             frame += [f"### {escape(name)}" for name in names] + [""] * (2 - len(names))
             nothing: list[list[Any]] = [[gr.skip()] * 9 for _ in range(2)]
-            for number, got in stream(talks, question, settings):
-                parts = list(nothing)
-                answer = talks[number].said[-1]
-                if isinstance(got, Answer):
-                    answer["content"] = got.text or "(no text)"
-                    parts[number] = self._full(talks[number], got)
-                else:
-                    answer["content"] = (answer["content"] + got).lstrip()
-                    parts[number] = [talks[number].said, *[gr.skip()] * 8]
+            parts = list(nothing)
+            for number, talk in enumerate(talks):
+                parts[number] = [talk.said, *nothing[number][1:]]
+            yield [*frame, *parts[0], *parts[1]]
+            try:
+                for number, got in stream(talks, question, settings):
+                    parts = list(nothing)
+                    answer = talks[number].said[-1]
+                    if isinstance(got, Answer):
+                        answer["content"] = got.text or "(no text)"
+                        parts[number] = self._full(talks[number], got)
+                    else:
+                        answer["content"] = (answer["content"] + got).lstrip()
+                        parts[number] = [talks[number].said, *nothing[number][1:]]
+                    yield [*frame, *parts[0], *parts[1]]
+            except FoveateError:
+                for talk in talks:  # what was not answered was not asked
+                    talk.said = talk.said[:-2]
+                    parts = [[talk.said, *nothing[0][1:]] for talk in talks] + nothing[len(talks) :]
                 yield [*frame, *parts[0], *parts[1]]
+                raise
             yield [gr.update(value=""), *[gr.skip()] * 4, *nothing[0], *nothing[1]]
 
     def _talk(self, path: str, name: str, before: Talk | None, remember: bool) -> Talk:
         """What was said so far, where it was about the same picture by the same model."""
         model = self.models[name]
-        if before is not None and before.model == name:
+        if before is not None and (before.model, before.path) == (name, path):
             return before
-        return Talk(name, Chat(model.engine, read(path, self.limits, model)))
+        return Talk(name, path, Chat(model.engine, read(path, self.limits, model)))
 
     def _full(self, talk: Talk, answer: Answer) -> list[Any]:
         """All that a whole answer shows."""
@@ -288,7 +313,7 @@ class Page:
             gr.update(choices=names, value=chosen, visible=True),
             gr.update(value=drawn(answer.picture, {name: found[name] for name in chosen}), visible=True),
             pictures(talk.chat.views()),
-            costs(answer.ledger),
+            _table(costs(answer.ledger)),
             _paragraphs(answer.notes),
             gr.update(visible=True),
             gr.update(value=None, visible=False),
@@ -332,7 +357,7 @@ def _empty() -> list[Any]:
         gr.update(choices=[], value=[], visible=False),
         gr.update(value=None, visible=False),
         None,
-        [],
+        "",
         "",
         gr.update(visible=False),
         gr.update(value=None, visible=False),
@@ -345,6 +370,14 @@ def _path_of(payload: Any) -> str | None:
     if payload is None:
         return None
     return str(payload.path or payload.url)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    cells = (
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f"<table>{''.join(cells)}</table>"
 
 
 def _message(role: str, text: str) -> dict[str, str]:
