@@ -19,6 +19,7 @@ from rich.table import Table
 
 from foveate.batch.cli import batch
 from foveate.data.cli import app as data
+from foveate.demo.cli import demo
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
@@ -51,6 +52,7 @@ app.add_typer(data, name="data")
 app.command()(batch)
 app.command()(serve)
 app.command()(mcp)
+app.command()(demo)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")

@@ -55,7 +55,7 @@ ROOMS = (
     ("explaining",),
     ("ask", "data"),
     ("zoom",),
-    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve", "demo"),
     ("batch",),
     ("cli", "__main__"),
 )

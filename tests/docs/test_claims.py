@@ -222,7 +222,7 @@ def test_columns_of_inspect_are_explained() -> None:
 def test_pictures_are_small_and_the_street_has_twelve_megapixels() -> None:
     pictures = {path.stem: path for path in (ROOT / "docs/images").glob("*.png")}
     methods = runpy.run_path(str(ROOT / "docs/images/draw.py"))["SEEDS"]
-    assert set(pictures) == {"street", "demo", *methods}
+    assert set(pictures) == {"street", "demo", "explained", *methods}
     for path in pictures.values():
         assert path.stat().st_size < 300_000, path
     with Image.open(pictures["street"]) as street:

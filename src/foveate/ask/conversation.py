@@ -65,14 +65,15 @@ class Chat:
             raise FoveateError("there is no answer to explain: ask a question first")
         engine, answer = self.engine, self.last
         account = engine.account(self.picture).joined(answer.account)
-        told = Told(engine.model.method.title, answer.question, answer.text, account, self._views(account))
+        told = Told(engine.model.method.title, answer.question, answer.text, account, self.views())
         story = Story(self.picture, self.messages[:-1], self.areas, answer.tokens)
         with engine.gate.alone():
             own = Own(engine.model, engine.processor)
             return explain(own, story, told, words=words, reading=reading, probe=probe)
 
-    def _views(self, account: Account) -> list[SeenView]:
-        """All views that the model was shown, in original pixels."""
+    def views(self) -> list[SeenView]:
+        """All views that the model was shown so far, with what they show in original pixels."""
+        account = self.engine.account(self.picture)
         images = self.engine.processor.image_processor
         shown = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
         views = []

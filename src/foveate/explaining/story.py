@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from foveate.model.text import pictures_of
 from foveate.picture.account import Spread
 from foveate.picture.geometry import Box
-from foveate.picture.reading import to_array
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _showing(
 
 
 def _masked(shown: Image.Image, area: Box, mask: np.ndarray, colour: Sequence[int]) -> Image.Image:
-    pixels = to_array(shown).copy()
+    """A picture of an area of the original, with what the mask covers there painted over."""
     rows, columns = (
         np.floor(float(start) + (np.arange(length) + 0.5) * float(extent) / length).astype(np.int64)
         for start, extent, length in (
@@ -74,8 +73,11 @@ def _masked(shown: Image.Image, area: Box, mask: np.ndarray, colour: Sequence[in
     )
     down, across = ((n >= 0) & (n < side) for n, side in zip((rows, columns), mask.shape, strict=True))
     here = mask[rows.clip(0, mask.shape[0] - 1)][:, columns.clip(0, mask.shape[1] - 1)]
-    pixels[here & down[:, None] & across] = colour
-    return Image.fromarray(pixels)
+    here &= down[:, None]
+    here &= across
+    hidden = shown.copy()
+    hidden.paste(tuple(int(n) for n in colour), mask=Image.fromarray(here))
+    return hidden
 
 
 class Prepared(NamedTuple):

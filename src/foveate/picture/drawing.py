@@ -162,6 +162,7 @@ def mark_regions(
     heat: Sequence[tuple[Box, float]] = (),
     letters: int = TEXT,
     arrows: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Image.Image:
     """The picture with boxes, and their numbers beside them.
 
@@ -173,8 +174,10 @@ def mark_regions(
         heat: boxes with a weight, which tint the picture.
         letters: size of the numbers.
         arrows: from each region to the next.
+        names: what stands beside each region; by default its number.
     """
-    numbers = [_badge(str(i + 1), letters, COLOURS[i % len(COLOURS)]) for i in range(len(regions))]
+    names = [str(i + 1) for i in range(len(regions))] if names is None else names
+    numbers = [_badge(name, letters, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
     border = Size(max([n.height for n in numbers], default=0), max([n.width for n in numbers], default=0))
     scale = min((width - 2 * border.width) / picture.width, (height - 2 * border.height) / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
