@@ -47,7 +47,7 @@ ALL = ("llava", "anyres", *CONTROLS)
 
 
 def cell(method: str, steps: int = 4, seed: int = 0, **options: object) -> Cell:
-    return Cell(method, seed, "words", "nano", steps, options)
+    return Cell(method, seed, "words", "nano", steps, options, points=1)
 
 
 def test_controls_are_known_only_where_they_are_asked_for() -> None:
@@ -80,7 +80,7 @@ def test_only_what_a_stage_trains_moves(method: str, bench: Bench) -> None:
         first, second = student.stages()
         for stage, llm_moves in ((first, False), (second, True)):
             optimise = student.optimiser(stage)
-            loss, *_ = student.forward(bench.train, student.rows(bench.train, [0, 1, 2]))
+            loss = student.forward(bench.train, student.rows(bench.train, [0, 1, 2])).loss
             optimise.zero_grad()
             loss.backward()
             assert all(p.grad is not None for p in student.model.connector.parameters())
@@ -317,7 +317,7 @@ def test_questions_about_one_region_share_a_row(bench: Bench) -> None:
     losses = []
     for some in (rows, apart):
         seen = student.forward(bench.train, some)
-        losses.append(seen.logits.detach()[:, :-1][seen.packed.labels[:, 1:] != IGNORED])
+        losses.append(seen.answers.logits.detach())
     assert gap(*losses) < 1e-4
 
 
@@ -497,7 +497,7 @@ def test_stages_train_what_they_name_under_their_options(bench: Bench) -> None:
         assert not learner.method.options.with_global and under(student, second) is student
         learner.model.train()
         optimise = learner.optimiser(first)
-        loss, *_ = learner.forward(bench.train, learner.rows(bench.train, [0, 1], captions=True))
+        loss = learner.forward(bench.train, learner.rows(bench.train, [0, 1], captions=True)).loss
         loss.backward()
         optimise.step()
         before = {key: tensor.clone() for key, tensor in student.model.state_dict().items()}

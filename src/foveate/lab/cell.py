@@ -13,6 +13,7 @@ from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.lab.controls import controls
+from foveate.lab.curve import POINTS, Converge
 from foveate.lab.data import Examples, examples
 from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import level_named
@@ -40,6 +41,9 @@ class Cell:
         label: its name in reports; by default the method's title and options.
         told: whether the method is given the region that a question is about; an upper bound.
         batch: pictures a step; None: the scale's.
+        converge: stops training early.
+        points: how often it is measured on the way; names ignore them, as they change no weight unless it
+            trains until it converges.
     """
 
     method: str
@@ -52,6 +56,8 @@ class Cell:
     label: str | None = None
     told: bool = False
     batch: int | None = None
+    converge: Converge | None = None
+    points: int = POINTS
 
     @classmethod
     def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
@@ -59,7 +65,20 @@ class Cell:
         e, v = experiment, variant
         options = _typed(v.method, v.options)
         stages = tuple(replace(s, options=_typed(s.method or v.method, s.options)) for s in v.stages)
-        return cls(v.method, seed, e.level, e.scale, e.training, options, stages, v.label, v.told, e.batch)
+        return cls(
+            v.method,
+            seed,
+            e.level,
+            e.scale,
+            e.training,
+            options,
+            stages,
+            v.label,
+            v.told,
+            e.batch,
+            e.converge,
+            e.points,
+        )
 
     @property
     def key(self) -> str:
@@ -70,9 +89,11 @@ class Cell:
         stages = [{k: v for k, v in asdict(stage).items() if v or k not in LATER} for stage in self.stages]
         if self.told:
             name += "-told"
-        if not self.options and not stages:
+        until = [] if self.converge is None else [{**asdict(self.converge), "points": self.points}]
+        if not self.options and not stages and not until:
             return name
-        described = json.dumps([self.options, stages] if stages else self.options, sort_keys=True)
+        several = [self.options, stages, *until]
+        described = json.dumps(several if stages or until else self.options, sort_keys=True)
         return f"{name}-{blake2b(described.encode(), digest_size=3).hexdigest()}"
 
     @property

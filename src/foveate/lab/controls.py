@@ -103,6 +103,12 @@ class Tiled(Method):
 @dataclass(frozen=True)
 class PooledOptions(TileOptions):
     with_global: bool = True  # average with the view of the whole picture, which encodes the place of a token
+    rows: int | None = None  # of the pooled map, which has as many columns; null: those of a view
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows is not None and self.rows < 1:
+            raise FoveateError(f"rows must be at least 1, not {self.rows}")
 
 
 class PooledConnector(Connector):
@@ -118,10 +124,16 @@ class PooledConnector(Connector):
         views = features.unflatten(0, (len(plans), 1 + t * t))  # (P, 1 + t t, N, C)
         tiles = views[:, 1:].unflatten(1, (t, t)).unflatten(3, (h, w))  # (P, t, t, h, w, C)
         large = tiles.permute(0, 1, 3, 2, 4, 5)  # (P, t, h, t, w, C): the feature map of all tiles
-        map_of_tiles = large.reshape(len(plans), h, t, w, t, -1)  # a token's t x t neighbours adjacent
-        tokens = self.tile_projector(map_of_tiles.mean((2, 4)).flatten(1, 2))  # (P, N, D)
+        side = (self.options.rows or h, self.options.rows or w)
+        whole_map = large.reshape(len(plans), t * h, t * w, -1).permute(0, 3, 1, 2)  # (P, C, t h, t w)
+        pooled = F.adaptive_avg_pool2d(whole_map, side).flatten(2).transpose(1, 2)
+        tokens = self.tile_projector(pooled)  # (P, N, D)
         if self.options.with_global:
-            tokens = (tokens + self.global_projector(views[:, 0])) / 2
+            own = self.global_projector(views[:, 0])
+            if side != (h, w):
+                own = own.transpose(1, 2).unflatten(2, (h, w))  # (P, D, h, w)
+                own = F.interpolate(own, side, mode="bilinear").flatten(2).transpose(1, 2)
+            tokens = (tokens + own) / 2
         return VisualTokens(flat(tokens))
 
 
@@ -130,6 +142,10 @@ class PooledTiles(Tiled):
     idea = "tiles averaged down to the tokens of one view"
     Options = PooledOptions
     options: PooledOptions
+
+    @property
+    def tokens(self) -> int:
+        return self.options.rows**2 if self.options.rows else super().tokens
 
     def build_connector(self, widths: Widths) -> PooledConnector:
         return PooledConnector(widths, self.tower.grid, self.options)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import set_seed
 
 from foveate.ask.foveate import Foveate
-from foveate.data.dataset import IGNORED, Collator, cut_out, encode
+from foveate.data.dataset import Collator, cut_out, encode
 from foveate.errors import FoveateError
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.data import Examples
 from foveate.lab.levels import level_named
+from foveate.lab.packing import Sample, pack, portions
 from foveate.lab.questions import Question
-from foveate.lab.student import Graded, Stage, Student
+from foveate.lab.reading import Answers, read, seen
+from foveate.lab.student import SHORT, Graded, Stage, Student
 from foveate.lab.words import talking_tokenizer
 from foveate.methods import method_class
-from foveate.methods.base import Method
+from foveate.methods.base import IMAGE_TOKEN, Method
 from foveate.picture.geometry import Box, Size, whole
 
 REGION = "region"  # a further kind of question, which is not measured
@@ -38,6 +41,11 @@ class ConversingStudent(Student):
     """
 
     template = "bare"
+    curve_pictures = 100  # conversations take longer
+
+    @property
+    def told_when_measured(self) -> bool:  # type: ignore[override]
+        return self.cell.told
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         tokenizer, reader = talking_tokenizer(), copy.deepcopy(bench.parts.reader)
@@ -46,10 +54,7 @@ class ConversingStudent(Student):
         parts = replace(bench.parts, tokenizer=tokenizer, reader=reader)
         super().__init__(cell, replace(bench, parts=parts))
         self.collate = Collator(tokenizer.pad_token_id)
-
-    def ready(self) -> str | None:
-        """Caches nothing: crops differ from question to question."""
-        return None
+        self.drills: dict[tuple[str, bool], dict[int, list[Drill]]] = {}
 
     def pointing(self, data: Examples, captions: bool) -> Examples:
         kind, ratio = type(self.method), level_named(self.cell.level).ratio
@@ -65,14 +70,79 @@ class ConversingStudent(Student):
         return replace(data, captions=said)
 
     def loss(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Tensor:
-        lessons = []
-        for i in indices:
-            picture = Image.fromarray(data.pictures[i])
-            lessons += self._lessons(picture, data.questions[i])
-            lessons += [_dialogue(picture, [(q.text, q.answer)]) for q in data.captions[i] if captions]
-        read = self.processor.image_processor.read
-        batch = self.collate([encode(self.processor, cut_out(lesson, read)) for lesson in lessons])
-        return self.model(**batch, use_cache=False).loss
+        read_one = self.processor.image_processor.read
+        if self.builds_tower or self.method.uses_query:  # nothing that a picture's lessons could share
+            lessons = [lesson for i in indices for lesson in self._of_picture(data, i, captions)]
+            batch = self.collate([encode(self.processor, cut_out(lesson, read_one)) for lesson in lessons])
+            return self.model(**batch, use_cache=False).loss
+        return self.told(data, indices, captions).loss
+
+    def _of_picture(self, data: Examples, i: int, captions: bool) -> list[list[dict[str, Any]]]:
+        """The lessons about a picture, and what is said of it."""
+        picture = Image.fromarray(data.pictures[i])
+        said = [_dialogue(picture, [(q.text, q.answer)]) for q in data.captions[i] if captions]
+        return [*self._lessons(picture, data.questions[i]), *said]
+
+    def told(self, data: Examples, indices: Sequence[int], captions: bool = False) -> Answers:
+        """The LLM's answers within these pictures' lessons, all of which read the same view first."""
+        drills = self._drilled(data, indices, captions)
+        runs = [portions([len(d.sample.ids) for d in row], max(SHORT, self.plan.tokens)) for row in drills]
+        samples = [
+            [row[k].sample for k in run] for row, some in zip(drills, runs, strict=True) for run in some
+        ]
+        owners = [p for p, some in enumerate(runs) for _ in some]
+        shown = [part for row in drills for drill in row for part in drill.shown]
+        packed = pack(samples, 0, self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id)
+        first = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
+        if first.kept is not None or first.injection is not None:
+            raise FoveateError(f"{self.method.title}: the lab trains it in turns only if all tokens are read")
+        visual = seen(first.pooler_output, None, torch.tensor(owners))
+        later = None
+        if shown:
+            features = torch.cat([part.features for part in shown]).float()
+            connected = self.model.connect(features, torch.tensor([part.size for part in shown]))
+            later = torch.cat(connected.pooler_output)
+        return read(self.model.language_model, visual, packed, later, self.model.config.image_token_id)
+
+    def _drilled(self, data: Examples, indices: Sequence[int], captions: bool) -> list[list[Drill]]:
+        """The lessons about each picture as the LLM reads them, made once."""
+        memory = self.drills.setdefault((data.key, captions), {})
+        new = [i for i in dict.fromkeys(indices) if i not in memory]
+        made = {i: [self._cut(lesson) for lesson in self._of_picture(data, i, captions)] for i in new}
+        views: dict[tuple[int, bytes], np.ndarray] = {}  # many questions are about the same part
+        sizes: dict[tuple[int, bytes], Size] = {}
+        for i, lessons in made.items():
+            for _, pictures in lessons:
+                for picture in pictures:
+                    key = (i, picture.tobytes())
+                    if key not in views:
+                        sizes[key] = Size(picture.height, picture.width)
+                        plan = self.method.plan(*sizes[key])
+                        views[key] = self.processor.image_processor.views(picture, plan)
+        shown: dict[tuple[int, bytes], Shown] = {}
+        if views:
+            features = self._encode_frozen(np.concatenate(list(views.values()))).to(torch.bfloat16)
+            parts = features.split([len(some) for some in views.values()])
+            for (key, size), part in zip(sizes.items(), parts, strict=True):
+                shown[key] = Shown(size, self.method.plan(*size).tokens, part.clone())
+        for i, lessons in made.items():
+            memory[i] = []
+            for messages, pictures in lessons:
+                mine = [shown[i, picture.tobytes()] for picture in pictures]
+                tokens = [part.tokens for part in mine]
+                memory[i].append(Drill(_sample(self.bench.parts.tokenizer, messages, tokens), mine))
+        return [memory[i] for i in indices]
+
+    def _cut(self, lesson: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        """A lesson's messages, and the pictures in it but for the first.
+
+        Raises `FoveateError` if it does not begin with the picture.
+        """
+        messages = cut_out(lesson, self.processor.image_processor.read)
+        if messages[0]["content"][0]["type"] != "image" or messages[0]["role"] != "user":
+            raise FoveateError(f"{self.method.title}: the lab needs lessons that begin with the picture")
+        pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+        return messages, pictures[1:]
 
     def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
         size = Size(picture.height, picture.width)
@@ -106,27 +176,61 @@ class ConversingStudent(Student):
 
     def _grade_told(self, data: Examples, indices: Sequence[int]) -> list[Graded]:
         """Whether greedy decoding would give exactly the answers, after the lessons' own first turns."""
-        graded, read = [], self.processor.image_processor.read
-        for i in indices:
-            lessons = self._lessons(Image.fromarray(data.pictures[i]), data.questions[i])
-            batch = self.collate([encode(self.processor, cut_out(lesson, read)) for lesson in lessons])
-            output = self.model(**batch, use_cache=False)
-            labels = batch["labels"][:, 1:]  # (B, T - 1)
-            wrong = (output.logits[:, :-1].argmax(-1) != labels) & _second_runs(labels != IGNORED)
-            tokens = (batch["input_ids"] == self.model.config.image_token_id).sum(1)
-            graded += [
-                Graded(question, not missed, int(count), None)
-                for question, missed, count in zip(
-                    data.questions[i], wrong.any(1).tolist(), tokens, strict=True
-                )
-            ]
-        return graded
+        drills = self._drilled(data, indices, False)
+        answers, end = self.told(data, indices), self.model.config.text_config.eos_token_id
+        hits = iter([hit for row in answers.right(end) for hit in row])
+        return [
+            Graded(question, next(hits), self.plan.tokens + sum(part.tokens for part in drill.shown), None)
+            for i, row in zip(indices, drills, strict=True)
+            for question, drill in zip(data.questions[i], row, strict=True)
+        ]
 
 
-def _second_runs(learnt: Tensor) -> Tensor:
-    """(B, T) bool -> the same with only the second run of True in each row: the answer's, after the box."""
-    starts = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
-    return learnt & (starts.cumsum(1) == 2)
+class Shown(NamedTuple):
+    """A part of a picture within a lesson: its size, visual tokens and features (V, N, C)."""
+
+    size: Size
+    tokens: int
+    features: Tensor
+
+
+class Drill(NamedTuple):
+    """A lesson as the LLM reads it after the picture, and the parts of the picture within it."""
+
+    sample: Sample
+    shown: list[Shown]
+
+
+def _sample(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tokens: Sequence[int]) -> Sample:
+    """A conversation in the template `bare`, without the picture that it begins with.
+
+    `tokens`: visual tokens of each picture within it.
+    """
+    text, learnt = "", []
+    for message in messages:
+        said = "".join(
+            IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in message["content"]
+        )
+        if message["role"] == "assistant":
+            said = said.strip() + tokenizer.eos_token
+            learnt.append((len(text), len(text) + len(said)))
+        text += said
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    counts, ids, answers = iter([0, *tokens]), [], []
+    for token, (start, end) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+        count = next(counts) if text[start:end] == IMAGE_TOKEN else 1
+        ids += [token] * count
+        answers += [any(start < last and first < end for first, last in learnt)] * count
+    spans = [
+        (start, end)
+        for start, end in zip(
+            [i for i, now in enumerate(answers) if now and not (i and answers[i - 1])],
+            [i + 1 for i, now in enumerate(answers) if now and not (i + 1 < len(ids) and answers[i + 1])],
+            strict=True,
+        )
+    ]
+    *earlier, (last, _) = spans
+    return Sample(ids, last, tuple(earlier))
 
 
 def _text(message: Mapping[str, Any]) -> str:

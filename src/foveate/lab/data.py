@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from foveate.lab.materials import SPLITS, Split
 from foveate.lab.questions import Question, ask_about, caption
 from foveate.lab.scenes import make_scene
 from foveate.picture.geometry import Box, Canvas, Size, View, ViewPlan, whole
+from foveate.picture.source import Look, views_of
 
 GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
 SPARE = 200 * 2**20  # bytes left free on the disk
+T = TypeVar("T")
 Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
 
 
@@ -111,6 +113,7 @@ class Features:
         tower: names the tower's weights; part of every file's name.
         encode: the tower.
         prepare: picture and plan -> normalised views (V, 3, h, w); the image processor's `views`.
+        norms: (2, 3) mean and standard deviation, for parts of pictures.
         memory: bytes that may be kept in memory.
     """
 
@@ -121,37 +124,52 @@ class Features:
         tower: str,
         encode: Encode,
         prepare: Callable[[np.ndarray, ViewPlan], np.ndarray],
+        norms: np.ndarray,
         memory: int = 4 * 2**30,
     ) -> None:
         self.folder, self.data, self.tower = folder / "features" / f"{data.key}-{tower}", data, tower
         self.encode, self.prepare, self.memory = encode, prepare, memory
+        self.norms = torch.from_numpy(np.asarray(norms))
         self.kept: dict[str, Tensor] = {}
         self.fallback: str | None = None  # says why features are not on disk
 
-    def ready(self, plan: ViewPlan) -> None:
-        """Encodes the plan's missing views of all pictures, or waits for another run that does."""
+    def ready(self, plan: ViewPlan, looks: Sequence[Look] = ()) -> None:
+        """Encodes what is missing of all pictures, or waits for another run that does.
+
+        Args:
+            plan: its views.
+            looks: parts of the pictures, at the size of its views.
+        """
+        views = {view_key(plan, view): view for view in plan.views}
+        parts = {look_key(plan, look): look for look in looks}
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK):
-                self._ready(plan)
+                self._fill(
+                    views, plan, lambda shown, some: self._encode(replace(plan, views=tuple(shown)), some)
+                )
+                self._fill(parts, plan, lambda shown, some: self._look(plan, shown, some))
 
-    def _ready(self, plan: ViewPlan) -> None:
-        keys = [view_key(plan, view) for view in plan.views]
-        missing = {}
-        for key, view in zip(keys, plan.views, strict=True):
-            if key not in self.kept and not self._open(key):
-                missing[key] = view
+    def _fill(
+        self,
+        wanted: Mapping[str, T],
+        plan: ViewPlan,
+        encode: Callable[[Sequence[T], range], Tensor],
+    ) -> None:
+        """Encodes those of `wanted` that are missing: `encode` makes (n, V, N, C) of V of them."""
+        missing = {
+            key: shown for key, shown in wanted.items() if key not in self.kept and not self._open(key)
+        }
         if not missing:
             return
         new = self._room(list(missing), self._shape(plan))
         if new is None:
             return
-        part = replace(plan, views=tuple(missing.values()))
         for start in range(0, len(self.data.pictures), 64):
-            stop = min(start + 64, len(self.data.pictures))
-            features = self._encode(part, range(start, stop))  # (n, V, N, C)
+            some = range(start, min(start + 64, len(self.data.pictures)))
+            features = encode(list(missing.values()), some)  # (n, V, N, C)
             for i, tensor in enumerate(new.values()):
-                tensor[start:stop] = features[:, i]
+                tensor[some.start : some.stop] = features[:, i]
         for key, tensor in new.items():
             self.kept[key] = tensor
             if (unfinished := self._unfinished(key)).is_file():
@@ -166,6 +184,22 @@ class Features:
         else:
             features = self._encode(plan, indices)
         return features.flatten(0, 1).float()
+
+    def _look(self, plan: ViewPlan, looks: Sequence[Look], some: range) -> Tensor:
+        """(n, V, N, C) bfloat16"""
+        pictures = torch.from_numpy(np.array(self.data.pictures[some.start : some.stop]))  # (n, H, W, 3)
+        found = []
+        for look in looks:
+            views = views_of(pictures, self.norms, look, plan.views[0].size)
+            found.append(self.encode(views.numpy()).to("cpu", torch.bfloat16))
+        return torch.stack(found, 1)
+
+    def gather_looks(self, plan: ViewPlan, wanted: Sequence[tuple[int, Look]]) -> Tensor | None:
+        """(n, N, C) float32: parts of pictures; None if they are not kept."""
+        keys = [look_key(plan, look) for _, look in wanted]
+        if not all(key in self.kept for key in keys):
+            return None
+        return torch.stack([self.kept[key][i] for key, (i, _) in zip(keys, wanted, strict=True)]).float()
 
     def _encode(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
         """(n, V, N, C) bfloat16"""
@@ -219,6 +253,12 @@ def view_key(plan: ViewPlan, view: View) -> str:
     filled = canvas.source.clipped(plan.picture) != canvas.source or canvas.content != whole(canvas.size)
     shown = Canvas(canvas.size, canvas.source, canvas.content, canvas.fill if filled else "black")
     return _digest(repr((full, shown, view.box, view.stride)))
+
+
+@lru_cache(maxsize=4096)
+def look_key(plan: ViewPlan, look: Look) -> str:
+    """A name for a part of the pictures."""
+    return _digest(repr((plan.picture, plan.views[0].size, look)))
 
 
 def _new_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
+from foveate.lab.curve import POINTS, Converge
 from foveate.lab.levels import level_named
 from foveate.lab.scales import scale_named
 from foveate.options import build_options
@@ -78,6 +79,8 @@ class Experiment:
         seeds: for connectors and the order of the data.
         steps: of training; None: the scale's.
         batch: pictures a step, with all their questions; None: the scale's.
+        converge: stops a cell that has stopped learning: `steps` is then the bound.
+        points: how often a cell is measured on the way.
     """
 
     variants: tuple[Variant, ...]
@@ -86,6 +89,8 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     steps: int | None = None
     batch: int | None = None
+    converge: Converge | None = None
+    points: int = POINTS
 
     def __post_init__(self) -> None:
         scenes = scale_named(self.scale).scenes
@@ -94,6 +99,12 @@ class Experiment:
             raise FoveateError(f"steps must be at least 1, not {self.steps}")
         if self.batch is not None and not 1 <= self.batch <= scenes:
             raise FoveateError(f"batch must be from 1 to {scenes}, the scale's pictures, not {self.batch}")
+        if self.points < 1:
+            raise FoveateError(f"points must be at least 1, not {self.points}")
+        if self.converge is not None and self.converge.least > self.training:
+            raise FoveateError(
+                f"converge: least must be at most {self.training}, the steps, not {self.converge.least}"
+            )
         if not self.seeds:
             raise FoveateError("name at least one seed, for example --seeds 0")
         if not all(0 <= seed < 2**32 for seed in self.seeds):

@@ -34,3 +34,20 @@ def warm_cosine(optimise: torch.optim.Optimizer, steps: int) -> torch.optim.lr_s
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimise, factor)
+
+
+class Trapezoid:
+    """A learning rate's factor: a linear rise, then 1, then a straight fall to zero, once `turned`."""
+
+    def __init__(self, steps: int) -> None:
+        self.warm = max(1, round(WARM_STEPS * steps))
+        self.top, self.end = steps, steps  # last step at 1, and of all
+
+    def turned(self, top: int, end: int) -> None:
+        """From here on it falls, to zero at `end`."""
+        self.top, self.end = top, end
+
+    def __call__(self, step: int) -> float:
+        if step < self.warm:
+            return (step + 1) / self.warm
+        return 1.0 if step < self.top else max(0.0, (self.end - step) / max(1, self.end - self.top))

@@ -22,17 +22,17 @@ VISUAL, PADDING = 0, -1  # block numbers; questions count from 1
 class Sample(NamedTuple):
     """A question and its answer as token ids; `answer` is where the answer starts.
 
-    `earlier`: start and end of a part before it that is also learnt, if there is one.
+    `earlier`: starts and ends of parts before it that are also learnt.
     """
 
     ids: list[int]
     answer: int
-    earlier: tuple[int, int] | None = None
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def learnt(self) -> list[tuple[int, int]]:
         """Starts and ends of the parts that are learnt."""
-        return [*([self.earlier] if self.earlier else []), (self.answer, len(self.ids))]
+        return [*self.earlier, (self.answer, len(self.ids))]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,21 @@ def pack(
         position_ids=torch.cat([visual_positions, first_text + offsets], dim=1),
         blocks=blocks,
     )
+
+
+def portions(lengths: Sequence[int], most: int) -> list[range]:
+    """Cuts texts of these lengths into runs of at most `most` tokens, or of one text.
+
+    Attention costs the square of a row's length: several short rows are cheaper than a long one.
+    """
+    runs: list[range] = []
+    start, total = 0, 0
+    for i, length in enumerate(lengths):
+        if total and total + length > most:
+            runs.append(range(start, i))
+            start, total = i, 0
+        total += length
+    return [*runs, range(start, len(lengths))]
 
 
 def visible(blocks: Tensor) -> Tensor:

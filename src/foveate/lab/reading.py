@@ -1,9 +1,9 @@
 """The LLM on many questions about a few pictures, without the work that nobody reads.
 
-What the model's own forward computes for [visual tokens][question][answer], in three parts: the tokens that all
-questions of a picture read first (the stem), those that belong to one row alone (the branch), and the texts.
-A stem passes the LLM once a picture. Behind the last layer only the tokens before an answer's are read, so there
-the others are only keys and values.
+What the model's own forward computes for [visual tokens][question][answer], in three parts: the tokens that
+all questions of a picture read first (the stem), those that belong to one row alone (the branch), and the
+texts. A stem passes the LLM once a picture. Behind the last layer only the tokens before an answer's are
+read, so there the others are only keys and values.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ class Seen(NamedTuple):
 def seen(
     tokens: Sequence[Tensor], kept: Sequence[Tensor] | None, owners: Tensor, closed: bool = True
 ) -> Seen:
-    """Finds what the rows of a picture share. Per row its tokens (n, D), and which of them exist (n,).
+    """Finds what the rows of a picture share. Per row its tokens (n, D), and which of them exist (n,); or per
+    picture, if its rows read the same.
 
     `closed`: tokens that do not exist are left out, as far as rows of one length allow.
     """
     rows = torch.stack(list(tokens))  # (R, n, D)
+    if len(rows) < len(owners):
+        empty = torch.ones(len(owners), 0, dtype=torch.bool)
+        return Seen(rows, owners, rows[owners, :0], empty)
     there = torch.ones(rows.shape[:2], dtype=torch.bool) if kept is None else torch.stack(list(kept))
     pictures, first = int(owners.max()) + 1, torch.zeros(int(owners.max()) + 1, dtype=torch.long)
     first[owners.flip(0)] = torch.arange(len(owners)).flip(0)  # a picture's first row
@@ -87,13 +91,18 @@ class Answers(NamedTuple):
     def loss(self) -> Tensor:
         return F.cross_entropy(self.logits.float(), self.labels)
 
-    def right(self, rows: int) -> list[list[bool]]:
-        """Per row and question, whether greedy decoding would give exactly what is learnt of it."""
-        blocks = int(self.block.max())
+    def right(self, second: int | None = None) -> list[list[bool]]:
+        """Per row and question, whether greedy decoding would give exactly what is learnt of it.
+
+        `second`: token that ends each answer, if a text has several: only the second one counts.
+        """
+        rows, blocks = 1 + int(self.row.max()), int(self.block.max())
         missed = torch.zeros(rows, blocks, dtype=torch.bool)
         there = torch.zeros(rows, blocks, dtype=torch.bool)
         there[self.row, self.block - 1] = True
         wrong = self.logits.argmax(-1) != self.labels
+        if second is not None:
+            wrong &= _ended(self.labels == second, self.row * (blocks + 1) + self.block) == 1
         missed[self.row[wrong], self.block[wrong] - 1] = True
         return [
             [not bad for bad, asked in zip(*pair, strict=True) if asked]
@@ -106,6 +115,7 @@ def read(
     visual: Seen,
     packed: Packed,
     shown: Tensor | None = None,
+    placeholder: int | None = None,
     changes: Mapping[int, Change] | None = None,
 ) -> Answers:
     """The LLM's answers to packed texts about visual tokens.
@@ -114,12 +124,15 @@ def read(
         llm: of any size, in training or not.
         visual: what the rows see before their texts.
         packed: the texts, of R rows, without visual tokens before them.
-        shown: (R, T, D) visual tokens within the texts, zero elsewhere.
+        shown: (n, D) visual tokens within the texts.
+        placeholder: id that stands for each of them.
         changes: decoder layer -> what changes the visual tokens of all rows behind it.
     """
     stem, owners, branch, kept = visual
     texts = llm.get_input_embeddings()(packed.input_ids)  # (R, T, D)
-    rest = torch.cat([branch, texts if shown is None else texts + shown], 1)  # (R, B + T, D)
+    if shown is not None:
+        texts = texts.masked_scatter((packed.input_ids == placeholder)[..., None], shown)
+    rest = torch.cat([branch, texts], 1)  # (R, B + T, D)
     stem_places = torch.arange(stem.shape[1])[None]
     places = (stem.shape[1] + kept.long().cumsum(1) - 1).clamp(min=0)
     places = torch.cat([places, visual.tokens[:, None] + packed.position_ids], 1)
@@ -158,6 +171,12 @@ def read(
     row, _ = wanted.nonzero(as_tuple=True)
     labels, blocks = (part[:, 1:].gather(1, asked)[wanted] for part in (packed.labels, packed.blocks))
     return Answers(logits, labels, row, blocks)
+
+
+def _ended(ends: Tensor, text: Tensor) -> Tensor:
+    """(n,): how many answers of the same text end before each token; `text` (n,) is in order."""
+    before = F.pad(ends.long().cumsum(0), (1, 0))[:-1]
+    return before - before[torch.searchsorted(text, text)]
 
 
 def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from foveate.errors import FoveateError
 from foveate.lab.cell import Cell, check_methods, make_bench
@@ -26,7 +27,7 @@ def run(
     name: str | None = None,
     commands: Callable[[Cell], str] = lambda cell: cell.command,
 ) -> Path:
-    """Trains what is missing of all variants and seeds, seed by seed, and writes the report.
+    """Trains what is missing of all variants and seeds, seed by seed, and writes the report after each cell.
 
     Args:
         experiment: what to train.
@@ -54,13 +55,14 @@ def run(
         if len({*keys}) < len(keys):
             raise FoveateError("two variants, or two seeds, are the same")
         bench = make_bench(level, scale, folder, load_parts(scale, folder))
-        found = {}
+        batch = f"-batch{experiment.batch}" if experiment.batch else ""
+        place = folder / "reports" / (name or f"{scale}-{level}-{experiment.training}{batch}")
+        found: dict[str, dict[str, Any]] = {}
         for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
             found[cell.key] = train_cell(cell, bench, _telling(report, cell), commands(cell))
-    results = [{**found[cell.key], "label": cell.label} for row in cells for cell in row]
-    batch = f"-batch{experiment.batch}" if experiment.batch else ""
-    name = name or f"{scale}-{level}-{experiment.training}{batch}"
-    return write_report(results, folder / "reports" / name)
+            done = [one for row in cells for one in row if one.key in found]
+            path = write_report([{**found[one.key], "label": one.label} for one in done], place)
+    return path
 
 
 def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,17 +20,18 @@ from foveate.lab.data import Examples, Features
 from foveate.lab.experiment import StageSpec
 from foveate.lab.levels import level_named
 from foveate.lab.optimise import optimiser
-from foveate.lab.packing import Sample, pack
+from foveate.lab.packing import Sample, pack, portions
 from foveate.lab.questions import Question
 from foveate.lab.reading import Answers, Change, Seen, read, seen
 from foveate.lab.told import told_windows
 from foveate.methods import method_class
 from foveate.methods.base import Method
 from foveate.model.modeling import EncodedPictures
-from foveate.picture.geometry import Box, ViewPlan
+from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.picture.source import Look, Source
 
 OWN_TOWER_LR = 0.25  # of the connector's, factor for towers that a method builds itself
+SHORT = 64  # tokens of text that share a row, if there are fewer visual ones
 WARM_UP_LR = 2.0  # of the connector's, factor while the LLM is frozen
 
 
@@ -81,10 +82,34 @@ class Graded(NamedTuple):
     regions: list[Box] | None
 
 
+class KeptSource(Source):
+    """Takes parts of pictures from where they are kept.
+
+    `kept`: parts, with the number of their picture -> features (L, N, C); None: they are encoded.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Tensor],
+        norms: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        memory: Sequence[dict[Look, Tensor]],
+        kept: Callable[[Sequence[tuple[int, Look]]], Tensor | None],
+    ) -> None:
+        super().__init__(pictures, norms, encode, memory)
+        self.kept = kept
+
+    def look(self, wanted: Sequence[tuple[int, Look]], side: Size) -> Tensor:
+        found = self.kept(wanted)
+        return super().look(wanted, side) if found is None else found
+
+
 class Student:
     """A method's model and its inputs."""
 
     template = "plain"
+    curve_pictures = 400  # for each point of a learning curve
+    told_when_measured = False  # whether being told the region changes nothing in training
 
     def __init__(self, cell: Cell, bench: Bench) -> None:
         self.cell, self.bench = cell, bench
@@ -117,7 +142,14 @@ class Student:
     def _features(self, data: Examples) -> Features:
         parts = self.bench.parts
         tower = parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
-        return Features(self.bench.folder, data, tower, self._encode_frozen, self._views)
+        return Features(
+            self.bench.folder,
+            data,
+            tower,
+            self._encode_frozen,
+            self._views,
+            self.processor.image_processor.norms,
+        )
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
         return self.processor.image_processor.views(Image.fromarray(picture), plan)
@@ -131,7 +163,7 @@ class Student:
         if self.builds_tower:
             return None
         for features in self.features.values():
-            features.ready(self.plan)
+            features.ready(self.plan, self.method.looks(self.plan))
         return next((f.fallback for f in self.features.values() if f.fallback), None)
 
     def pointing(self, data: Examples, captions: bool) -> Examples:
@@ -150,7 +182,7 @@ class Student:
         rows = self.rows(data, indices)
         found = self.forward(data, rows)
         graded = []
-        for n, (row, hits) in enumerate(zip(rows, found.answers.right(len(rows)), strict=True)):
+        for n, (row, hits) in enumerate(zip(rows, found.answers.right(), strict=True)):
             regions = None if found.regions is None else found.regions[n]
             graded += [
                 Graded(q, hit, found.tokens[n], regions) for q, hit in zip(row.asked, hits, strict=True)
@@ -158,7 +190,7 @@ class Student:
         return graded
 
     def rows(self, data: Examples, indices: Sequence[int], captions: bool = False) -> list[Row]:
-        """Questions about these pictures; those that share their visual tokens share a row."""
+        """Questions about these pictures; some of those that share their visual tokens share a row."""
         rows: list[Row] = []
         for i in indices:
             asked = [*data.questions[i], *(data.captions[i] if captions else [])]
@@ -168,7 +200,9 @@ class Student:
                 regions = dict.fromkeys(question.region for question in asked)
                 rows += [Row(i, region, [q for q in asked if q.region == region]) for region in regions]
             else:
-                rows.append(Row(i, None, asked))
+                lengths = [len(self.bench.samples[q.text, q.answer].ids) for q in asked]
+                runs = portions(lengths, max(SHORT, self.plan.tokens))
+                rows += [Row(i, None, [asked[k] for k in run]) for run in runs]
         return rows
 
     def forward(self, data: Examples, rows: Sequence[Row]) -> Pass:
@@ -182,7 +216,10 @@ class Student:
             encoded.pooler_output, encoded.kept, torch.tensor(owners), closed=encoded.injection is None
         )
         answers = read(self.model.language_model, visual, packed, changes=self._changes(encoded, visual))
-        regions = None if encoded.accounts is None else [account.regions for account in encoded.accounts]
+        accounts = encoded.accounts
+        if accounts is not None and len(accounts) < len(rows):  # of pictures
+            accounts = [accounts[p] for p in owners]
+        regions = None if accounts is None else [account.regions for account in accounts]
         return Pass(answers, visual.tokens.tolist(), regions)
 
     def _changes(self, encoded: EncodedPictures, visual: Seen) -> dict[int, Change]:
@@ -227,11 +264,14 @@ class Student:
     def _source(self, data: Examples, pictures: Sequence[int]) -> Source:
         """The pictures themselves; a frozen tower's features are cached."""
         memory = self.memories[data.key]
-        return Source(
+        return KeptSource(
             [torch.from_numpy(np.array(data.pictures[i])) for i in pictures],
             torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(pictures))),
             torch.no_grad()(self.model.encode_views),
             [memory.setdefault(i, {}) for i in pictures],
+            lambda wanted: self.features[data.key].gather_looks(
+                self.plan, [(pictures[p], look) for p, look in wanted]
+            ),
         )
 
     def _seen_in_regions(self, data: Examples, rows: Sequence[Row], method: GivenRegion) -> Tensor:

@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from foveate.errors import FoveateError
 from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
+from foveate.lab.curve import Point, has_converged
 from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
-from foveate.lab.optimise import warm_cosine
+from foveate.lab.optimise import Trapezoid, warm_cosine
 from foveate.lab.questions import Question
 from foveate.lab.student import Student
-from foveate.model.cost import Pricer
+from foveate.model.cost import shared_pricer
 from foveate.picture.geometry import Size
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
@@ -68,25 +70,30 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
     start = time.process_time()
     fallback = student.ready()
     caching = time.process_time() - start
-    training, losses = _train(student, place / "checkpoint.pt", report)
+    trained = _sibling(student, place, report, command) or _train(student, place / "checkpoint.pt", report)
     start = time.process_time()
     measured = measure(student, bench.test)
     measuring = time.process_time() - start
-    price = Pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
+    price = shared_pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
     asked = bench.test.asked
     result = {
         "cell": asdict(cell) | {"options": dict(cell.options)},
         "command": command,
         "title": student.method.title,
-        **measured._asdict(),
+        "accuracy": measured.accuracy,
+        "tokens": measured.tokens,
+        "looked": measured.looked,
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
         "lines": {name: line | grouped(line, asked) for name, line in bench.guesses.items()},
         "cost": price.to_dict(),
         "tflop": (price.encode_flops + price.prefill_flops) / 1e12,
         "parameters": sum(p.numel() for p in student.model.parameters()),
         "connector_parameters": sum(p.numel() for p in student.model.connector.parameters()),
-        "seconds": {"caching": caching, "training": training, "measuring": measuring},
-        "losses": losses,
+        "seconds": {"caching": caching, "training": trained.seconds, "measuring": measuring},
+        "losses": trained.losses,
+        "curve": [point._asdict() for point in trained.curve],
+        "steps": trained.steps,
+        "converged": has_converged(trained.curve),
         "features": fallback,
     }
     text = json.dumps(result, indent=2) + "\n"
@@ -97,36 +104,70 @@ def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, co
     return json.loads(text)
 
 
-def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[float, list[float]]:
-    """Trains through all stages. Returns CPU seconds and the mean loss of every `SAVE_EVERY` steps."""
+class Trained(NamedTuple):
+    """CPU seconds, the mean loss of every `SAVE_EVERY` steps, the learning curve, and the steps."""
+
+    seconds: float
+    losses: list[float]
+    curve: list[Point]
+    steps: int
+
+
+def _sibling(student: Student, place: Path, report: Report | None, command: str) -> Trained | None:
+    """Takes the weights of the same row without being told, if they are trained alike; else None."""
+    if not student.told_when_measured:
+        return None
+    own = replace(student.cell, told=False)
+    result = train_cell(own, student.bench, report, command)
+    weights = torch.load(place.parent / own.key / "weights.pt", weights_only=True)
+    student.model.load_state_dict(weights, strict=False)
+    curve = [_point(values) for values in result["curve"]]
+    return Trained(result["seconds"]["training"], result["losses"], curve, result["steps"])
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    return Point(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained:
+    """Trains through all stages, the last one until it converges if the cell says so."""
     cell, bench = student.cell, student.bench
     start, shared = _start(cell, bench)
     kept = next((path for path in (checkpoint, start) if path.is_file()), None)
     saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
+    curve = [_point(values) for values in saved.get("curve", [])] if saved else []
+    hits: list[bool] | None = saved.get("hits") if saved else None
     if saved:
         student.model.load_state_dict(saved["weights"], strict=False)
     order = batches(len(bench.train.pictures), cell.batch or bench.scale.cell.batch, cell.seed)
     for _ in range(first):
         next(order)
+    measuring = 0.0
     clock, recent, end = time.process_time(), list[float](saved["recent"] if saved else ()), 0
 
     def seconds() -> float:
-        return spent + time.process_time() - clock
+        return spent + time.process_time() - clock - measuring
 
-    for stage in student.stages():
+    stages = student.stages()
+    for number, stage in enumerate(stages):
         begin, end = end, end + stage.steps
         if first >= end:
             continue
         learner = under(student, stage, fresh=first == begin == 0)
         learner.model.train()
         optimise = learner.optimiser(stage)
-        rates = warm_cosine(optimise, stage.steps)
+        until = cell.converge if number + 1 == len(stages) else None
+        shape = Trapezoid(stage.steps)
+        rates = LambdaLR(optimise, shape) if until else warm_cosine(optimise, stage.steps)
         if saved and first > begin:
             optimise.load_state_dict(saved["optimiser"])
             rates.load_state_dict(saved["rates"])
-        for step in range(max(first, begin) + 1, end + 1):
+            end = begin + shape.end
+        step = max(first, begin)
+        while step < end:
+            step += 1
             captions = stage.captions or stage.regions
             loss = learner.loss(learner.bench.train, next(order), captions)
             optimise.zero_grad()
@@ -136,16 +177,57 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> tuple[f
             rates.step()
             recent.append(loss.item())
             if report:
-                report(step, cell.steps, recent[-1])
+                report(step, end, recent[-1])
+            turned, stops = shape.top < stage.steps, False
+            due = step * cell.points // cell.steps > (step - 1) * cell.points // cell.steps
+            if due or (step == end and number + 1 == len(stages)):
+                before = time.process_time()
+                found = _measured(learner)
+                where = (step, number, step - begin, before - clock + spent - measuring)
+                curve.append(_compared(found, hits, where, turned))
+                hits = found.hits
+                measuring += time.process_time() - before
+                stops = until is not None and step >= until.least and has_converged(curve)
+            if until and not turned and (stops or step == int(cell.steps * (1 - until.decay))):
+                end = min(round(step / (1 - until.decay)), cell.steps)
+                shape.turned(step - begin, end - begin)
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
-                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds())
+                _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds(), curve, hits)
         if learner is not student:
             student.take(learner)
         if end == shared:
-            _save(start, learner, optimise, rates, end, losses, recent, seconds())
-    return seconds(), losses
+            _save(start, learner, optimise, rates, end, losses, recent, seconds(), curve, hits)
+    return Trained(seconds(), losses, curve, end)
+
+
+@torch.inference_mode()
+def _measured(student: Student) -> Measured:
+    """On some of the held-out pictures, for a point of the learning curve."""
+    whole = student.bench.test
+    count = min(student.curve_pictures, len(whole.pictures))
+    found = measure(
+        student, replace(whole, pictures=whole.pictures[:count], questions=whole.questions[:count])
+    )
+    student.model.train()
+    return found
+
+
+def _compared(
+    found: Measured, hits: list[bool] | None, where: tuple[int, int, int, float], turned: bool
+) -> Point:
+    """`hits`: of the point before; without one, what two independent measurements would differ in."""
+    pairs = []
+    for kinds in (FINE, ("attr", "count")):
+        mine = [i for i, kind in enumerate(found.kinds) if kind in kinds]
+        right = sum(found.hits[i] for i in mine) / max(len(mine), 1)
+        changed = 2 * right * (1 - right)
+        if hits is not None:
+            changed = sum(found.hits[i] != hits[i] for i in mine) / max(len(mine), 1)
+        pairs.append((right, len(mine), changed))
+    fine, coarse = pairs
+    return Point(*where, (fine[0], coarse[0]), (fine[1], coarse[1]), (fine[2], coarse[2]), turned)
 
 
 def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
@@ -160,11 +242,13 @@ def _save(
     path: Path,
     student: Student,
     optimise: torch.optim.Optimizer,
-    rates: torch.optim.lr_scheduler.LambdaLR,
+    rates: LambdaLR,
     step: int,
     losses: list[float],
     recent: list[float],
     seconds: float,
+    curve: list[Point],
+    hits: list[bool] | None,
 ) -> None:
     state = {
         "weights": student.trained(),
@@ -174,6 +258,8 @@ def _save(
         "losses": losses,
         "recent": recent,
         "seconds": seconds,
+        "curve": [point._asdict() for point in curve],
+        "hits": hits,
     }
     with new_file(path) as part:
         torch.save(state, part)
@@ -195,18 +281,22 @@ class Measured(NamedTuple):
         tokens: mean number of visual tokens that the LLM read for a question.
         looked: over the questions about an object, how often one of the regions that the method chose
             contains it ("found"), and the mean overlap with the best of them; None if it chooses none.
+        kinds, hits: of every question in order, its kind and whether it was answered exactly.
     """
 
     accuracy: dict[str, float]
     tokens: float
     looked: dict[str, float] | None
+    kinds: list[str]
+    hits: list[bool]
 
 
 @torch.inference_mode()
 def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
     """Asks everything about these pictures."""
     student.model.eval()
-    hits: dict[str, list[bool]] = {}
+    kinds: list[str] = []
+    rights: list[bool] = []
     found: list[bool] = []
     overlaps: list[float] = []
     read: list[int] = []
@@ -214,13 +304,18 @@ def measure(student: Student, data: Examples, batch: int = 50) -> Measured:
         indices = range(start, min(start + batch, len(data.pictures)))
         for question, right, tokens, regions in student.grade(data, indices):
             read.append(tokens)
-            hits.setdefault(question.kind, []).append(right)
+            kinds.append(question.kind)
+            rights.append(right)
             if regions is not None and question.region is not None:
                 found.append(any(region.contains(question.region) for region in regions))
                 overlaps.append(max((region.overlap(question.region) for region in regions), default=0.0))
-    by_kind = {kind: float(np.mean(right)) for kind, right in hits.items()}
+    by_kind = {
+        kind: float(np.mean([right for k, right in zip(kinds, rights, strict=True) if k == kind]))
+        for kind in dict.fromkeys(kinds)
+    }
     looked = {"found": float(np.mean(found)), "overlap": float(np.mean(overlaps))} if found else None
-    return Measured(by_kind | grouped(by_kind, data.asked), float(np.mean(read)), looked)
+    groups = grouped(by_kind, data.asked)
+    return Measured(by_kind | groups, float(np.mean(read)), looked, kinds, rights)
 
 
 def grouped(by_kind: Mapping[str, float], asked: Sequence[Question]) -> dict[str, float]:

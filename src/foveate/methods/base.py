@@ -24,6 +24,7 @@ from foveate.methods.layouts import Export, Layout
 from foveate.options import Retiring, build_options
 from foveate.picture.account import Account, Spread, placed
 from foveate.picture.geometry import Box, Size, ViewPlan
+from foveate.picture.source import Look
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,7 +98,7 @@ QueryText: TypeAlias = Literal["question", "prompt", "sequence"]
 
 
 class Query(NamedTuple):
-    """The question about each picture, as `Method.query_text` says, or several where a connector allows it."""
+    """The question about each picture, as `Method.query_text` says; several if a connector allows it."""
 
     embeds: Tensor  # (Q, T, D), rows of the LLM's input embedding
     mask: Tensor  # (Q, T), 1 for tokens, 0 for padding
@@ -344,6 +345,13 @@ class Method(ABC):
     def reads_source(self) -> bool:
         """Whether the connector looks at parts of the original pictures, at their own resolution."""
         return False
+
+    def looks(self, plan: ViewPlan) -> list[Look]:
+        """All parts of a picture that the connector may look at, if they are few and known beforehand.
+
+        Training on pictures of one size can then encode them once. Empty: they are not known.
+        """
+        return []
 
     @property
     def only_here(self) -> str | None:

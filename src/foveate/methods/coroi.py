@@ -375,6 +375,22 @@ class Chosen:
     gates: Tensor  # (W,)
 
 
+@lru_cache(maxsize=4096)
+def cells(grid: Size, row: int, column: int, side: int) -> np.ndarray:
+    """Indices of a window's tokens in a grid, row by row."""
+    tokens = np.arange(grid.height * grid.width).reshape(grid)
+    return tokens[row : row + side, column : column + side].flatten()
+
+
+def look_at(
+    plan: ViewPlan, row: int, column: int, side: int, tower: TowerGeometry, options: CoroiOptions
+) -> Look:
+    """A window's box on the low-resolution canvas: `row`, `column` and `side` in tokens."""
+    patch = tower.patch_size
+    box = Box(column * patch, row * patch, (column + side) * patch, (row + side) * patch)
+    return Look(plan.canvases[0], box, options.pixels == "upsampled")
+
+
 class CoroiConnector(Connector):
     shares_pictures = True
 
@@ -555,11 +571,7 @@ class CoroiConnector(Connector):
         ]
 
     def _look(self, window: Window, plan: ViewPlan) -> Look:
-        """A window's box on the low-resolution canvas."""
-        side, patch = self.sides[window.scale], self.tower.patch_size
-        left, top = window.column * patch, window.row * patch
-        box = Box(left, top, left + side * patch, top + side * patch)
-        return Look(plan.canvases[0], box, self.options.pixels == "upsampled")
+        return look_at(plan, window.row, window.column, self.sides[window.scale], self.tower, self.options)
 
     # For the LLM.
 
@@ -612,8 +624,7 @@ class CoroiConnector(Connector):
 
     def _cells(self, row: int, column: int, side: int) -> np.ndarray:
         """Indices of the low-resolution tokens that read a window."""
-        grid = np.arange(self.tower.tokens).reshape(self.tower.grid)
-        return grid[row : row + side, column : column + side].flatten()
+        return cells(self.tower.grid, row, column, side)
 
     def _chains(self, picture: int, regions: list[Box], looks: list[Look], source: Source) -> list[Chain]:
         """One chain per scale, for the drawing. They hold this picture and nothing else of the batch.
@@ -687,6 +698,14 @@ class Coroi(Method):
         if not self._within_budget(tokens):
             raise self._refuse_budget(tokens)
         return ViewPlan(picture, tuple(canvases), tuple(views), tokens, Size(2, 2) if two else NO_TILES)
+
+    def looks(self, plan: ViewPlan) -> list[Look]:
+        """The windows of all scales; equal ones once."""
+        grid, found = self.tower.grid.height, []
+        for side in (grid // scale for scale in self.options.scales):
+            places = range(grid - side + 1)
+            found += [look_at(plan, r, c, side, self.tower, self.options) for r in places for c in places]
+        return list(dict.fromkeys(found)) if self.options.chain else []
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
         """The low-resolution view's grid, in v2 followed by that of the picture at twice the size."""

@@ -462,7 +462,7 @@ class Places:
         per_tile: int,
         owners: Sequence[int],
     ) -> Places:
-        """`sources`: `SlimeConnector.token_sources` of each picture; `owners`: the picture of each question."""
+        """`sources`: `SlimeConnector.token_sources` of each picture; `owners`: the questions' pictures."""
         globals_before = [0, *accumulate(plan.views[0].role == "global" for plan in plans)]
         locals_in = [plan.tiles.height * plan.tiles.width * per_tile for plan in plans]
         locals_before = [0, *accumulate(locals_in)]

@@ -125,6 +125,15 @@ def view_of(pixels: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
     return (pixels_of(pixels, norms, look, side) / 255 - mean) / std
 
 
+def views_of(pictures: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
+    """The same part of pictures of one size (n, H, W, 3), (n, 3, h, w); `norms` (2, 3)."""
+    if look.canvas.source != (0, 0, pictures.shape[2], pictures.shape[1]):  # padding is of three channels
+        return torch.stack([view_of(pixels, norms, look, side) for pixels in pictures])
+    together = pictures.permute(1, 2, 0, 3).flatten(2)  # (H, W, 3 n)
+    mean, std = norms.float()[:, :, None, None]
+    return (pixels_of(together, norms, look, side).unflatten(0, (-1, 3)) / 255 - mean) / std
+
+
 def pixels_of(pixels: Tensor, norms: Tensor, look: Look, side: Size) -> Tensor:
     """As `view_of`, but float from 0 to 255."""
     with exact(pixels):

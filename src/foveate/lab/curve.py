@@ -1,0 +1,89 @@
+"""Learning curves: how accuracy on held-out pictures rises as a cell trains, and whether it still does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from foveate.errors import FoveateError
+
+POINTS = 8  # of a curve, if an experiment does not say
+
+
+class Point(NamedTuple):
+    """Accuracy after some steps. Pairs are of fine and coarse questions.
+
+    Attributes:
+        step: of the cell.
+        stage: its number, from 0.
+        since: steps of the stage.
+        seconds: of processor time in training so far.
+        accuracy: 0 to 1.
+        questions: how many were asked; the same at every point.
+        changed: part of them whose answer was right at the point before and is wrong now, or the reverse.
+        turned: whether the learning rate was already falling.
+    """
+
+    step: int
+    stage: int
+    since: int
+    seconds: float
+    accuracy: tuple[float, float]
+    questions: tuple[int, int]
+    changed: tuple[float, float]
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Converge:
+    """Training until accuracy stops rising, at most for the experiment's steps.
+
+    The learning rate rises, stays, and falls to zero in a straight line over the last part. It begins to fall
+    at the first point of the curve at which the cell `has_converged`, or so that it ends at the bound.
+
+    Attributes:
+        least: steps before which nothing has converged: some methods learn nothing at first.
+        decay: part of all steps in which the rate falls.
+    """
+
+    least: int
+    decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.least < 1:
+            raise FoveateError(f"least must be at least 1, not {self.least}")
+        if not 0 < self.decay < 1:
+            raise FoveateError(f"decay must be between 0 and 1, not {self.decay}")
+
+
+def noise(changed: float, questions: int) -> float:
+    """One standard error of the difference of two accuracies on the same questions.
+
+    `changed`: part of them whose answer is right in one of the two measurements only.
+    """
+    return math.sqrt(changed / questions) if questions else 0.0
+
+
+def has_converged(curve: Sequence[Point]) -> bool:
+    """Whether a curve shows no gain beyond noise in its last quarter.
+
+    Only the last stage counts, up to where the learning rate begins to fall, with which accuracy rises. Gain:
+    the mean accuracy over the points in the last quarter of these steps, less that over the points of the
+    quarter before. Neither the gain of fine nor that of coarse questions may be above `noise`.
+
+    Returns:
+        False also for a curve without a point in one of the two quarters.
+    """
+    points = [point for point in curve if point.stage == curve[-1].stage and not point.turned]
+    last = max((point.since for point in points), default=0)
+    late = [point for point in points if 0.75 * last < point.since]
+    before = [point for point in points if 0.5 * last < point.since <= 0.75 * last]
+    if not late or not before:
+        return False
+    for kind in range(2):
+        now, then = (sum(p.accuracy[kind] for p in some) / len(some) for some in (late, before))
+        if now - then > noise(max(p.changed[kind] for p in late), late[-1].questions[kind]):
+            return False
+    return True
