@@ -185,7 +185,7 @@ def test_what_is_transparent_is_white(mode: str, ending: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
 def test_rarer_modes_with_transparency(mode: str) -> None:
-    image = Image.new("LA" if mode == "La" else "RGBA", (2, 2), 0)
+    image = Image.new({"La": "LA", "RGBa": "RGBA"}.get(mode, mode), (2, 2), 0)
     assert (np.asarray(read_picture(image.convert(mode))) == 255).all()
 
 
