@@ -15,7 +15,7 @@ from rich.console import Console
 from foveate.errors import FoveateError, require
 
 KEY = "FOVEATE_API_KEY"
-MODULES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+MODULES = ("fastapi", "uvicorn", "prometheus_client")
 MEGA, GIGA = 2**20, 2**30
 
 
@@ -92,8 +92,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP in OpenAI's protocol, many requests at once."""
-    for module, package in MODULES.items():
-        require(module, "serve", f"foveate serve, for its part {package},")
+    for module in MODULES:
+        require(module, "serve", "foveate serve")
     from foveate.serve.http import Door, Listener, Pictures, Place
 
     key = _key(api_key_file)
