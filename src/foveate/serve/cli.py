@@ -17,7 +17,7 @@ from foveate.picture.limits import Limits
 from foveate.serve import proxy_cli as proxy
 
 KEY = "FOVEATE_API_KEY"
-MODULES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+MODULES = ("fastapi", "uvicorn", "prometheus_client")
 MEGA, GIGA = 2**20, 2**30
 
 
@@ -108,8 +108,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP in OpenAI's protocol, or give that of another server a second look."""
     proxy.check_options(context, upstream)
-    for module, package in MODULES.items():
-        require(module, "serve", f"foveate serve, for its part {package},")
+    for module in MODULES:
+        require(module, "serve", "foveate serve")
     from foveate.serve.http import Door, Listener, Pictures, Place
 
     key = _key(api_key_file)
