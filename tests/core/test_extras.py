@@ -15,6 +15,7 @@ from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
 from foveate.lab.run import run as run_lab
 from foveate.model.text import load_tokenizer
+from foveate.serve.cli import serve
 from foveate.tiny import tiny_tokenizer
 from foveate.train.run import train
 from foveate.zoom.detectors import load_detector
@@ -38,6 +39,9 @@ DOORS: list[tuple[str, str, str, Callable[[Path], object]]] = [
     ("torchvision", "torchvision", "detector", lambda folder: load_detector("faster_rcnn")),
     ("sentencepiece", "sentencepiece", "original", load_tokenizer),
     ("google.protobuf", "protobuf", "original", load_tokenizer),
+    ("fastapi", "fastapi", "serve", lambda folder: serve()),
+    ("uvicorn", "uvicorn", "serve", lambda folder: serve()),
+    ("prometheus_client", "prometheus-client", "serve", lambda folder: serve()),
 ]
 
 

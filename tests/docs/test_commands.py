@@ -55,6 +55,9 @@ ELSEWHERE = {
     'foveate ask docs/images/street.png "What is for sale?" --model some-model --quantize 4bit': (
         "needs bitsandbytes; tests/model/test_quantising.py does it"
     ),
+    "pip install -e '.[serve]'": "installs into the environment of the tests",
+    "foveate serve path/to/model": "serves until it is stopped; tests/serve/test_command.py does it",
+    "python ask_server.py": "asks a server; tests/serve/test_examples.py does it",
     "hf auth login": "asks for a token",
     "foveate push my-llava me/my-llava --private": "asks the hub; tests/model/test_pushing.py has a stand-in",
     "pip install vllm -e .": "asks the package index",

@@ -18,7 +18,8 @@ from PIL import Image
 from foveate import FoveateError
 from foveate.model.processing import FoveateImageProcessor
 from foveate.picture.geometry import Size
-from foveate.picture.reading import drawing_path, read_picture, read_size
+from foveate.picture.limits import Limits
+from foveate.picture.reading import count_pixels, drawing_path, read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -483,3 +484,13 @@ def test_an_upright_rgb_image_is_not_copied() -> None:
 def test_a_drawing_of_a_name_too_long(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="cannot be written: File name too long"):
         drawing_path(tmp_path / ("x" * 300 + ".png"))
+
+
+def test_pixels_are_counted_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 20)).save(path)
+    assert count_pixels(np.zeros((4, 5, 3), dtype=np.uint8)) == 20
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    assert count_pixels(path) == count_pixels(path.read_bytes()) == 600
+    with pytest.raises(FoveateError, match="more than max_pixels 599"):
+        count_pixels(path, Limits(max_pixels=599))

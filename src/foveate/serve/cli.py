@@ -17,7 +17,7 @@ from foveate.picture.limits import Limits
 from foveate.serve import proxy_cli as proxy
 
 KEY = "FOVEATE_API_KEY"
-MODULES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+MODULES = ("fastapi", "uvicorn", "prometheus_client")
 MEGA, GIGA = 2**20, 2**30
 
 
@@ -76,6 +76,9 @@ def serve(
     quantize: Annotated[
         Literal["8bit", "4bit"] | None, typer.Option(help="The LLM's linear layers in fewer bits.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="The vision tower by torch.compile, at the first picture.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     subfolder: Annotated[str, typer.Option(help="The folder inside the model's that holds it.")] = "",
     vision_tower: Annotated[str | None, typer.Option(help="For checkpoints that keep it apart.")] = None,
@@ -105,8 +108,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP in OpenAI's protocol, or give that of another server a second look."""
     proxy.check_options(context, upstream)
-    for module, package in MODULES.items():
-        require(module, "serve", f"foveate serve, for its part {package},")
+    for module in MODULES:
+        require(module, "serve", "foveate serve")
     from foveate.serve.http import Door, Listener, Pictures, Place
 
     key = _key(api_key_file)
@@ -151,6 +154,8 @@ def serve(
         revision=revision,
         subfolder=subfolder,
     )
+    if compiled:
+        loaded.model.vision_tower.compile(dynamic=True)
     bounds = Bounds(
         places=places,
         waiting=queue,

@@ -37,7 +37,7 @@ class Seen:
     tokens: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A stretch of a conversation.
 
