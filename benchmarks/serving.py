@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -191,7 +191,11 @@ def measure(
         start = time.perf_counter()
         if not hasattr(mine, "wire"):
             mine.wire = HTTPConnection("127.0.0.1", port, timeout=600)
-        text = answer_of(mine.wire, urls[one.picture], one.question)
+        try:
+            text = answer_of(mine.wire, urls[one.picture], one.question)
+        except (OSError, HTTPException):
+            text = None
+            mine.wire.close()
         return one, text, time.perf_counter() - start
 
     with ThreadPoolExecutor(clients) as pool:

@@ -90,7 +90,8 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Finds a tokenizer's special tokens, and all others that it takes out of a text before it splits it."""
     marks = {token.content for token in tokenizer.added_tokens_decoder.values()} | {IMAGE_TOKEN}
     cut = sorted((mark for mark in marks if len(mark.strip()) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, cut)))
+    firsts = "".join(sorted({re.escape(mark[0]) for mark in cut}))  # most characters begin none of them
+    return re.compile(f"(?=[{firsts}])(?:{'|'.join(map(re.escape, cut))})")
 
 
 def as_typed(text: str, special: re.Pattern[str]) -> str:
@@ -102,11 +103,10 @@ def as_typed(text: str, special: re.Pattern[str]) -> str:
         text: what somebody typed.
         special: as of `special_tokens`.
     """
-    pieces = [text.replace(BREAK, "")]
-    while found := special.search(pieces[-1]):
-        cut, last = found.start() + 1, pieces.pop()
-        pieces += [last[:cut], last[cut:]]
-    return BREAK.join(pieces)
+    text = text.replace(BREAK, "")
+    while special.search(text):  # again where two overlap
+        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return text
 
 
 def tokens_of(text: str, tokenizer: Any, special: bool = False) -> list[int]:

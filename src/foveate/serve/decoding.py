@@ -7,6 +7,7 @@ must not depend on any other, have a cache of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -127,10 +128,11 @@ class Slots:
 
     Args:
         model: whose rows they are.
+        most: bytes that they take, unless a row alone takes more.
     """
 
-    def __init__(self, model: FoveateForConditionalGeneration) -> None:
-        self.model = model
+    def __init__(self, model: FoveateForConditionalGeneration, most: int) -> None:
+        self.model, self.most = model, most
         self.taken: list[Slot] = []
         self.cache: Any = None
         self.bytes_per_token = 0  # of one row, in all layers
@@ -163,7 +165,7 @@ class Slots:
         return slot
 
     def leave(self, slot: Slot) -> None:
-        """Frees a slot; the last one's row moves into it."""
+        """Frees a slot; the last one's row moves into it. The last row of all gives back what is much."""
         last = self.taken.pop()
         if last is not slot:
             for layer in self.cache.layers:
@@ -171,6 +173,8 @@ class Slots:
                     held[slot.index, :, : last.length] = held[last.index, :, : last.length]
             last.index = slot.index
             self.taken[slot.index] = last
+        if not self.taken and math.prod(self.size) * self.bytes_per_token > self.most // 4:
+            self.cache = None
 
     def states(self, slot: Slot) -> States:
         return [
@@ -204,8 +208,9 @@ class Slots:
         there, wide = self.size
         if slots <= there and tokens <= wide:
             return
-        there = there if slots <= there else max(slots, 2 * there)
         wide = wide if tokens <= wide else -(-tokens // WIDER) * WIDER
+        fit = self.most // (wide * self.bytes_per_token)
+        there = there if slots <= there else max(slots, min(2 * there, fit))
         rows, made = len(self.taken), []
         for i, layer in enumerate(states):
             new = [part.new_zeros(there, part.shape[0], wide, part.shape[2]) for part in layer]

@@ -55,6 +55,7 @@ T = TypeVar("T")
 LOCAL = frozenset(("localhost", "127.0.0.1", "[::1]"))
 UNGUARDED = ("/health", "/ready")  # answered without a key, to whatever watches the process
 MOST_MARKS = 2**18  # commas and brackets in a body: its values may take 100 times the memory of its text
+IDLE = 75  # seconds after which a connection without requests is closed; clients close theirs before
 GONE = 499  # in logs and metrics: the client left before its answer
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -661,6 +662,7 @@ class Listener(uvicorn.Server):
                 lifespan="on",
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=IDLE,
                 timeout_graceful_shutdown=place.seconds,
             )
         )

@@ -43,6 +43,8 @@ from foveate.serve.writing import Writing
 
 log = logging.getLogger("foveate.serve")
 
+LONGEST_TOKEN = 16  # characters, on average over a text
+UNBOUNDED = 2**17  # tokens, for an LLM that has any number of positions
 READ_AT_ONCE = 2048  # tokens of prompts that are read between two rounds of writing
 ALIKE = 2  # prompts are read together if none is this many times as long as another
 SHORT = 32  # or if they are shorter than this
@@ -223,7 +225,10 @@ class Scheduler:
         self.exact = engine.model.dtype == torch.float32 if exact is None else exact
         self.rounding = ROUNDING[engine.model.dtype]
         self.special = special_tokens(engine.processor.tokenizer)
-        self.prefixes, self.slots = Prefixes(self.bounds.prefix_bytes), Slots(engine.model)
+        self.prefixes, self.slots = (
+            Prefixes(self.bounds.prefix_bytes),
+            Slots(engine.model, self.bounds.kv_bytes),
+        )
         self.counts = Counts()
         self._waiting: deque[Running] = deque()
         self._opened: deque[Row] = deque()
@@ -283,6 +288,7 @@ class Scheduler:
             raise FoveateError(
                 f"an answer may have {self.bounds.new_tokens} tokens at most, not {settings.max_new_tokens}"
             )
+        self._check_text(messages)
         running = Running(messages, settings, time.monotonic() + self.bounds.seconds, listen)
         with self._wake:
             if self._closed:
@@ -296,6 +302,17 @@ class Scheduler:
             self._waiting.append(running)
             self._wake.notify()
         return running
+
+    def _check_text(self, messages: Messages) -> None:
+        """Raises `FoveateError` for a text that cannot fit, as it would be long work to find its tokens."""
+        most = self.bounds.prompt_tokens or self.engine.model.positions or UNBOUNDED
+        texts = [message["content"] for message in messages]
+        parts = [
+            part["text"] for text in texts if not isinstance(text, str) for part in text if "text" in part
+        ]
+        characters = sum(map(len, parts)) + sum(len(text) for text in texts if isinstance(text, str))
+        if characters > LONGEST_TOKEN * most:
+            raise FoveateError(f"the request has {characters} characters, for at most {most} tokens")
 
     def ask(self, picture: Image.Image, question: str, settings: Settings | None = None) -> Running:
         """Hands in a question about a picture, an upright RGB image."""
@@ -337,7 +354,10 @@ class Scheduler:
             with self._wake:
                 self._waiting.extendleft(reversed(waiting))
         self._opened, self._ready, self._writing = deque(), [], []
-        self.slots, self.prefixes = Slots(self.engine.model), Prefixes(self.bounds.prefix_bytes)
+        self.slots, self.prefixes = (
+            Slots(self.engine.model, self.bounds.kv_bytes),
+            Prefixes(self.bounds.prefix_bytes),
+        )
 
     def _round(self) -> None:
         self._sweep()
