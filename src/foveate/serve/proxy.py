@@ -640,7 +640,8 @@ class _Course:
     def _account(self) -> dict[str, Any]:
         assert self.looked is not None
         known = self.looked.to_dict()
-        return {name: value for name, value in known.items() if name not in ("answer", "confidence")}
+        regions = [{"picture": 0, "box": box} for box in known["regions"]]  # as those of a model served here
+        return {name: known[name] for name in ("first", "zoomed", "problems")} | {"regions": regions}
 
     def _usage(self, given: Any, streamed: bool = False) -> dict[str, Any]:
         """The tokens of all requests together; `given` are those of the answer's own."""
