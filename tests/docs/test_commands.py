@@ -49,6 +49,7 @@ ELSEWHERE = {
     ),
     ".venv/bin/python examples/signs.py": "writes into the repository",
     ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
+    ".venv/bin/python docs/images/screenshots.py": "writes into the repository, and needs Chromium",
     "pip install -e '.[lmms-eval]'": "installs into the environment of the tests",
     "pip install --no-deps lmms-eval": "asks the package index",
     "pip install -e '.[trl]'": "installs into the environment of the tests",
@@ -67,6 +68,11 @@ ELSEWHERE = {
     "curl http://localhost:8000/v1/chat/completions --header 'Content-Type: application/json' "
     "--data @question.json": "needs vLLM; benchmarks/vllm_parity.py asks it in the same form",
     "tensorboard --logdir runs": "serves until it is stopped",
+    "pip install -e '.[demo]'": "installs into the environment of the tests",
+    "foveate demo": "serves until it is stopped; tests/demo opens its page",
+    "foveate demo --model path/to/model --model liuhaotian/llava-v1.5-7b --quantize 4bit": (
+        "serves until it is stopped; tests/demo opens its page with two models"
+    ),
 }
 # Beginnings of commands that are not run here -> why.
 BEGINNINGS = {
