@@ -11,6 +11,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from foveate import FoveateError, annotate, errors, load
 from foveate.data.questions import DatasetSource
+from foveate.demo.app import check_packages
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
 from foveate.lab.run import run as run_lab
@@ -37,6 +38,7 @@ DOORS: list[tuple[str, str, str, Callable[[Path], object]]] = [
     ("pyarrow", "pyarrow", "annotate", lambda folder: DatasetSource(str(folder), "train", None)),
     ("bitsandbytes", "bitsandbytes", "quantize", lambda folder: load(quantize="4bit", device="cpu")),
     ("torchvision", "torchvision", "detector", lambda folder: load_detector("faster_rcnn")),
+    ("gradio", "gradio", "demo", lambda folder: check_packages()),
     ("sentencepiece", "sentencepiece", "original", load_tokenizer),
     ("google.protobuf", "protobuf", "original", load_tokenizer),
     ("fastapi", "fastapi", "serve", lambda folder: serve()),

@@ -49,6 +49,7 @@ ELSEWHERE = {
     ),
     ".venv/bin/python examples/signs.py": "writes into the repository",
     ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
+    ".venv/bin/python docs/images/screenshots.py": "writes into the repository, and needs Chromium",
     "pip install -e '.[lmms-eval]'": "installs into the environment of the tests",
     "pip install --no-deps lmms-eval": "asks the package index",
     "pip install -e '.[trl]'": "installs into the environment of the tests",
@@ -81,6 +82,11 @@ ELSEWHERE = {
     "foveate train tiny output=runs/hub stages.finetune.data='[{path: me/receipts, split: train, "
     "limit: 1000}]'": "asks the hub; tests/data/test_hub.py has a stand-in",
     "tensorboard --logdir runs": "serves until it is stopped",
+    "pip install -e '.[demo]'": "installs into the environment of the tests",
+    "foveate demo": "serves until it is stopped; tests/demo opens its page",
+    "foveate demo --model path/to/model --model liuhaotian/llava-v1.5-7b --quantize 4bit": (
+        "serves until it is stopped; tests/demo opens its page with two models"
+    ),
 }
 # Beginnings of commands that are not run here -> why.
 BEGINNINGS = {

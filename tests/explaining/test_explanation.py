@@ -492,6 +492,21 @@ def test_a_picture_of_one_pixel(embedded: Foveate) -> None:
     assert "<title>" in explained.page() and explained.show().width == 1200
 
 
+@pytest.mark.parametrize("method", ["coroi", "slime"])
+def test_in_inference_mode(method: str) -> None:
+    with torch.inference_mode():
+        explained = awake_model_outside(method).explain(
+            picture(40, 50), "Why?", words=1, probe=Probe(draws=0), max_new_tokens=1
+        )
+    assert explained.words[0].on_picture > 0
+
+
+def awake_model_outside(method: str) -> Foveate:
+    """A model made in inference mode has no gradients."""
+    with torch.inference_mode(False):
+        return awake_model(method)
+
+
 def test_the_last_answer_of_a_chat_is_explained(embedded: Foveate, signs: Image.Image) -> None:
     talk = embedded.chat(signs)
     talk.ask("what digit is on the red shape?")

@@ -197,7 +197,7 @@ class Page:
             title = gr.Markdown("", elem_classes="title")
             said = gr.Chatbot(
                 label="Answers",
-                height=260,
+                height=210,
                 render_markdown=False,
                 buttons=["copy"],
                 feedback_options=None,

@@ -269,6 +269,7 @@ class Told:
     views: Sequence[SeenView]
 
 
+@torch.inference_mode(False)  # tensors made in it cannot be part of a graph
 def explain(
     subject: Subject,
     story: Story,
