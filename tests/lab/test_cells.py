@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from foveate.ask.conversation import Chat
 from foveate.ask.engine import Engine, Said
 from foveate.ask.foveate import load
+from foveate.data.dataset import cut_out, encode
 from foveate.errors import FoveateError
+from foveate.lab import conversing, training
 from foveate.lab import data as stores
-from foveate.lab import training
 from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.cli import app
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
@@ -30,8 +31,9 @@ from foveate.lab.conversing import make_student, under
 from foveate.lab.data import view_key
 from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
 from foveate.lab.levels import level_named
-from foveate.lab.packing import IGNORED
+from foveate.lab.packing import Packed
 from foveate.lab.parts import load_parts
+from foveate.lab.reading import Answers, read
 from foveate.lab.report import markdown
 from foveate.lab.run import run
 from foveate.lab.scales import SCALES
@@ -41,6 +43,7 @@ from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.picture.geometry import Box, Size
+from foveate.picture.source import Source, view_of, views_of
 from tests.support import gap
 
 ALL = ("llava", "anyres", *CONTROLS)
@@ -321,6 +324,97 @@ def test_questions_about_one_region_share_a_row(bench: Bench) -> None:
     assert gap(*losses) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["coroi", "slime", "oracle", "anyres", "llava_hr"])
+def test_what_the_lab_reads_is_what_the_model_reads(method: str, bench: Bench) -> None:
+    """Questions packed behind a picture that is read once have the logits of the model's own forward."""
+    options = {"coroi": {"layers": [0, 1], "scales": [2, 3]}, "slime": {"gamma": 0.6}}
+    with controls():
+        student = Student(cell(method, **options.get(method, {})), bench)
+    student.ready()
+    student.model.eval()
+    for parameter in student.model.connector.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    rows = student.rows(bench.train, [0, 1])[:9]
+    with torch.no_grad():
+        found = student.forward(bench.train, rows).answers
+        expected = []
+        for row in rows:
+            samples = [[bench.samples[q.text, q.answer] for q in row.asked]]
+            encoded = student._connect(bench.train, [row], samples, [row.picture], [0])
+            for sample in samples[0]:
+                visual = student.plan.tokens
+                ids = torch.tensor([[student.model.config.image_token_id] * visual + sample.ids])
+                logits = student.model(input_ids=ids, mm_encoder_outputs={"image": encoded}).logits[0]
+                expected.append(logits[visual + sample.answer - 1 : -1])
+    assert gap(found.logits, torch.cat(expected)) < 1e-4
+    assert len(found.labels) == sum(len(part) for part in expected)
+
+
+def test_parts_that_are_encoded_once_are_those_that_would_be_looked_at(bench: Bench) -> None:
+    """CoRoI's windows: in bfloat16 on disk, and exactly the same pixels."""
+    student = Student(cell("coroi", layers=[0, 1]), bench)
+    looks = student.method.looks(student.plan)
+    assert len(looks) == 4**2 + 5**2 == len({*looks})
+    student.ready()
+    source = student._source(bench.train, [2, 0])
+    kept = source.look([(1, looks[3]), (0, looks[-1])], student.method.tower.side)
+    assert not source.memory[0]
+    fresh = Source(source.pictures, source.norms, source.encode)
+    direct = fresh.look([(1, looks[3]), (0, looks[-1])], student.method.tower.side)
+    assert gap(kept, direct) < 0.02 * float(direct.abs().max())
+    pictures = torch.from_numpy(np.array(bench.train.pictures[:2]))
+    together = views_of(pictures, source.norms[0], looks[5], student.method.tower.side)
+    for view, picture in zip(together, pictures, strict=True):
+        assert torch.equal(view, view_of(picture, source.norms[0], looks[5], student.method.tower.side))
+
+
+@pytest.mark.parametrize("others", ["drop", "append"])
+def test_a_lesson_has_the_tokens_of_the_processor(bench: Bench, others: str) -> None:
+    student = make_student(cell("chain_of_spot", others=others), bench)
+    drills = student._drilled(bench.train, [1], True)[0]
+    lessons = student._of_picture(bench.train, 1, True)
+    assert len(drills) == len(lessons)
+    for drill, lesson in zip(drills, lessons, strict=True):
+        encoded = encode(student.processor, cut_out(lesson, student.processor.image_processor.read))
+        visual = student.plan.tokens
+        assert drill.sample.ids == encoded["input_ids"][visual:].tolist()
+        learnt = [i for start, end in drill.sample.learnt for i in range(start, end)]
+        assert learnt == (encoded["labels"][visual:] != -100).nonzero()[:, 0].tolist()
+        for n, part in enumerate(drill.shown, 1):
+            pixels = encoded["pixel_values"][n][None]
+            assert gap(part.features.float(), student.model.encode_views(pixels)) < 0.05
+
+
+def test_lessons_that_share_a_picture_have_the_loss_of_lessons_of_their_own(bench: Bench) -> None:
+    student = make_student(cell("chain_of_spot"), bench)
+    student.ready()
+    student.model.eval()
+    with torch.no_grad():
+        together = student.loss(bench.train, [0, 1], captions=True)
+        lessons = [lesson for i in (0, 1) for lesson in student._of_picture(bench.train, i, True)]
+        read_one = student.processor.image_processor.read
+        batch = student.collate([encode(student.processor, cut_out(lesson, read_one)) for lesson in lessons])
+        apart = student.model(**batch, use_cache=False).loss
+    assert abs(float(together - apart)) < 2e-3  # features in bfloat16
+
+
+def test_pooled_tiles_may_have_more_tokens(bench: Bench) -> None:
+    """A map of 18 x 18 patches pooled to 9 x 9, in the order of the picture."""
+    with controls():
+        method = method_class("pooled")(TowerGeometry(48, 8), {"rows": 9, "with_global": False})
+    assert method.plan(144, 144).tokens == 81
+    connector = method.build_connector(Widths(1, 1))
+    connector.tile_projector = torch.nn.Identity()
+    rows = torch.arange(18.0)[:, None].expand(18, 18)
+    plan = method.plan(144, 144)
+    views = [torch.zeros(36, 1)]
+    views += [
+        rows[int(v.box.top) // 8 :, int(v.box.left) // 8 :][:6, :6].reshape(36, 1) for v in plan.views[1:]
+    ]
+    tokens = connector(torch.stack(views), [plan], None).tokens.view(9, 9)
+    assert torch.equal(tokens, (2 * torch.arange(9.0) + 0.5)[:, None].expand(9, 9))
+
+
 def test_region_boxes_survive_the_disk(bench: Bench) -> None:
     read = [q for q in bench.train.asked if q.kind in ("letter", "digit", "word")]
     assert read and all(isinstance(q.region, Box) for q in read)
@@ -427,16 +521,17 @@ def test_a_conversation_that_is_told_the_region_is_measured_on_its_answer(
     """By a model that says the lessons word for word, but for one token."""
     student = make_student(replace(cell("chain_of_spot", others=others), told=True), bench)
 
-    def says(labels: torch.Tensor, **batch: torch.Tensor) -> SimpleNamespace:
-        said = labels[:, 1:].clamp(min=0)
-        for row, learnt in enumerate(labels[:, 1:] != IGNORED):
-            places = learnt.nonzero()[:, 0]
-            answer = places[1:][places.diff() > 1][0]  # after the box
+    def says(llm: Any, visual: Any, packed: Packed, *more: Any) -> Answers:
+        answers = read(llm, visual, packed, *more)
+        said, texts = answers.labels.clone(), answers.row * 100 + answers.block
+        for text in texts.unique():
+            places = (texts == text).nonzero()[:, 0]
+            ends = places[answers.labels[places] == 2]
             if spoilt is not None:
-                said[row, places[0] if spoilt == "box" else answer] += 1
-        return SimpleNamespace(logits=F.pad(F.one_hot(said), (0, 0, 0, 1)))
+                said[places[0] if spoilt == "box" else ends[0] + 1] += 1
+        return answers._replace(logits=F.one_hot(said).float())
 
-    monkeypatch.setattr(student.model, "forward", says)
+    monkeypatch.setattr(conversing, "read", says)
     graded = student.grade(bench.test, range(3))
     assert [g.question for g in graded] == [q for i in range(3) for q in bench.test.questions[i]]
     assert {g.right for g in graded} == {right} and {g.tokens for g in graded} == {72}

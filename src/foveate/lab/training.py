@@ -177,7 +177,7 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained
             rates.step()
             recent.append(loss.item())
             if report:
-                report(step, end, recent[-1])
+                report(step, end if number + 1 == len(stages) else cell.steps, recent[-1])
             turned, stops = shape.top < stage.steps, False
             due = step * cell.points // cell.steps > (step - 1) * cell.points // cell.steps
             if due or (step == end and number + 1 == len(stages)):
