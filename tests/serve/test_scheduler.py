@@ -75,6 +75,17 @@ def test_what_is_drawn_depends_on_the_seed_alone(served: Scheduler) -> None:
     assert len({one.result(60).text for one in free}) > 1
 
 
+def test_nothing_is_answered_while_an_answer_is_explained(served: Scheduler) -> None:
+    """Explaining changes how the LLM computes its attention."""
+    wait_for(lambda: not served.active)
+    before = served.counts.reads
+    with served.engine.gate.alone():
+        running = served.ask(picture(64, 64, seed=9), "What is it?", Settings(3))
+        time.sleep(0.3)
+        assert served.counts.reads == before and not running.future.done()
+    assert running.result(60)
+
+
 def test_turns_about_a_picture_are_read_once(served: Scheduler) -> None:
     image, talk = picture(90, 120, seed=5), model().chat(picture(90, 120, seed=5))
     messages: list[dict[str, Any]] = []

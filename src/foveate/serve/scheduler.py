@@ -337,7 +337,8 @@ class Scheduler:
                     if self._closed:
                         break
                 try:
-                    self._round()
+                    with self.engine.gate.shared():  # nobody explains an answer meanwhile
+                        self._round()
                 except Exception as error:  # a fault of the server's own must not end it
                     log.exception("a round of the scheduler failed")
                     self._fail_all(error)
