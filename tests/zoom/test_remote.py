@@ -174,8 +174,21 @@ def test_what_goes_wrong_is_one_sentence(
     monkeypatch.setattr("foveate.zoom.server.MOST_BYTES", 2**23)
     server.script = [reply]
     with pytest.raises(FoveateError, match=rf"^{server.url} .*{why}") as error:
-        zoom(server, seconds=0.5, retries=0).ask(picture(60, 90), "Who?")
+        seconds = 0.5 if "0.5" in why or "timed out" in why else 20.0
+        zoom(server, seconds=seconds, retries=0).ask(picture(60, 90), "Who?", no_zoom=True)
     assert type(error.value) is kind
+
+
+def test_a_refused_question_about_the_region_leaves_the_first_answer(server: Upstream) -> None:
+    refusal = Refusal(400, "too long")
+    for script in ([refusal, "a dog"], ["[0, 0, 0.5, 0.5]", "a dog", refusal]):
+        server.script = list(script)
+        found = zoom(server, retries=0).ask(picture(60, 90), "Who?")
+        assert (found.text, found.regions, found.zoomed) == ("a dog", [], None)
+        assert "too long" in found.problems[-1]
+    server.script = [Refusal(503)]
+    with pytest.raises(Unavailable):
+        zoom(server, retries=0).ask(picture(60, 90), "Who?")
 
 
 def test_a_server_that_goes_down_in_the_loop_is_an_error(server: Upstream) -> None:
