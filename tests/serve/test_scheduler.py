@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from foveate import Foveate, FoveateError
+from foveate.ask.context import Context
 from foveate.methods import METHODS
-from foveate.serve.course import Completed
+from foveate.model.text import normalise_messages
+from foveate.serve.course import Completed, Course
 from foveate.serve.scheduler import Bounds, Full, Late, Piece, Row, Running, Scheduler, Stopped
 from foveate.serve.settings import Settings
 from tests.methods.conftest import fresh
@@ -42,7 +44,7 @@ def test_every_answer_is_the_one_alone(method: str) -> None:
     asked = [(i % 4, QUESTIONS[i % 3]) for i in range(8)]
     alone = model(method)
     expected = [alone.ask(pictures[i], question, max_new_tokens=WORDS) for i, question in asked]
-    served = model(method)
+    served = Foveate(alone.model, alone.processor)  # which remembers no picture
     with Scheduler(served.engine, Bounds(places=8)) as scheduler:
         running = [scheduler.ask(pictures[i], question, Settings(WORDS)) for i, question in asked]
         answers = [one.result(60) for one in running]
@@ -64,12 +66,12 @@ def served() -> Iterator[Scheduler]:
 
 def test_what_is_drawn_depends_on_the_seed_alone(served: Scheduler) -> None:
     image = picture(70, 90)
-    how = [Settings(8, temperature=1.0, top_p=top_p, seed=seed) for seed in range(4) for top_p in (1.0, 0.8)]
+    how = [Settings(8, temperature=1.0, top_p=top_p, seed=seed) for seed in range(3) for top_p in (1.0, 0.8)]
     alone = [served.ask(image, "What is it?", one).result(60).text for one in how]
     others = [served.ask(picture(64, 64, seed=i), f"Is it {i}?", Settings(12)) for i in range(6)]
     together = [served.ask(image, "What is it?", one) for one in how]
     assert [one.result(60).text for one in together] == alone
-    assert len({*alone}) > 4
+    assert len({*alone}) > 3
     [one.result(60) for one in others]
     free = [served.ask(image, "What is it?", Settings(8, temperature=1.0)) for _ in range(4)]
     assert len({one.result(60).text for one in free}) > 1
@@ -117,9 +119,6 @@ def test_conversations_of_every_shape(served: Scheduler) -> None:
     alone = model()
     expected = []
     for messages in conversations:
-        from foveate.ask.context import Context
-        from foveate.model.text import normalise_messages
-
         (reply,) = alone.engine.say([normalise_messages(messages)], Context(), max_new_tokens=WORDS)
         expected.append((reply.text, reply.ledger.visual_tokens, reply.ledger.prompt_tokens))
     running = [served.submit(messages, Settings(WORDS)) for messages in conversations]
@@ -164,8 +163,6 @@ def test_special_tokens_that_somebody_types_are_text(served: Scheduler) -> None:
 
 
 def _course(scheduler: Scheduler, messages: Any) -> Any:
-    from foveate.serve.course import Course
-
     return Course(scheduler.engine, messages, scheduler.special)
 
 
@@ -307,11 +304,11 @@ def test_a_request_that_breaks_the_model_leaves_the_others(
             return plain(shown, *arguments, **more)
 
         monkeypatch.setattr(made.engine, "encode", breaks)
-        good = scheduler.ask(image, "What is it?", Settings(200))
+        good = scheduler.ask(image, "What is it?", Settings(40))
         bad = scheduler.ask(picture(13, 13), "What is it?")
         with pytest.raises(RuntimeError, match="out of order"):
             bad.result(60)
-        assert len(good.result(60).tokens) == 200 and caplog.records
+        assert len(good.result(60).tokens) == 40 and caplog.records
         assert scheduler.alive
 
 
