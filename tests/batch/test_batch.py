@@ -137,7 +137,7 @@ def test_a_conversation_has_several_answers(data: Path, tmp_path: Path) -> None:
         out.write_bytes(whole[:cut])
         stand = Stand()
         ask(data, out, stand)
-        assert out.read_bytes() == whole and stand.asked[0] == "A?"
+        assert out.read_bytes() == whole and "A?" in stand.asked  # several are asked at once
 
 
 def test_a_torn_end_is_cut_off(data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from transformers import Qwen2VLImageProcessorPil
 
 from foveate import FoveateError, annotate, errors, load
@@ -16,13 +17,21 @@ from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
 from foveate.lab.run import run as run_lab
 from foveate.model.text import load_tokenizer
-from foveate.serve.cli import serve
+from foveate.serve import cli as serving
 from foveate.tiny import tiny_tokenizer
 from foveate.train.run import train
 from foveate.zoom.detectors import load_detector
 from foveate.zoom.vlm import VLM
 from tests.conftest import ROOT
 from tests.vlms import qwen2_5_vl
+
+
+def serve() -> None:
+    """The command, whose errors are not caught."""
+    app = typer.Typer()
+    app.command()(serving.serve)
+    typer.main.get_command(app).main([], standalone_mode=False)
+
 
 LORA = "stages.finetune.lora={on: [language_model.model]}"
 # module, its package, the extra, and what needs it

@@ -18,6 +18,7 @@ from foveate.ask.foveate import Foveate
 from foveate.errors import FoveateError
 from foveate.explaining.explanation import SeenView
 from foveate.picture.drawing import mark_regions
+from foveate.picture.fetching import named
 from foveate.picture.geometry import Box
 from foveate.picture.limits import Limits
 from foveate.picture.reading import read_picture
@@ -147,7 +148,7 @@ def read(path: str, limits: Limits, model: Foveate) -> Image.Image:
     try:
         return read_picture(path, limits, model.processor.image_processor.transparency)
     except FoveateError as error:
-        raise FoveateError(str(error).replace(path, Path(path).name)) from error
+        raise FoveateError(str(error).replace(named(path), named(Path(path).name))) from error
 
 
 def layers(talk: Talk) -> dict[str, list[Box]]:

@@ -62,8 +62,9 @@ def open_model(
             raise FoveateError(f"{model} is a server: say which model of it with --name")
         server = Server(model, name, os.environ.get(KEY), served=Served(form=boxes or "unit_xyxy"))
         return Remote(server, None if zoom is None else Zoom.of(server, zoom, limits=limits))
-    if name is not None or boxes is not None:
-        raise FoveateError("--name and --boxes are for the address of a server")
+    for option, value in (("--name", name), ("--boxes", boxes)):
+        if value is not None:
+            raise FoveateError(f"{option} is for the address of a server")
     if changes:
         if zoom is not None:
             raise FoveateError("--zoom asks the model as it is: leave out --method, --template and -o")
