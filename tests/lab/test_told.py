@@ -53,7 +53,8 @@ def test_who_is_told_a_region_looks_there_whatever_the_scores_are_used_for(gradi
         assert chosen.windows[0][3:] == (1, 0)
         if gradient == "weighted":
             view = connector.scorer.read(low)
-            score = connector.scorer(view, *(x[:, 0] for x in connector._words(low, query)))[0, 4]
+            words, mask = connector._words(low, query)
+            score = connector.scorer(view, [part[:, 0] for part in words], mask[:, 0])[0, 4]
             assert gap(chosen.gates[0], score.sigmoid()) < CLOSE
 
 

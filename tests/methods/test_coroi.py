@@ -155,12 +155,12 @@ class Points(nn.Module):
     def read(self, low: Tensor) -> Tensor:
         return low
 
-    def guides(self, guides: Tensor) -> Tensor:
-        return torch.stack([guides, guides])
+    def guides(self, guides: Tensor) -> list[Tensor]:
+        return [guides, guides]
 
-    def forward(self, low: Tensor, guides: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
+    def forward(self, low: Tensor, guides: list[Tensor], mask: Tensor, owners: Tensor) -> Tensor:
         self.seen.append(guides[0])
-        return (torch.arange(16) == 0).float().expand(guides.shape[1], -1)
+        return (torch.arange(16) == 0).float().expand(len(guides[0]), -1)
 
 
 @torch.no_grad()

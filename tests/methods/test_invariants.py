@@ -29,7 +29,17 @@ from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.train.parts import add_adapters, merge_adapters, select
 from foveate.train.recipe import DataFile, Lora, Stage
 from tests.methods.conftest import LOOKS, READ_LAST, fresh
-from tests.support import chat, gap, greedy, largest_gap, picture, pictures, right_padded, rows
+from tests.support import (
+    chat,
+    gap,
+    greedy,
+    largest_gap,
+    picture,
+    pictures,
+    right_padded,
+    rows,
+    source_of,
+)
 
 Tiny = Callable[[str], Foveate]
 SIZES = ((60, 100), (200, 90), (33, 33), (448, 57))
@@ -66,6 +76,39 @@ def test_batch_equals_single(method: str, tiny: Tiny) -> None:
         alone = prepare(processor, [one])
         assert gap(model(**alone).logits[0], together[i]) < CLOSE
         assert greedy(model, alone)[0] == answers[i]
+
+
+@torch.no_grad()
+def test_questions_about_one_picture_are_as_if_each_had_its_own(method: str, tiny: Tiny) -> None:
+    """Whether the connector takes them at once or pictures are repeated for it, in any order."""
+    model, owners = tiny(method).model, [1, 0, 1, 1]
+    images = pictures(*SIZES[:2])
+    batch = tiny(method).processor.image_processor(images, return_tensors="pt")
+    features, sizes = model.encode_views(batch["pixel_values"]), batch["image_sizes"]
+    views = features.split([len(plan.views) for plan in model.plans(sizes)])
+    texts, mask = torch.arange(20).view(4, 5) + 7, torch.ones(4, 5, dtype=torch.long)
+    mask[2, 3:] = 0
+    source, repeated = None, None
+    if model.method.reads_source:
+        source = source_of(*images)
+        source.encode = model.encode_views
+        repeated = source.repeated(owners)
+    together = model.connect(features, sizes, texts, mask, source, owners)
+    apart = model.connect(torch.cat([views[p] for p in owners]), sizes[owners], texts, mask, repeated)
+    for ours, theirs in zip(together.pooler_output, apart.pooler_output, strict=True):
+        assert gap(ours, theirs) < CLOSE
+    assert (together.kept is None) == (apart.kept is None) and together.pictures == apart.pictures == 4
+    for ours, theirs in zip(together.kept or [], apart.kept or [], strict=True):
+        assert torch.equal(ours, theirs)
+    if together.accounts is not None:
+        regions = [[account.regions for account in found.accounts] for found in (together, apart)]
+        assert regions[0] == regions[1]
+    if together.injection is not None:
+        hidden = torch.randn(1, sum(len(part) for part in together.pooler_output), 48)
+        visual = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        for injector in model.connector.injectors().values():
+            both = (injector(hidden, found.injection, visual) for found in (together, apart))
+            assert gap(*both) < CLOSE
 
 
 @torch.no_grad()

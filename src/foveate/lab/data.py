@@ -196,10 +196,15 @@ class Features:
 
     def gather_looks(self, plan: ViewPlan, wanted: Sequence[tuple[int, Look]]) -> Tensor | None:
         """(n, N, C) float32: parts of pictures; None if they are not kept."""
-        keys = [look_key(plan, look) for _, look in wanted]
-        if not all(key in self.kept for key in keys):
+        places: dict[str, list[int]] = {}
+        for place, (_, look) in enumerate(wanted):
+            places.setdefault(look_key(plan, look), []).append(place)
+        if not all(key in self.kept for key in places):
             return None
-        return torch.stack([self.kept[key][i] for key, (i, _) in zip(keys, wanted, strict=True)]).float()
+        found = torch.empty(len(wanted), *self.kept[next(iter(places))].shape[1:])
+        for key, mine in places.items():
+            found[mine] = self.kept[key][[wanted[place][0] for place in mine]].float()
+        return found
 
     def _encode(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
         """(n, V, N, C) bfloat16"""

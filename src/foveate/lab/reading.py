@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 
 from foveate.lab.packing import IGNORED, PADDING, VISUAL, Packed, visible
 
@@ -141,6 +141,7 @@ def read(
     asked, wanted = _asked(packed.labels)
     layers = llm.model.layers
     for number, layer in enumerate(layers):
+        assert isinstance(layer, LlamaDecoderLayer)
         last = number + 1 == len(layers)
         keys, values = _keys_values(layer, rest, turns)
         if stem.shape[1]:
@@ -199,12 +200,12 @@ def _rows(part: Tensor, places: Tensor) -> Tensor:
     return part.gather(1, places[..., None].expand(-1, -1, part.shape[2]))
 
 
-def _heads(layer: nn.Module, x: Tensor) -> Tensor:
+def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
     """(R, n, D) -> (R, heads, n, D / heads)"""
     return x.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
 
 
-def _keys_values(layer: nn.Module, hidden: Tensor, turns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _keys_values(layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     attention, x = layer.self_attn, layer.input_layernorm(hidden)
     key = _heads(layer, attention.k_proj(x))
     return _turned(key, turns), _heads(layer, attention.v_proj(x))
@@ -217,7 +218,7 @@ def _turned(x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
 
 
 def _passed(
-    layer: nn.Module,
+    layer: LlamaDecoderLayer,
     hidden: Tensor,
     turns: tuple[Tensor, ...],
     keys: Tensor,

@@ -126,7 +126,8 @@ def _sibling(student: Student, place: Path, report: Report | None, command: str)
 
 
 def _point(values: Mapping[str, Any]) -> Point:
-    return Point(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Point(**given)
 
 
 def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained:

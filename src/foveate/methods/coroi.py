@@ -156,12 +156,12 @@ class Attention(nn.Module):
         """(B, N, C) -> (B, heads, N, C / heads)"""
         return split(self.query(x), self.heads)
 
-    def keys_values(self, source: Tensor) -> Tensor:
-        """(..., M, C) -> (2, ..., M, C)"""
-        return torch.stack([self.key(source), self.value(source)])
+    def keys_values(self, source: Tensor) -> list[Tensor]:
+        """(..., M, C) -> two of (..., M, C)"""
+        return [self.key(source), self.value(source)]
 
-    def forward(self, queries: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, heads, N, C / heads), `keys_values` (2, B, M, C), mask (B, M) of valid guides -> (B, N, C)"""
+    def forward(self, queries: Tensor, keys_values: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """(B, heads, N, C / heads), keys and values (B, M, C), mask (B, M) of valid guides -> (B, N, C)"""
         key, value = (split(x, self.heads) for x in keys_values)
         if mask is None:
             return self.out(joined(F.scaled_dot_product_attention(queries, key, value)))
@@ -201,12 +201,14 @@ class Scorer(nn.Module):
         x = low + attention(attention.queries(read), attention.keys_values(read))
         return LowView(x, self.cross_attention.queries(self.cross_norm(x)))
 
-    def guides(self, guides: Tensor) -> Tensor:
-        """What the cross attention reads of words or windows, (..., M, C) -> (2, ..., M, C)."""
+    def guides(self, guides: Tensor) -> list[Tensor]:
+        """What the cross attention reads of words or windows, (..., M, C): two of the same size."""
         return self.cross_attention.keys_values(self.guide_norm(guides))
 
-    def forward(self, low: LowView, guides: Tensor, mask: Tensor, owners: Tensor | None = None) -> Tensor:
-        """`guides` (2, B, M, C), their mask (B, M) -> scores (B, N). `owners` (B,): row of `low` of each."""
+    def forward(
+        self, low: LowView, guides: Sequence[Tensor], mask: Tensor, owners: Tensor | None = None
+    ) -> Tensor:
+        """`guides` (B, M, C), their mask (B, M) -> scores (B, N). `owners` (B,): row of `low` of each."""
         tokens, queries = low if owners is None else (x[owners] for x in low)
         return self.feed_forward(tokens + self.cross_attention(queries, guides, mask))[..., 0]
 
@@ -468,12 +470,12 @@ class CoroiConnector(Connector):
         options, scales = self.options, len(self.sides)
         owners = range(len(plans)) if query is None else query.owners_of(len(plans))
         rows = torch.tensor(owners, device=low.device)  # (Q,)
-        words, mask = self._words(low, query)  # (2, Q, 1, T, C), (Q, 1, T)
+        words, mask = self._words(low, query)  # two (Q, 1, T, C), (Q, 1, T)
         view = self.scorer.read(low)
         numbers: list[list[list[int]]] = []  # (n, Q, m) indices of windows
         gates: list[Tensor] = []  # (Q, m) each
         features: list[Tensor] = []  # (Q, m, N, C) each
-        past: list[Tensor] = []  # windows that join the question, (2, Q, m, N, C) each
+        past: list[list[Tensor]] = []  # windows that join the question, two (Q, m, N, C) each
         taken: list[Tensor | None] = [None] * scales
         spread = self._spread() if low.is_meta else []
         sums = None
@@ -481,11 +483,17 @@ class CoroiConnector(Connector):
             if sums is None or past:
                 guides, there, of = words, mask, rows
                 if past:
-                    read = torch.cat(past[-1:] if options.history == "last" else past, 3)  # (2, Q, m, M, C)
-                    guides = torch.cat([words.expand(-1, -1, scales, -1, -1), read], 3)
-                    there = F.pad(mask.expand(-1, scales, -1), (0, read.shape[3]), value=True)
+                    read = past[-1:] if options.history == "last" else past
+                    guides = [
+                        torch.cat([said.expand(-1, scales, -1, -1), *seen], 2)  # (Q, m, M, C)
+                        for said, *seen in zip(words, *read, strict=True)
+                    ]
+                    there = F.pad(
+                        mask.expand(-1, scales, -1), (0, guides[0].shape[2] - mask.shape[2]), value=True
+                    )
                     of = rows.repeat_interleave(scales)
-                scores = self.scorer(view, guides.flatten(1, 2), there.flatten(0, 1), of)  # (Q or Q m, N)
+                guides = [part.flatten(0, 1) for part in guides]
+                scores = self.scorer(view, guides, there.flatten(0, 1), of)  # (Q or Q m, N)
                 sums = integral(scores.view(len(owners), -1, *self.tower.grid))  # (Q, 1 or m, h + 1, w + 1)
             means = [pooled(sums[:, s % sums.shape[1]], self.sides[s]) for s in range(scales)]
             picked = [self.select(mean, taken[s]) for s, mean in enumerate(means)]
@@ -501,18 +509,18 @@ class CoroiConnector(Connector):
             distinct = {look: i for i, look in enumerate(dict.fromkeys(looks))}
             which = torch.tensor([distinct[look] for look in looks], device=low.device)
             which = which.unflatten(0, (len(owners), scales))  # (Q, m)
-            read = source.look(list(distinct), self.tower.side).to(low)
-            features.append(read[which])
+            looked = source.look(list(distinct), self.tower.side).to(low)
+            features.append(looked[which])
             if options.history != "none" and step + 1 < options.rois:
-                past.append(self.scorer.guides(read)[:, which])
+                past.append([part[which] for part in self.scorer.guides(looked)])
         windows = [w for step, chosen in enumerate(numbers) for w in self._windows(step, chosen)]
         factors = torch.stack(gates, 2)  # (Q, m, n)
         if options.gradient == "centred" and factors.requires_grad:
             factors.register_hook(lambda grad: grad - grad.mean((0, 2), keepdim=True))
         return Chosen(sorted(windows), torch.stack(features, 2).flatten(0, 2), factors.flatten())
 
-    def _words(self, low: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
-        """U as the scorer reads it (2, Q, 1, T, C), and its mask (Q, 1, T)."""
+    def _words(self, low: Tensor, query: Query | None) -> tuple[list[Tensor], Tensor]:
+        """U as the scorer reads it, two (Q, 1, T, C), and its mask (Q, 1, T)."""
         if query is None or not query.mask.shape[1]:  # nothing to read, but other ranks wait for gradients
             count = len(low) if query is None else len(query.mask)
             nothing = self.question(low.new_zeros(count, 1, 1, self.width))
