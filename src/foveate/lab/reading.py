@@ -100,7 +100,7 @@ class Answers(NamedTuple):
         missed = torch.zeros(rows, blocks, dtype=torch.bool)
         there = torch.zeros(rows, blocks, dtype=torch.bool)
         there[self.row, self.block - 1] = True
-        wrong = self.logits.argmax(-1) != self.labels
+        wrong = self.logits.argmax(-1).ne(self.labels)
         if second is not None:
             wrong &= _ended(self.labels == second, self.row * (blocks + 1) + self.block) == 1
         missed[self.row[wrong], self.block[wrong] - 1] = True
@@ -205,7 +205,9 @@ def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
 
 
-def _keys_values(layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _keys_values(
+    layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
     attention, x = layer.self_attn, layer.input_layernorm(hidden)
     key = _heads(layer, attention.k_proj(x))
     return _turned(key, turns), _heads(layer, attention.v_proj(x))
