@@ -277,7 +277,7 @@ def test_wrong_commands(data: Path, tmp_path: Path) -> None:
         ((tmp_path / "none.jsonl", out), "give a file of questions"),
         ((tmp_path, out), "give a file of questions"),
         ((data, out, "--images", tmp_path / "none"), "there is no folder"),
-        ((data, out, "--boxes", "qwen3_vl"), "are for the address of a server"),
+        ((data, out, "--boxes", "qwen3_vl"), "--boxes is for the address of a server"),
     ):
         found = foveate("batch", *arguments)
         assert found.code == 2 and why in " ".join(found.stderr.split()), found.stderr

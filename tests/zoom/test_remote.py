@@ -243,4 +243,4 @@ def test_eval_zooms(server: Upstream, tmp_path: Path) -> None:
     refused = foveate(*where, tmp_path / "no", "--zoom", "relevance")
     assert refused.code == 2 and "choose answer or tool" in " ".join(refused.stderr.split())
     refused = foveate("eval", tmp_path / "data.jsonl", "--out", tmp_path / "no", "--boxes", "qwen3_vl")
-    assert refused.code == 2 and "--boxes are for the address of a server" in refused.stderr
+    assert refused.code == 2 and "--boxes is for the address of a server" in refused.stderr
