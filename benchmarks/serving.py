@@ -4,9 +4,11 @@
 
 The embedded model is served by a process of its own, float32. Clients ask questions about parts of
 `examples/signs.jpg`, each over one connection that it keeps: first one client alone, then all at once, each
-time on a new server, which has answered one question about each picture before. Then the same where every
-request shows a picture of its own, so that nothing is known of it. Every answer is compared with that of
-`Foveate.ask`. Prints a Markdown table; times are those of a client, whose work takes a share of the machine.
+time on a new server, which has answered one question about each picture before. They ask for a description,
+which this model answers with words up to the bound of 32; questions that it has learnt, of which most are
+answered by one word; and these questions about a picture of each request's own, so that nothing is known of
+it. Every answer is compared with that of `Foveate.ask`. Prints a Markdown table; times are those of a client,
+whose work takes a share of the machine.
 """
 
 from __future__ import annotations
@@ -55,6 +57,15 @@ QUESTIONS = (
     "where is the circle?",
     "what shape has digit 9?",
 )
+DESCRIPTIONS = (
+    "describe the picture",
+    "say all that you see",
+    "name every shape and its colour",
+    "a picture of",
+    "describe all shapes: the",
+    "tell me about the shapes in this picture",
+)
+WORDS = 32  # bound on an answer, in tokens
 PREFIXES = 2**26  # bytes: reached in the warm-up, so that memory can be seen to stay
 ALONE = 4  # one client sends this many times fewer requests
 
@@ -92,9 +103,15 @@ def main() -> None:
     model = foveate.load(device="cpu", dtype="float32")
     pictures = [part_of_picture(i) for i in range(max(given.pictures, given.requests))]
     urls = [data_url(picture) for picture in pictures]
-    few = [Asked(i % given.pictures, QUESTIONS[i % len(QUESTIONS)]) for i in range(given.requests)]
-    each = [Asked(i, QUESTIONS[i % len(QUESTIONS)]) for i in range(given.requests)]
-    kinds = {"the same pictures": few, "a picture each": each}
+    asks = [QUESTIONS[i % len(QUESTIONS)] for i in range(given.requests)]
+    few = [Asked(i % given.pictures, question) for i, question in enumerate(asks)]
+    kinds = {
+        "descriptions": [
+            Asked(i % given.pictures, DESCRIPTIONS[i % len(DESCRIPTIONS)]) for i in range(given.requests)
+        ],
+        "questions": few,
+        "a picture each": [Asked(i, question) for i, question in enumerate(asks)],
+    }
     records = {(kind, clients): Record() for kind in kinds for clients in (1, given.clients)}
     for _ in range(given.rounds):
         for (kind, clients), record in records.items():
@@ -113,7 +130,7 @@ def show(given: Any, records: dict[tuple[str, int], Record], alone: dict[Asked, 
         f"torch {torch.__version__}, {given.rounds} rounds\n"
     )
     console.print(
-        "| requests about | clients | requests | errors | equal to alone | requests / s (range) "
+        "| requests | clients | number | errors | equal to alone | requests / s (range) "
         "| of one client | p50 ms | p99 ms | processor ms / request | MB after a quarter, at the end |"
     )
     console.print("|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---|")
@@ -215,7 +232,11 @@ def measure(
 def answer_of(wire: HTTPConnection, url: str, question: str) -> str | None:
     """The answer; None for an error."""
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    body = {"model": "embedded", "messages": [{"role": "user", "content": parts}]}
+    body = {
+        "model": "embedded",
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": WORDS,
+    }
     wire.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     reply = wire.getresponse()
     content = json.loads(reply.read())
@@ -237,7 +258,7 @@ def answers_alone(model: foveate.Foveate, pictures: list[Image.Image], asked: se
     read = {}
     for one in asked:
         content = base64.b64decode(data_url(pictures[one.picture]).partition(",")[2])
-        read[one] = model.ask(content, one.question).text
+        read[one] = model.ask(content, one.question, max_new_tokens=WORDS).text
     return read
 
 

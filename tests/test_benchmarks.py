@@ -24,7 +24,7 @@ SMALLEST = {
     "llava_hr": ("--layers 4 --side 64", 3),
     "peers": ("--layers 2 --width 64 --pixels 90 120", 6),
     "proxy": ("--pixels 60 90", 3),
-    "serving": ("--requests 8 --clients 4 --pictures 2", 4),
+    "serving": ("--requests 4 --clients 2 --pictures 2", 6),
     "slime_connector": ("--width 128 --words 2", 2),
     "slime_prefill": ("--layers 1 --pixels 90 120", 4),
     "tower": ("--layers 1 --width 64 --views 1", 5),

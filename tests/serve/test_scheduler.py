@@ -211,9 +211,9 @@ def test_rounding_is_far_below_what_is_allowed_for_it(monkeypatch: pytest.Monkey
     seen: dict[tuple[int, int], list[torch.Tensor]] = {}
     plain = Scheduler._choose
 
-    def noted(self: Scheduler, row: Row, logits: torch.Tensor, fresh: bool = False) -> None:
+    def noted(self: Scheduler, row: Row, logits: torch.Tensor, *more: Any) -> None:
         seen.setdefault((requests.index(row.running), len(row.tokens)), []).append(logits.clone())
-        plain(self, row, logits, fresh)
+        plain(self, row, logits, *more)
 
     monkeypatch.setattr(Scheduler, "_choose", noted)
     asked = [(picture(60 + i // 3, 90), f"What is it? {i % 3} {'Or ' * i}") for i in range(9)]

@@ -6,7 +6,7 @@ last of a conversation, so that all questions about it share what was read of it
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -172,9 +172,9 @@ class Prefixes:
     ) -> Known:
         """The known nodes along a conversation, up to `most` of its tokens."""
         node, at, nodes = self.root, 0, []
-        now = next(self._clock)
+        now, ours = next(self._clock), dict(zip(places, pictures, strict=True))
         while at < most:
-            found = ((_alike(child, at, ids, pictures, places), i) for i, child in enumerate(node.children))
+            found = ((_alike(child, at, ids, ours), i) for i, child in enumerate(node.children))
             taken, i = max(found, default=(0, 0))
             taken = min(taken, most - at)
             taken = next((max(s - at, 0) for s, e in places if s < at + taken < e), taken)
@@ -206,20 +206,18 @@ def _below(node: Node) -> Iterator[Node]:
         yield child
 
 
-def _alike(
-    node: Node,
-    at: int,
-    ids: Sequence[int],
-    pictures: Sequence[Hashable],
-    places: Sequence[tuple[int, int]],
-) -> int:
-    """How many tokens of a node are those of a conversation from `at` on."""
+def _alike(node: Node, at: int, ids: Sequence[int], pictures: Mapping[tuple[int, int], Hashable]) -> int:
+    """How many tokens of a node are those of a conversation from `at` on.
+
+    `pictures`: the conversation's, by their first placeholder and the one after their last.
+    """
+    if node.ids[0] != ids[at]:
+        return 0
     most = min(len(node.ids), len(ids) - at)
-    ours = dict(zip(places, pictures, strict=True))
     for one in node.seen:
-        if ours.get((one.start, one.end)) != one.key:
+        if pictures.get((one.start, one.end)) != one.key:
             most = min(most, one.start - at)
-    for start, _ in places:
+    for start, _ in pictures:
         if at <= start < at + most and not any(one.start == start for one in node.seen):
             most = start - at
     most = max(most, 0)

@@ -38,7 +38,7 @@ from foveate.picture.account import Account
 from foveate.serve.course import Completed, Course, Messages
 from foveate.serve.decoding import Own, Part, Read, Slot, Slots, read
 from foveate.serve.prefixes import Known, Prefixes, Seen
-from foveate.serve.settings import Chooser, Rules, Settings, Token
+from foveate.serve.settings import Chooser, Rules, Settings, Token, highest
 from foveate.serve.writing import Writing
 
 log = logging.getLogger("foveate.serve")
@@ -180,6 +180,7 @@ class Row:
     known: Known = field(default_factory=Known)
     seen: list[Seen] = field(default_factory=list)
     visible: list[bool] = field(default_factory=list)
+    read: int = 0  # tokens of its prompt that are visible
     part: Part | None = None
     place: Slot | Own | None = None
     tokens: list[Token] = field(default_factory=list)
@@ -224,7 +225,7 @@ class Scheduler:
         self.rules = Rules(engine.model)
         self.exact = engine.model.dtype == torch.float32 if exact is None else exact
         self.rounding = ROUNDING[engine.model.dtype]
-        self.special = special_tokens(engine.processor.tokenizer)
+        self.special, self.positions = special_tokens(engine.processor.tokenizer), engine.model.positions
         self.prefixes, self.slots = (
             Prefixes(self.bounds.prefix_bytes),
             Slots(engine.model, self.bounds.kv_bytes),
@@ -305,7 +306,7 @@ class Scheduler:
 
     def _check_text(self, messages: Messages) -> None:
         """Raises `FoveateError` for a text that cannot fit, as it would be long work to find its tokens."""
-        most = self.bounds.prompt_tokens or self.engine.model.positions or UNBOUNDED
+        most = self.bounds.prompt_tokens or self.positions or UNBOUNDED
         texts = [message["content"] for message in messages]
         parts = [
             part["text"] for text in texts if not isinstance(text, str) for part in text if "text" in part
@@ -480,12 +481,13 @@ class Scheduler:
             note(new, encoded)
         (after,) = visible_tokens([row.passage], [known.tokens], encoded)
         row.visible = known.visible + after
+        row.read = sum(row.visible)
         row.seen = known.seen + _seen(row, new, encoded)
         ids = [one for one, keep in zip(row.passage.ids[known.tokens :], after, strict=True) if keep]
-        if self.engine.model.positions is not None:
+        if self.positions is not None and row.read >= self.positions:
             visual = torch.tensor([row.passage.ids]) == self.engine.model.config.image_token_id
             visual &= torch.tensor([row.visible])
-            check_lengths(torch.tensor([sum(row.visible)]), self.engine.model.positions, visual, answer=1)
+            check_lengths(torch.tensor([row.read]), self.positions, visual, answer=1)
         row.part = Part(ids, known, None if encoded is None else compacted(encoded))
 
     def _read(self) -> None:
@@ -500,12 +502,12 @@ class Scheduler:
                 logits, read_now = read(self.engine.model, [row.parts for row in group])
                 self.counts.reads += 1
                 share([row.said.ledger for row in group], "generate", time.perf_counter() - start)
-                for row, scores, held in zip(group, logits, read_now, strict=True):
-                    fresh = len(group) == 1 and not row.parts.before
+                fresh = len(group) == 1 and not group[0].parts.before
+                for row, scores, best, held in zip(group, logits, highest(logits), read_now, strict=True):
                     self._place(row, held)
                     self._writing.append(row)
                     with self._failing(row):
-                        self._choose(row, scores, fresh)
+                        self._choose(row, scores, best, fresh)
 
     def _group(self) -> list[Row]:
         """The rows that are read with the one that is ready first."""
@@ -552,9 +554,9 @@ class Scheduler:
                 logits = self.slots.step([row.tokens[-1].id for row in placed])
                 self.counts.steps += 1
                 share([row.said.ledger for row in placed], "generate", time.perf_counter() - start)
-                for row, scores in zip(placed, logits, strict=True):
+                for row, scores, best in zip(placed, logits, highest(logits), strict=True):
                     with self._failing(row):
-                        self._choose(row, scores)
+                        self._choose(row, scores, best)
         for row in own:
             start = time.perf_counter()
             with self._failing(row):
@@ -564,18 +566,22 @@ class Scheduler:
                 share([row.said.ledger], "generate", time.perf_counter() - start)
                 self._choose(row, scores)
 
-    def _choose(self, row: Row, logits: Tensor, fresh: bool = False) -> None:
+    def _choose(
+        self, row: Row, logits: Tensor, likeliest: tuple[int, float] | None = None, fresh: bool = False
+    ) -> None:
         """The next token of a row, and what follows from it.
 
         Args:
             row: it writes.
             logits: (V,) of the next token.
-            fresh: whether they were computed as for the row alone.
+            likeliest: as of `highest`, if known.
+            fresh: whether the logits were computed as for the row alone.
         """
         ids = [token.id for token in row.tokens]
-        scores = self.rules.scores(logits, row.passage.ids + ids)
-        choice = row.chooser.choose(scores)
-        if self.exact and not (fresh or row.alone) and choice.margin < self._slack(scores):
+        if self.rules.processors:
+            logits, likeliest = self.rules.scores(logits, row.passage.ids + ids), None
+        choice = row.chooser.choose(logits, likeliest)
+        if self.exact and not (fresh or row.alone) and choice.margin < self._slack(logits):
             self._start_again(row)
             return
         if not row.tokens and row.running.first is None:
@@ -583,21 +589,20 @@ class Scheduler:
         row.tokens.append(choice.token)
         ids.append(choice.token.id)
         ended = choice.token.id in self.rules.ends
-        positions = self.engine.model.positions
         full = len(ids) >= row.settings.max_new_tokens or (
-            positions is not None and sum(row.visible) + len(ids) >= positions
+            self.positions is not None and row.read + len(ids) >= self.positions
         )
         text, stopped = row.writing.read(ids, ended or full)
-        last = ended or stopped or full
-        if last:
-            kept = _answer(row.tokens, row.writing, ids) if row.course.last else row.tokens
-        self._tell(row, text, kept if last else row.tokens, last)
-        if last:
-            self._finish(row, "stop" if ended or stopped else "length", kept)
+        if not (ended or stopped or full):
+            self._tell(row, text, row.tokens, last=False)
+            return
+        kept = _answer(row.tokens, row.writing, ids) if row.course.last else row.tokens
+        self._tell(row, text, kept, last=True)
+        self._finish(row, "stop" if ended or stopped else "length", kept)
 
     def _slack(self, scores: Tensor) -> float:
         """How far rounding may have moved a score."""
-        return self.rounding * max(1.0, float(scores[scores.isfinite()].abs().max()))
+        return self.rounding * max(1.0, float(scores.abs().nan_to_num(posinf=0.0).max()))
 
     def _start_again(self, row: Row) -> None:
         """Lets a row start again, alone."""
@@ -628,7 +633,7 @@ class Scheduler:
             if end is None:
                 self._opened.appendleft(self._open(row.running, row.course))
                 return
-            done = row.course.complete(end, finish, tokens, row.seen, sum(row.visible))
+            done = row.course.complete(end, finish, tokens, row.seen, row.read)
             self._settle(row.running, done)
 
     def _count(self, row: Row) -> None:

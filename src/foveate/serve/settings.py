@@ -170,12 +170,17 @@ class Chooser:
         if self.settings.seed is not None:
             self.generator.manual_seed((self.settings.seed + 0x9E3779B97F4A7C15 * self.turn) % 2**63)
 
-    def choose(self, scores: Tensor) -> Choice:
-        """The next token for scores (V,) of float32."""
+    def choose(self, scores: Tensor, likeliest: tuple[int, float] | None = None) -> Choice:
+        """The next token for scores (V,) of float32.
+
+        Args:
+            scores: of all tokens.
+            likeliest: the token with the highest score, and by how much it is the highest, if known already.
+        """
         settings = self.settings
         if not settings.draws:
-            (best, second), (token, _) = (part.tolist() for part in scores.topk(2))
-            return Choice(self._told(token, scores), best - second)
+            token, margin = likeliest or highest(scores[None])[0]
+            return Choice(self._told(token, scores), margin)
         heated = scores.cpu() / settings.temperature
         margin = math.inf
         # The likeliest of the scores with Gumbel's noise is a draw from their softmax; and the noise does not
@@ -195,6 +200,12 @@ class Chooser:
         values, ids = logs.topk(min(self.settings.logprobs, len(logs)))
         likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(token, float(logs[token]), likeliest)
+
+
+def highest(scores: Tensor) -> list[tuple[int, float]]:
+    """Per row of scores (B, V) the token with the highest one, and by how much it is the highest."""
+    values, tokens = scores.topk(2)
+    return list(zip(tokens[:, 0].tolist(), (values[:, 0] - values[:, 1]).tolist(), strict=True))
 
 
 def nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, float]:
