@@ -35,6 +35,6 @@ def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None
         for seed in experiment.seeds
     ]
     results = json.loads(report.read_text(encoding="utf-8"))
-    later = {"converge": None, "points": POINTS}  # reports of before have no word of them
+    later = {"converge": None, "points": POINTS}  # fields that earlier reports lack
     cells = [{**later, **result["cell"], "label": result["label"]} for result in results]
     assert cells == json.loads(json.dumps(expected))

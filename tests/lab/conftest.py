@@ -33,9 +33,10 @@ NANO = replace(
 
 @pytest.fixture(scope="session", autouse=True)
 def nano() -> Iterator[None]:
+    real = SCALES["nano"]
     SCALES["nano"] = NANO
     yield
-    del SCALES["nano"]
+    SCALES["nano"] = real
 
 
 @pytest.fixture(scope="session")

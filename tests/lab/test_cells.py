@@ -426,7 +426,8 @@ def test_region_boxes_survive_the_disk(bench: Bench) -> None:
 
 def test_a_report_tells_everything(prepared: Path) -> None:
     variants = (Variant("llava"), Variant("pooled"))
-    path = run(Experiment(variants, "easy", "nano", seeds=(0, 1), steps=2), prepared)
+    path = run(Experiment(variants, "easy", "nano", seeds=(0, 1), steps=2), prepared).report
+    assert path is not None
     text = path.read_text(encoding="utf-8")
     for expected in ("LLaVA-1.5", "pooled tiles", "*chance*", "*in-scene guess*", "where"):
         assert expected in text
@@ -460,7 +461,8 @@ def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
     """Six windows of half the side hold some objects, and others not."""
     windows = {"scales": [2], "rois": 6, "distinct": True, "layers": [0]}
     variants = (Variant("llava"), Variant("coroi", options=windows))
-    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared).report
+    assert path is not None
     blind, chain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert blind["looked"] is None and 0 < chain["looked"]["overlap"] < chain["looked"]["found"] < 1
     assert "region: found | region: overlap" in path.read_text(encoding="utf-8")
@@ -469,7 +471,8 @@ def test_how_often_the_object_was_found_is_told(prepared: Path) -> None:
 def test_a_method_may_be_told_where_to_look(prepared: Path) -> None:
     windows = {"scales": [2], "rois": 1, "layers": [0]}
     variants = (Variant("coroi", options=windows), Variant("coroi", "told", windows, told=True))
-    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared).report
+    assert path is not None
     free, told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert told["looked"]["found"] > 0.9 > free["looked"]["found"]
     with pytest.raises(FoveateError, match=r"told: LLaVA-1\.5 does not look again at the original picture"):
@@ -478,7 +481,8 @@ def test_a_method_may_be_told_where_to_look(prepared: Path) -> None:
 
 def test_tokens_that_a_router_dropped_are_not_counted(prepared: Path) -> None:
     variants = tuple(Variant("slime", f"gamma {gamma}", {"gamma": gamma}) for gamma in (0.5, 1.0))
-    path = run(Experiment(variants, "easy", "nano", steps=2), prepared)
+    path = run(Experiment(variants, "easy", "nano", steps=2), prepared).report
+    assert path is not None
     half, all_ = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     full = all_["cost"]["visual_tokens"]
     assert all_["tokens"] == full and 0.3 * full < half["tokens"] < 0.8 * full
@@ -644,7 +648,8 @@ def test_wrong_experiments_are_one_sentence(text: str, said: str, tmp_path: Path
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_cells_command_makes_the_same_cell(prepared: Path, batch: int | None) -> None:
     variant = Variant("pooled", options={"with_global": False})
-    path = run(Experiment((variant,), "easy", "nano", (3,), 2, batch), prepared)
+    path = run(Experiment((variant,), "easy", "nano", (3,), 2, batch), prepared).report
+    assert path is not None
     assert "nano-easy-2" + ("-batch3" if batch else "") == path.parent.name
     assert ("2 steps of 3 pictures" in path.read_text(encoding="utf-8")) == (batch == 3)
     result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))[0]

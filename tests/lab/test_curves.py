@@ -12,7 +12,7 @@ import torch
 from foveate.errors import FoveateError
 from foveate.lab import training
 from foveate.lab.cell import Bench, Cell
-from foveate.lab.curve import Converge, Point, has_converged, noise
+from foveate.lab.curve import Converge, Point, has_converged, noise, stays_converged
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.optimise import Trapezoid
 from foveate.lab.training import train_cell
@@ -38,6 +38,12 @@ def test_a_curve_has_converged_if_its_last_quarter_gains_no_more_than_noise() ->
     assert not has_converged(curve([*STAYS[:6], 0.612, 0.612]))
     falls = [*STAYS[:6], 0.3, 0.3]
     assert has_converged(curve(falls))
+
+
+def test_a_dip_is_not_the_end() -> None:
+    dips = [*RISES[:7], 0.55]
+    assert has_converged(curve(dips)) and not stays_converged(curve(dips))
+    assert stays_converged(curve([*STAYS, 0.6]))
 
 
 def test_coarse_questions_count_too() -> None:
@@ -88,6 +94,7 @@ def test_a_cell_that_learns_nothing_more_stops_and_one_that_does_goes_on_to_its_
 ) -> None:
     steps = []
     for stops in (True, False):
+        monkeypatch.setattr(training, "stays_converged", lambda curve, stops=stops: stops)
         monkeypatch.setattr(training, "has_converged", lambda curve, stops=stops: stops)
         result = train_cell(cell(16, 6), replace(bench, folder=tmp_path / str(stops)))
         assert result["converged"] == stops
@@ -101,7 +108,7 @@ def test_an_interrupted_cell_turns_where_an_uninterrupted_one_does(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "SAVE_EVERY", 1)
-    monkeypatch.setattr(training, "has_converged", lambda curve: True)
+    monkeypatch.setattr(training, "stays_converged", lambda curve: True)
     wanted = cell(16, 6)
     whole = train_cell(wanted, replace(bench, folder=tmp_path / "whole"))
     other = replace(bench, folder=tmp_path / "cut")

@@ -14,9 +14,10 @@ from typing import Any
 from foveate.errors import FoveateError
 from foveate.lab.controls import controls
 from foveate.lab.curve import POINTS, Converge
-from foveate.lab.data import Examples, examples
+from foveate.lab.data import Examples, Tell, examples, silent
 from foveate.lab.experiment import Experiment, StageSpec, Variant
-from foveate.lab.levels import level_named
+from foveate.lab.levels import Level, level_named
+from foveate.lab.materials import Split
 from foveate.lab.packing import Sample, encode
 from foveate.lab.parts import Parts
 from foveate.lab.questions import chance, in_scene_guess
@@ -126,6 +127,7 @@ class Bench:
         scale: the sizes.
         parts: tower, LLM and tokenizer that every method starts from.
         train, test: the pictures and questions.
+        tell: is told how far drawing and encoding are.
     """
 
     folder: Path
@@ -133,6 +135,7 @@ class Bench:
     parts: Parts
     train: Examples
     test: Examples
+    tell: Tell = silent
 
     def cells(self, scale: str) -> Path:
         """The folder of results; it depends on the parts."""
@@ -151,12 +154,23 @@ class Bench:
         return {"chance": chance(self.test.asked), "in-scene guess": in_scene_guess(self.test.asked)}
 
 
-def make_bench(level: str, scale: str, folder: Path, parts: Parts) -> Bench:
+def make_bench(level: str, scale: str, folder: Path, parts: Parts, tell: Tell = silent) -> Bench:
     """Raises `FoveateError` for unknown names, or if the disk is full."""
-    sizes, hard = scale_named(scale), level_named(level)
-    train = examples(folder, hard, sizes.view, sizes.magnify, "train", sizes.scenes)
-    test = examples(folder, hard, sizes.view, sizes.magnify, "test", sizes.test_scenes)
-    return Bench(folder, sizes, parts, train, test)
+    return bench_of(level_named(level), scale_named(scale), folder, parts, tell)
+
+
+def bench_of(level: Level, sizes: Scale, folder: Path, parts: Parts, tell: Tell = silent) -> Bench:
+    """Draws what is missing. Raises `FoveateError` if the disk is full."""
+    train, test = (
+        examples(folder, level, sizes.view, sizes.magnify, split, count, tell=tell)
+        for split, count in sets(sizes)
+    )
+    return Bench(folder, sizes, parts, train, test, tell)
+
+
+def sets(sizes: Scale) -> list[tuple[Split, int]]:
+    """The sets of pictures of a scale, and how many each has."""
+    return [("train", sizes.scenes), ("test", sizes.test_scenes)]
 
 
 def check_methods(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from foveate.errors import FoveateError
 from foveate.files import explained
+from foveate.lab.progress import telling
 from foveate.shipped import shipped
+
+SEVERAL = "Several: separated by commas, or the option again."
 
 app = typer.Typer(
     help="Compare methods in minutes on a CPU, on pictures whose contents are known.",
@@ -35,7 +38,7 @@ def prepare(
     folder: Folder = Path("lab"),
     seed: Seed = 0,
     threads: Threads = 1,
-    parts: Annotated[str, typer.Option(help="Which parts, separated by commas.")] = "tower,reader,convnet",
+    parts: Annotated[list[str] | None, typer.Option(help=f"Which parts, by default all. {SEVERAL}")] = None,
 ) -> None:
     """Pre-train the tower, the LLM (reader) and the ConvNeXt that methods start from."""
     from foveate.lab.scales import scale_named
@@ -43,20 +46,20 @@ def prepare(
     sizes = scale_named(scale)
     import torch
 
+    from foveate.lab.parts import PARTS
     from foveate.lab.parts import prepare as make
 
     torch.set_num_threads(threads)
     console = Console()
-    with Progress(console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, step: int, steps: int, loss: float) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=steps)
-            progress.update(tasks[what], completed=step, description=f"{what}, loss {loss:.3f}")
-
-        names = [part.strip() for part in parts.split(",") if part.strip()]
-        place = make(scale, sizes, folder, seed, report, names)
+    with telling(console) as tell:
+        place = make(
+            scale,
+            sizes,
+            folder,
+            seed,
+            lambda what, step, steps, loss: tell(what, step, steps, f"loss {loss:.3f}"),
+            PARTS if parts is None else several(parts, PARTS),
+        )
     console.print(f"written to {place}")
 
 
@@ -90,14 +93,14 @@ def run(
         ),
     ] = None,
     methods: Annotated[
-        str | None,
-        typer.Option(help="Instead of a file: methods and controls of the lab, separated by commas."),
+        list[str] | None,
+        typer.Option(help=f"Instead of a file: methods and controls of the lab. {SEVERAL}"),
     ] = None,
     rows: Annotated[
-        str | None, typer.Option(help="Labels of the file's variants to run, separated by |.")
+        list[str] | None, typer.Option(help=f"Labels of the file's variants to run. {SEVERAL}")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Whole numbers separated by commas; by default 0, or the file's.")
+        list[str] | None, typer.Option(help=f"Whole numbers; by default 0, or the file's. {SEVERAL}")
     ] = None,
     level: LevelName = "easy",
     scale: ScaleName = "tiny",
@@ -107,6 +110,10 @@ def run(
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="METHOD.KEY=VALUE, a method's option; repeatable."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Processor time after which it stops, as 90s, 20m or 3h; run again, it goes on."),
     ] = None,
     threads: Threads = 1,
 ) -> None:
@@ -118,11 +125,12 @@ def run(
     if rows is not None and methods is not None:
         raise FoveateError("--rows needs a file with an experiment")
     numbers = None if seeds is None else _numbers(seeds)
+    seconds = None if budget is None else _seconds(budget)
     if experiment is not None:
         _the_file_says(context, "level", "scale", "steps", "batch", "option")
         wanted = read_experiment(experiment)
     else:
-        names = [name.strip() for name in (methods or "").split(",") if name.strip()]
+        names = several(methods or ())
         options = _options(option or [])
         if extra := set(options) - set(names):
             raise FoveateError(f"--option for {', '.join(sorted(extra))}, which --methods does not name")
@@ -130,26 +138,49 @@ def run(
         wanted = Experiment(variants, level, scale, (0,) if numbers is None else numbers, steps, batch)
     import torch
 
+    from foveate.lab.run import room
     from foveate.lab.run import run as run_all
 
     if numbers is not None:
         wanted = replace(wanted, seeds=numbers)
     if rows is not None:
-        wanted = only(wanted, rows.split("|"))
+        labels = [variant.label or variant.method for variant in wanted.variants]
+        wanted = only(wanted, several(rows, labels))
 
     torch.set_num_threads(threads)
     console = Console()
-    with Progress(console=console) as progress:
-        tasks: dict[str, Any] = {}
 
-        def report(cell: Any, step: int, total: int, loss: float) -> None:
-            if cell.key not in tasks:
-                tasks[cell.key] = progress.add_task(cell.key, total=total)
-            progress.update(tasks[cell.key], completed=step, description=f"{cell.key}, loss {loss:.3f}")
+    def takes(size: int) -> None:
+        free = room(folder)
+        console.print(
+            f"pictures and features: {size / 1e9:.2f} GB more in {folder}, where {free / 1e9:.1f} GB are "
+            "free; `foveate lab clean` deletes them",
+            soft_wrap=True,
+        )
 
-        name = None if experiment is None else experiment.stem
-        path = run_all(wanted, folder, report, name, partial(_command, experiment))
-    console.print(f"report written to {path}")
+    with telling(console) as tell:
+        done = run_all(
+            wanted,
+            folder,
+            lambda cell, step, steps, loss: tell(cell.key, step, steps, f"loss {loss:.3f}"),
+            None if experiment is None else experiment.stem,
+            partial(_command, experiment),
+            tell,
+            takes,
+            seconds,
+        )
+    if done.report is not None:
+        console.print(f"report written to {done.report}", soft_wrap=True)
+    if done.missing:
+        console.print(f"the budget is used up with {done.missing} cells to train: run it again to go on")
+
+
+@app.command()
+def clean(folder: Folder = Path("lab")) -> None:
+    """Delete the pictures and features of a folder, which a run makes again; results and weights stay."""
+    from foveate.lab.run import clean as delete
+
+    Console().print(f"{delete(folder) / 1e9:.2f} GB deleted from {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -218,8 +249,7 @@ def photographs(
     torch.set_num_threads(threads)
     console = Console()
     reader = load(model)
-    with Progress(console=console) as progress:
-        task = progress.add_task("questions", total=None)
+    with telling(console) as tell:
         path = measure_photographs(
             reader,
             model or "the embedded model",
@@ -227,7 +257,7 @@ def photographs(
             out,
             repeats,
             seed,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda done, total: tell("questions", done, total),
         )
     console.print(f"report written to {path}")
 
@@ -290,11 +320,29 @@ def _command(experiment: Path | None, cell: Any) -> str:
     return shlex.join([*words, "--seeds", str(cell.seed)])
 
 
-def _numbers(seeds: str) -> tuple[int, ...]:
+def several(values: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """Values of an option that may be given several times, each with one name or several.
+
+    A value that is a known name is one, commas and all.
+    """
+    names = []
+    for value in values:
+        names += [value] if value in known else [name.strip() for name in value.split(",") if name.strip()]
+    return names
+
+
+def _numbers(seeds: Sequence[str]) -> tuple[int, ...]:
     try:
-        return tuple(int(seed) for seed in seeds.split(",") if seed.strip())
+        return tuple(int(seed) for seed in several(seeds))
     except ValueError:
-        raise FoveateError(f"--seeds {seeds}: expected whole numbers separated by commas") from None
+        raise FoveateError(f"--seeds {','.join(seeds)}: expected whole numbers separated by commas") from None
+
+
+def _seconds(text: str) -> float:
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    if unit is None or not number.isdecimal() or int(number) < 1:
+        raise FoveateError(f"--budget {text}: expected a time such as 90s, 20m or 3h")
+    return float(int(number) * unit)
 
 
 def _options(pairs: list[str]) -> dict[str, dict[str, Any]]:

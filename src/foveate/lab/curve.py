@@ -41,7 +41,7 @@ class Converge:
     """Training until accuracy stops rising, at most for the experiment's steps.
 
     The learning rate rises, stays, and falls to zero in a straight line over the last part. It begins to fall
-    at the first point of the curve at which the cell `has_converged`, or so that it ends at the bound.
+    at the first point of the curve at which the cell `stays_converged`, or so that it ends at the bound.
 
     Attributes:
         least: steps before which nothing has converged: some methods learn nothing at first.
@@ -87,3 +87,8 @@ def has_converged(curve: Sequence[Point]) -> bool:
         if now - then > noise(max(p.changed[kind] for p in late), late[-1].questions[kind]):
             return False
     return True
+
+
+def stays_converged(curve: Sequence[Point]) -> bool:
+    """Whether a curve `has_converged` at its last two points: while the learning rate stays, one may dip."""
+    return has_converged(curve) and has_converged(curve[:-1])

@@ -30,6 +30,13 @@ from foveate.picture.source import Look, views_of
 GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
 SPARE = 200 * 2**20  # bytes left free on the disk
 T = TypeVar("T")
+Tell = Callable[[str, int, int], None]  # what, done, in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
 
 
@@ -53,22 +60,28 @@ class Examples:
 
 
 def examples(
-    folder: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int = 0
+    folder: Path,
+    level: Level,
+    view: int,
+    magnify: float,
+    split: Split,
+    count: int,
+    seed: int = 0,
+    tell: Tell = silent,
 ) -> Examples:
-    """Reads a set of pictures with questions, or makes and stores it.
+    """Reads a set of pictures with questions, or makes and stores it, and tells how far it is.
 
     Raises:
         FoveateError: the disk is full.
     """
-    described = repr((GENERATION, asdict(replace(level, questions={})), dict(level.questions), view, magnify))  # type: ignore[arg-type]
-    key = _digest(described, split, str(seed), str(count))
+    key = examples_key(level, view, magnify, split, count, seed)
     kept = folder / "data" / key
     if not (kept / "texts.json").is_file():
         with explained(kept):
             kept.mkdir(parents=True, exist_ok=True)
             with FileLock(kept / LOCK):  # another run may be making them: they are waited for
                 if not (kept / "texts.json").is_file():
-                    _make_examples(kept, level, view, magnify, split, count, seed)
+                    _make_examples(kept, level, view, magnify, split, count, seed, tell)
     anew = f"delete the folder {kept}, and its scenes are drawn anew"
     texts = read_json(kept / "texts.json", anew)
     questions, captions = (
@@ -81,8 +94,14 @@ def examples(
     return Examples(key, pictures, questions, captions)
 
 
+def examples_key(level: Level, view: int, magnify: float, split: Split, count: int, seed: int = 0) -> str:
+    """The name of a set of pictures."""
+    described = repr((GENERATION, asdict(replace(level, questions={})), dict(level.questions), view, magnify))  # type: ignore[arg-type]
+    return _digest(described, split, str(seed), str(count))
+
+
 def _make_examples(
-    kept: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int
+    kept: Path, level: Level, view: int, magnify: float, split: Split, count: int, seed: int, tell: Tell
 ) -> None:
     side = view * level.ratio
     pictures = _new_array(kept / "pictures.npy", (count, side, side, 3), np.uint8)
@@ -93,6 +112,7 @@ def _make_examples(
         rng = np.random.default_rng([seed, SPLITS.index(split), i, 1])
         texts["questions"].append([asdict(question) for question in ask_about(scene, level.questions, rng)])
         texts["captions"].append([asdict(said) for said in caption(scene, rng)])
+        tell(f"drawing pictures to {split}", i + 1, count)
     write(kept / "texts.json", json.dumps(texts))
 
 
@@ -115,6 +135,7 @@ class Features:
         prepare: picture and plan -> normalised views (V, 3, h, w); the image processor's `views`.
         norms: (2, 3) mean and standard deviation, for parts of pictures.
         memory: bytes that may be kept in memory.
+        tell: is told how far it is.
     """
 
     def __init__(
@@ -126,9 +147,10 @@ class Features:
         prepare: Callable[[np.ndarray, ViewPlan], np.ndarray],
         norms: np.ndarray,
         memory: int = 4 * 2**30,
+        tell: Tell = silent,
     ) -> None:
         self.folder, self.data, self.tower = folder / "features" / f"{data.key}-{tower}", data, tower
-        self.encode, self.prepare, self.memory = encode, prepare, memory
+        self.encode, self.prepare, self.memory, self.tell = encode, prepare, memory, tell
         self.norms = torch.from_numpy(np.asarray(norms))
         self.kept: dict[str, Tensor] = {}
         self.fallback: str | None = None  # says why features are not on disk
@@ -170,10 +192,16 @@ class Features:
             features = encode(list(missing.values()), some)  # (n, V, N, C)
             for i, tensor in enumerate(new.values()):
                 tensor[some.start : some.stop] = features[:, i]
+            self.tell(f"encoding {len(missing)} views", some.stop, len(self.data.pictures))
         for key, tensor in new.items():
             self.kept[key] = tensor
             if (unfinished := self._unfinished(key)).is_file():
                 unfinished.rename(self.folder / f"{key}.npy")
+
+    def sizes(self, plan: ViewPlan, looks: Sequence[Look] = ()) -> dict[str, int]:
+        """The files that `ready` makes, and their bytes for each picture."""
+        keys = [view_key(plan, view) for view in plan.views] + [look_key(plan, look) for look in looks]
+        return dict.fromkeys(keys, 2 * int(np.prod(self._shape(plan)[1:])))
 
     def gather(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
         """(n V, N, C) float32: the plan's views of these pictures, picture after picture."""

@@ -24,7 +24,7 @@ from transformers import (
 from foveate.errors import FoveateError
 from foveate.files import explained, write
 from foveate.lab.reader import comprehension, train_reader
-from foveate.lab.scales import Scale
+from foveate.lab.scales import Scale, scale_named
 from foveate.lab.tower import legibility, tower_scenes, train_tower
 from foveate.lab.words import lab_tokenizer
 
@@ -79,6 +79,8 @@ def prepare(
     Raises:
         FoveateError: unknown parts.
     """
+    if scale.parts is not None:
+        raise FoveateError(f"scale {name!r} has the networks of {scale.parts!r}: prepare those")
     if unknown := set(parts) - set(PARTS):
         raise FoveateError(f"unknown parts {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     makers = {
@@ -128,6 +130,7 @@ def load_parts(name: str, folder: Path) -> Parts:
     Raises:
         FoveateError: neither has them.
     """
+    name = scale_named(name).parts or name
     places = {part: _find(name, part, folder) for part in PARTS}
     tower_place, reader_place, convnet = places["tower"], places["reader"], places["convnet"]
     if tower_place is None or reader_place is None:

@@ -115,7 +115,7 @@ def read(
     visual: Seen,
     packed: Packed,
     shown: Tensor | None = None,
-    placeholder: int | None = None,
+    placeholder: int = -1,
     changes: Mapping[int, Change] | None = None,
 ) -> Answers:
     """The LLM's answers to packed texts about visual tokens.

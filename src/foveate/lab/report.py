@@ -21,11 +21,18 @@ LOOKED = (
     "(found), and the intersection over union of the best of them with the object (overlap).",
     "",
 )
+CURVES = (
+    "*converged*: cells whose last stage gained no more than noise, one standard error of the difference on "
+    "the same questions, in the last quarter of its steps, before the learning rate fell.",
+    "",
+    "![accuracy on held-out pictures over steps and over seconds of training](curves.png)",
+    "",
+)
 COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters", "training, CPU s")
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
-    """Writes `report.md`, `report.json` and `report.png`; returns the Markdown file.
+    """Writes `report.md`, `report.json`, `report.png` and `curves.png`; returns the Markdown file.
 
     `results` are of one level, scale, number of steps and batch, as `train_cell` returns them.
     """
@@ -34,6 +41,8 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     write(folder / "report.json", json.dumps(list(results), indent=2) + "\n")
     with explained(folder / "report.png"):
         plot(results, folder / "report.png")
+        if _curved(results):
+            plot_curves(results, folder / "curves.png")
     path = folder / "report.md"
     write(path, markdown(results))
     return path
@@ -59,11 +68,15 @@ def markdown(results: Sequence[Result]) -> str:
     fine = [kind for kind in kinds if kind in FINE]
     groups = by_method(results)
     looked = ["found", "overlap"] if any(result["looked"] for result in results) else []
-    head, kind_head = [*COLUMNS], ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
+    curved = _curved(results)
+    head = [*COLUMNS, *(("steps", "converged") if curved else ())]
+    kind_head = ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
     kind_head += [f"region: {what}" for what in looked]
     lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]
-    summary = [_summary(name, cells) for name, cells in groups.items()]
-    summary += [_line(name, lines[name], GROUPS, before=2, after=5) for name in LINES]
+    summary = [
+        [*_summary(name, cells), *(_learnt(cells) if curved else [])] for name, cells in groups.items()
+    ]
+    summary += [_line(name, lines[name], GROUPS, before=2, after=len(head) - 5) for name in LINES]
     details = [
         [
             name,
@@ -74,10 +87,11 @@ def markdown(results: Sequence[Result]) -> str:
     ]
     details += [_line(name, lines[name], kinds, before=1, after=len(looked)) for name in LINES]
     text = [
-        f"# Lab: level {cell['level']}, scale {cell['scale']}, {cell['steps']} steps{batch}",
+        f"# Lab: level {cell['level']}, scale {cell['scale']}, "
+        f"{'at most ' if cell.get('converge') else ''}{cell['steps']} steps{batch}",
         "",
         f"Pictures: {level.summary}. Every method starts from the same frozen tower and the same LLM and "
-        "sees the same pictures and questions in the same number of steps. Accuracy in percent, exact "
+        f"sees the same pictures and questions {_how_long(cell)}. Accuracy in percent, exact "
         "match, mean over seeds and their range.",
         "",
         f"*Fine* questions ({', '.join(fine)}) need the small glyphs; *coarse* ones (attr, count) do not; "
@@ -94,6 +108,7 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         "![accuracy against visual tokens](report.png)",
         "",
+        *(CURVES if curved else []),
         *(LOOKED if looked else []),
         "The commands of all cells:",
         "",
@@ -118,6 +133,23 @@ def _summary(name: str, cells: Sequence[Result]) -> list[str]:
         f"{first['parameters'] / 1e6:.2f} M",
         f"{sum(c['seconds']['training'] for c in cells) / len(cells):.0f}",
     ]
+
+
+def _curved(results: Sequence[Result]) -> bool:
+    """Reports of earlier versions have no learning curves."""
+    return all("curve" in result for result in results)
+
+
+def _how_long(cell: Mapping[str, Any]) -> str:
+    if cell.get("converge"):
+        return "until it stops learning"
+    return "in the same number of steps"
+
+
+def _learnt(cells: Sequence[Result]) -> list[str]:
+    steps = sorted(cell["steps"] for cell in cells)
+    several = f"{steps[0]} to {steps[-1]}" if steps[0] < steps[-1] else str(steps[0])
+    return [several, f"{sum(cell['converged'] for cell in cells)} of {len(cells)}"]
 
 
 def _tokens(cells: Sequence[Result]) -> int:
@@ -175,3 +207,31 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.set_xticks([], minor=True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
+
+
+def plot_curves(results: Sequence[Result], path: Path) -> None:
+    """Fine and coarse accuracy of every cell as it trained, over steps and over processor seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharey="row", sharex="col")
+    for row, (name, cells) in enumerate(by_method(results).items()):
+        colour, dashes = f"C{row % 10}", ("-", "--", ":", "-.")[row // 10 % 4]
+        for n, cell in enumerate(cells):
+            for kind in range(2):
+                accuracy = [100 * point["accuracy"][kind] for point in cell["curve"]]
+                for axes, what in zip(panels[kind], ("step", "seconds"), strict=True):
+                    axes.plot(
+                        [point[what] for point in cell["curve"]],
+                        accuracy,
+                        color=colour,
+                        linestyle=dashes,
+                        linewidth=1.2,
+                        label=name if (n, kind, what) == (0, 0, "step") else None,
+                    )
+    for kind, name in enumerate(("fine", "coarse")):
+        panels[kind][0].set(ylabel=f"{name} questions, % right", ylim=(0, 100))
+    panels[1][0].set(xlabel="steps")
+    panels[1][1].set(xlabel="processor seconds of training", xscale="log")
+    figure.legend(frameon=False, loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)

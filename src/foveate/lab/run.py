@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.lab.cell import Cell, check_methods, make_bench
+from foveate.files import explained
+from foveate.lab.cell import Bench, Cell, bench_of, check_methods, make_bench, sets
 from foveate.lab.controls import controls
+from foveate.lab.conversing import make_student, under
+from foveate.lab.data import SPARE, Tell, examples_key, silent
 from foveate.lab.experiment import Experiment
+from foveate.lab.levels import level_named
 from foveate.lab.materials import check_packages
-from foveate.lab.parts import load_parts
+from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import write_report
+from foveate.lab.scales import scale_named
 from foveate.lab.training import train_cell
 from foveate.versions import names_versions
 
 Report = Callable[[Cell, int, int, float], None]  # cell, step, steps, loss
+MADE_AGAIN = ("data", "features")  # folders whose contents a run makes again
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run has done: its report, if a cell is done; and how many cells are missing."""
+
+    report: Path | None
+    missing: int
 
 
 @names_versions
@@ -26,8 +44,13 @@ def run(
     report: Report | None = None,
     name: str | None = None,
     commands: Callable[[Cell], str] = lambda cell: cell.command,
-) -> Path:
+    tell: Tell = silent,
+    takes: Callable[[int], None] = lambda size: None,
+    budget: float | None = None,
+) -> Ran:
     """Trains what is missing of all variants and seeds, seed by seed, and writes the report after each cell.
+
+    Every row is built, with all of its stages, before anything is drawn.
 
     Args:
         experiment: what to train.
@@ -35,14 +58,15 @@ def run(
         report: called after every step.
         name: of the report's folder; by default scale, level, steps and batch.
         commands: the command that makes a cell again.
-
-    Returns:
-        The Markdown file of the report.
+        tell: is told how far drawing and encoding are.
+        takes: is told the bytes of pictures and features that the disk will hold in addition.
+        budget: seconds of processor time after which it stops, within a cell, to go on when run again.
 
     Raises:
         FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
             missing packages.
     """
+    start = time.process_time()
     check_packages()  # now, not only for the report's plot
     level, scale = experiment.level, experiment.scale
     with controls():
@@ -54,15 +78,74 @@ def run(
         keys = [cell.key for row in cells for cell in row]
         if len({*keys}) < len(keys):
             raise FoveateError("two variants, or two seeds, are the same")
-        bench = make_bench(level, scale, folder, load_parts(scale, folder))
+        parts = load_parts(scale, folder)
+        size = needed([row[0] for row in cells], folder, parts)
+        if size:
+            takes(size)
+        bench = make_bench(level, scale, folder, parts, tell)
         batch = f"-batch{experiment.batch}" if experiment.batch else ""
         place = folder / "reports" / (name or f"{scale}-{level}-{experiment.training}{batch}")
         found: dict[str, dict[str, Any]] = {}
+        path: Path | None = None
         for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
-            found[cell.key] = train_cell(cell, bench, _telling(report, cell), commands(cell))
+            left = None if budget is None else budget - (time.process_time() - start)
+            result = train_cell(cell, bench, _telling(report, cell), commands(cell), left)
+            if result is None:
+                break
+            found[cell.key] = result
             done = [one for row in cells for one in row if one.key in found]
             path = write_report([{**found[one.key], "label": one.label} for one in done], place)
-    return path
+    return Ran(path, len(keys) - len(found))
+
+
+def needed(cells: Sequence[Cell], folder: Path, parts: Parts) -> int:
+    """Bytes of pictures and features that cells of one level lack on the disk, and whether they can be built.
+
+    Builds every cell that has no result, in all of its stages, with one picture.
+
+    Raises `FoveateError` for whatever is wrong with them.
+    """
+    level, sizes = level_named(cells[0].level), scale_named(cells[0].scale)
+    wanted: dict[tuple[str, str], int] = {}
+    for split, count in sets(sizes):
+        key = examples_key(level, sizes.view, sizes.magnify, split, count)
+        if not (folder / "data" / key / "texts.json").is_file():
+            wanted["data", key] = count * 3 * (sizes.view * level.ratio) ** 2
+    with tempfile.TemporaryDirectory() as elsewhere:
+        few = bench_of(level, replace(sizes, scenes=1, test_scenes=1), Path(elsewhere), parts)
+        for cell in cells:
+            if (Bench.cells(replace(few, folder=folder), cell.scale) / cell.key / "result.json").is_file():
+                continue
+            student = make_student(replace(cell, batch=None), few)
+            for stage in student.stages():
+                under(student, stage).optimiser(stage)
+            if student.builds_tower:
+                continue
+            for split, count in sets(sizes):
+                key = examples_key(level, sizes.view, sizes.magnify, split, count)
+                place = folder / "features" / f"{key}-{student.tower_key}"
+                shown = student.features[few.train.key]
+                for file, one in shown.sizes(student.plan, student.method.looks(student.plan)).items():
+                    if not (place / f"{file}.npy").is_file():
+                        wanted[place.name, file] = one * count
+    return sum(wanted.values())
+
+
+def clean(folder: Path) -> int:
+    """Deletes pictures and features, which a run makes again, and returns the bytes that are free now."""
+    freed = 0
+    for place in (folder / name for name in MADE_AGAIN):
+        if place.is_dir():
+            with explained(place):
+                freed += sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+                shutil.rmtree(place)
+    return freed
+
+
+def room(folder: Path) -> int:
+    """Bytes that a run may fill on the disk of a folder, which need not exist yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return max(0, shutil.disk_usage(there).free - SPARE)
 
 
 def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from foveate.errors import FoveateError
@@ -48,6 +48,7 @@ class Scale:
         warm_up: fraction of a cell's steps in which only new modules train, with captions.
         cell_llm_lr: learning rate of the LLM's weights in a cell.
         scenes, test_scenes: pictures of a level for training and for measuring.
+        parts: name of the scale whose prepared networks it takes; None: its own.
     """
 
     summary: str
@@ -73,6 +74,7 @@ class Scale:
     uneven: float = 1.0
     warm_up: float = 0.25
     tower_test_scenes: int = 800
+    parts: str | None = None
 
     def __post_init__(self) -> None:
         if self.view % self.patch:
@@ -191,6 +193,16 @@ SCALES: dict[str, Scale] = {
         uneven=1.6,
     ),
 }
+
+
+SCALES["nano"] = replace(
+    SCALES["tiny"],
+    summary="the networks of tiny, so few pictures and steps that nothing is learnt: whether a row runs",
+    cell=Schedule(steps=16, batch=8, lr=2e-3),
+    scenes=64,
+    test_scenes=16,
+    parts="tiny",
+)
 
 
 def scale_named(name: str) -> Scale:

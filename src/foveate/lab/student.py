@@ -139,16 +139,21 @@ class Student:
         size = bench.train.size
         self.plan = self.method.plan(*size)
 
-    def _features(self, data: Examples) -> Features:
+    @property
+    def tower_key(self) -> str:
+        """Names the weights of a frozen tower."""
         parts = self.bench.parts
-        tower = parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
+        return parts.convnet_key if isinstance(self.method, ConvNetOnly) else parts.tower_key
+
+    def _features(self, data: Examples) -> Features:
         return Features(
             self.bench.folder,
             data,
-            tower,
+            self.tower_key,
             self._encode_frozen,
             self._views,
             self.processor.image_processor.norms,
+            tell=self.bench.tell,
         )
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:

@@ -20,7 +20,7 @@ from foveate.errors import FoveateError
 from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
-from foveate.lab.curve import Point, has_converged
+from foveate.lab.curve import Point, has_converged, stays_converged
 from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
 from foveate.lab.optimise import Trapezoid, warm_cosine
@@ -47,30 +47,53 @@ Report = Callable[[int, int, float], None]  # step, steps, loss
 
 
 def train_cell(
-    cell: Cell, bench: Bench, report: Report | None = None, command: str | None = None
-) -> dict[str, Any]:
+    cell: Cell,
+    bench: Bench,
+    report: Report | None = None,
+    command: str | None = None,
+    budget: float | None = None,
+) -> dict[str, Any] | None:
     """Trains and measures a cell, or reads its result if it exists. An interrupted cell resumes.
 
-    `command` makes the cell again; by default `cell.command`.
+    Args:
+        cell, bench: what, and with what.
+        report: called after every step.
+        command: makes the cell again; by default `cell.command`.
+        budget: seconds of processor time after which it stops at the next step.
 
-    Returns the contents of `result.json` in the cell's folder.
+    Returns:
+        The contents of `result.json` in the cell's folder; None if it has stopped before its end.
     """
     place = bench.cells(cell.scale) / cell.key
     result_file = place / "result.json"
     if not result_file.is_file():
         with alone(place):
             if not result_file.is_file():
-                return _train_cell(cell, bench, place, report, command or cell.command)
+                deadline = None if budget is None else time.process_time() + budget
+                try:
+                    return _train_cell(cell, bench, place, report, command or cell.command, deadline)
+                except OutOfTime:
+                    return None
     return read_json(result_file, f"delete the folder {place}, and its row is trained anew")
 
 
-def _train_cell(cell: Cell, bench: Bench, place: Path, report: Report | None, command: str) -> dict[str, Any]:
+class OutOfTime(Exception):
+    """A cell has used up its budget; what it has learnt is kept."""
+
+
+def _train_cell(
+    cell: Cell, bench: Bench, place: Path, report: Report | None, command: str, deadline: float | None
+) -> dict[str, Any]:
     """Trains and measures a cell, whose folder nobody else writes, and stores its result."""
     student = make_student(cell, bench)
     start = time.process_time()
     fallback = student.ready()
     caching = time.process_time() - start
-    trained = _sibling(student, place, report, command) or _train(student, place / "checkpoint.pt", report)
+    if deadline is not None and time.process_time() > deadline:
+        raise OutOfTime
+    trained = _sibling(student, place, report, command, deadline)
+    if trained is None:
+        trained = _train(student, place / "checkpoint.pt", report, deadline)
     start = time.process_time()
     measured = measure(student, bench.test)
     measuring = time.process_time() - start
@@ -113,12 +136,17 @@ class Trained(NamedTuple):
     steps: int
 
 
-def _sibling(student: Student, place: Path, report: Report | None, command: str) -> Trained | None:
+def _sibling(
+    student: Student, place: Path, report: Report | None, command: str, deadline: float | None
+) -> Trained | None:
     """Takes the weights of the same row without being told, if they are trained alike; else None."""
     if not student.told_when_measured:
         return None
     own = replace(student.cell, told=False)
-    result = train_cell(own, student.bench, report, command)
+    budget = None if deadline is None else deadline - time.process_time()
+    result = train_cell(own, student.bench, report, command, budget)
+    if result is None:
+        raise OutOfTime
     weights = torch.load(place.parent / own.key / "weights.pt", weights_only=True)
     student.model.load_state_dict(weights, strict=False)
     curve = [_point(values) for values in result["curve"]]
@@ -130,7 +158,9 @@ def _point(values: Mapping[str, Any]) -> Point:
     return Point(**given)
 
 
-def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained:
+def _train(
+    student: Student, checkpoint: Path, report: Report | None, deadline: float | None = None
+) -> Trained:
     """Trains through all stages, the last one until it converges if the cell says so."""
     cell, bench = student.cell, student.bench
     start, shared = _start(cell, bench)
@@ -188,14 +218,18 @@ def _train(student: Student, checkpoint: Path, report: Report | None) -> Trained
                 curve.append(_compared(found, hits, where, turned))
                 hits = found.hits
                 measuring += time.process_time() - before
-                stops = until is not None and step >= until.least and has_converged(curve)
+                stops = until is not None and step >= until.least and stays_converged(curve)
             if until and not turned and (stops or step == int(cell.steps * (1 - until.decay))):
                 end = min(round(step / (1 - until.decay)), cell.steps)
                 shape.turned(step - begin, end - begin)
+            late = deadline is not None and time.process_time() > deadline
             if step % SAVE_EVERY == 0:
                 losses.append(sum(recent) / len(recent))
                 recent.clear()
+            if step % SAVE_EVERY == 0 or late:
                 _save(checkpoint, learner, optimise, rates, step, losses, recent, seconds(), curve, hits)
+            if late:
+                raise OutOfTime
         if learner is not student:
             student.take(learner)
         if end == shared:
