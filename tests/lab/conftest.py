@@ -12,6 +12,7 @@ from foveate.lab.cell import Bench, make_bench
 from foveate.lab.parts import Parts, load_parts, prepare
 from foveate.lab.scales import SCALES, Schedule
 
+REAL = SCALES["nano"]
 NANO = replace(
     SCALES["tiny"],
     vision_width=16,
@@ -33,10 +34,9 @@ NANO = replace(
 
 @pytest.fixture(scope="session", autouse=True)
 def nano() -> Iterator[None]:
-    real = SCALES["nano"]
     SCALES["nano"] = NANO
     yield
-    SCALES["nano"] = real
+    SCALES["nano"] = REAL
 
 
 @pytest.fixture(scope="session")

@@ -677,7 +677,9 @@ def test_a_cells_command_makes_the_same_cell(prepared: Path, batch: int | None) 
         (["--methods", "llava", "--option", "llava.fat=1"], "unknown key 'fat'"),
         (["--methods", "llava", "--option", "anyres.fit=pad"], "which --methods does not name"),
         (["--methods", "llava,llava"], "are the same"),
-        ([], "either a file with an experiment or --methods"),
+        (["--methods", "llava", "--methods", "llava"], "are the same"),
+        (["--methods", "llava", "--budget", "soon"], "expected a time such as 90s, 20m or 3h"),
+        ([], "a file with an experiment, or --methods, or both"),
         (["--methods", "llava", "--rows", "llava"], "--rows needs a file"),
     ],
 )
@@ -690,7 +692,7 @@ def test_wrong_input_is_one_sentence(words: list[str], said: str, prepared: Path
     [
         (["run", "nowhere.yaml"], "no experiment at nowhere.yaml"),
         (["run", "nowhere.yaml", "--level", "easy"], "--level is for --methods"),
-        (["run", "nowhere.yaml", "-o", "llava.fit=pad"], "--option is for --methods"),
+        (["run", "nowhere.yaml", "-o", "llava.fit=pad"], "which --methods does not name"),
         (["export", "out"], "either --method, or --experiment with --row"),
         (["export", "out", "--method", "llava", "--row", "LLaVA-1.5"], "either --method, or --experiment"),
         (["export", "out", "--experiment", "nowhere.yaml"], "either --method, or --experiment"),

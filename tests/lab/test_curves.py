@@ -41,7 +41,7 @@ def test_a_curve_has_converged_if_its_last_quarter_gains_no_more_than_noise() ->
 
 
 def test_a_dip_is_not_the_end() -> None:
-    dips = [*RISES[:7], 0.55]
+    dips = [*RISES[:7], 0.3]
     assert has_converged(curve(dips)) and not stays_converged(curve(dips))
     assert stays_converged(curve([*STAYS, 0.6]))
 

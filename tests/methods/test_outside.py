@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from foveate.lab.scales import SCALES
 from foveate.methods import METHODS, method_class, method_names, usable_methods
 from foveate.methods.base import Method, MethodOptions
 from foveate.methods.llava import Llava
+from foveate.shipped import find
 from foveate.tiny import tiny_model
 from tests.command import foveate as run
 from tests.docs.blocks import ROOT, blocks_of
@@ -138,6 +140,29 @@ def test_the_lab_compares_it(quarters: Path, tmp_path: Path, monkeypatch: pytest
     assert done.code == 0, done.stderr
     (report,) = (tmp_path / "lab" / "reports").glob("*/*.md")
     assert "Quarters (pool=2)" in report.read_text()
+
+
+def test_the_duel_gets_it_by_one_command(
+    quarters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one more row, with the steps, the pictures and the seeds of the others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SCALES, "nano", NANO)
+    prepare("nano", NANO, tmp_path / "lab")
+    duel = find("experiment", "duel").read_text(encoding="utf-8").replace("steps: 4000", "steps: 8")
+    duel = duel.replace("batch: 16", "batch: 4\nscale: nano").replace("{least: 2000}", "{least: 4}")
+    Path("duel.yaml").write_text(duel, encoding="utf-8")
+    words = ["lab", "run", "duel.yaml", "--rows", "LLaVA-1.5", "--methods", "quarters", "--seeds", 0]
+    done = run(*words, "-o", "quarters.pool=2", "-o", "quarters.max_visual_tokens=36")
+    assert done.code == 0, done.stderr
+    results = json.loads(Path("lab/reports/duel/report.json").read_text(encoding="utf-8"))
+    assert [result["title"] for result in results] == ["LLaVA-1.5", "Quarters"]
+    own = results[1]["cell"]
+    assert own["converge"]["least"] == 4 and own["batch"] == 4 and own["level"] == "words"
+    assert results[1]["tokens"] == 36
+    again = run(*shlex.split(results[1]["command"])[1:])
+    assert again.code == 0, again.stderr
+    assert json.loads(Path("lab/reports/duel/report.json").read_text(encoding="utf-8")) == results[1:]
 
 
 def test_its_layouts_come_along(install: Install, tmp_path: Path) -> None:

@@ -104,9 +104,13 @@ class Cell:
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
         if self.batch:
             words += ["--batch", str(self.batch)]
-        for key, value in self.options.items():
-            words += ["--option", f"{self.method}.{key}={json.dumps(value)}"]
-        return shlex.join(words)
+        return shlex.join([*words, *self.option_words])
+
+    @property
+    def option_words(self) -> list[str]:
+        """Its options on the command line."""
+        pairs = [f"{self.method}.{key}={json.dumps(value)}" for key, value in self.options.items()]
+        return [word for pair in pairs for word in ("--option", pair)]
 
 
 def _typed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,10 +94,13 @@ def run(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(help=f"Instead of a file: methods and controls of the lab. {SEVERAL}"),
+        typer.Option(
+            help=f"Methods and controls of the lab, instead of a file or as further rows of it. {SEVERAL}"
+        ),
     ] = None,
     rows: Annotated[
-        list[str] | None, typer.Option(help=f"Labels of the file's variants to run. {SEVERAL}")
+        list[str] | None,
+        typer.Option(help=f"Labels of the file's variants to run, by default all; none: ''. {SEVERAL}"),
     ] = None,
     seeds: Annotated[
         list[str] | None, typer.Option(help=f"Whole numbers; by default 0, or the file's. {SEVERAL}")
@@ -120,22 +123,27 @@ def run(
     """Train and measure methods with equal data and steps; started again, it resumes."""
     from foveate.lab.experiment import Experiment, Variant, only, read_experiment
 
-    if (experiment is None) == (methods is None):
-        raise FoveateError("give either a file with an experiment or --methods")
-    if rows is not None and methods is not None:
+    if experiment is None and methods is None:
+        raise FoveateError("give a file with an experiment, or --methods, or both")
+    if rows is not None and experiment is None:
         raise FoveateError("--rows needs a file with an experiment")
     numbers = None if seeds is None else _numbers(seeds)
     seconds = None if budget is None else _seconds(budget)
+    names, options = several(methods or ()), _options(option or [])
+    if extra := set(options) - set(names):
+        raise FoveateError(f"--option for {', '.join(sorted(extra))}, which --methods does not name")
+    added = tuple(Variant(name, options=options.get(name, {})) for name in names)
     if experiment is not None:
-        _the_file_says(context, "level", "scale", "steps", "batch", "option")
+        _the_file_says(context, "level", "scale", "steps", "batch")
         wanted = read_experiment(experiment)
+        if rows is not None:
+            labels = [variant.label or variant.method for variant in wanted.variants]
+            kept = only(wanted, several(rows, labels))
+        else:
+            kept = wanted.variants
+        wanted = replace(wanted, variants=(*kept, *added))
     else:
-        names = several(methods or ())
-        options = _options(option or [])
-        if extra := set(options) - set(names):
-            raise FoveateError(f"--option for {', '.join(sorted(extra))}, which --methods does not name")
-        variants = tuple(Variant(name, options=options.get(name, {})) for name in names)
-        wanted = Experiment(variants, level, scale, (0,) if numbers is None else numbers, steps, batch)
+        wanted = Experiment(added, level, scale, (0,) if numbers is None else numbers, steps, batch)
     import torch
 
     from foveate.lab.run import room
@@ -143,9 +151,6 @@ def run(
 
     if numbers is not None:
         wanted = replace(wanted, seeds=numbers)
-    if rows is not None:
-        labels = [variant.label or variant.method for variant in wanted.variants]
-        wanted = only(wanted, several(rows, labels))
 
     torch.set_num_threads(threads)
     console = Console()
@@ -164,7 +169,7 @@ def run(
             folder,
             lambda cell, step, steps, loss: tell(cell.key, step, steps, f"loss {loss:.3f}"),
             None if experiment is None else experiment.stem,
-            partial(_command, experiment),
+            partial(_command, experiment, added=[variant.method for variant in added]),
             tell,
             takes,
             seconds,
@@ -214,7 +219,8 @@ def export(
     changes = read_pairs(option)
     if experiment is not None:
         _the_file_says(context, "level", "scale", "steps", "batch")
-        wanted = only(read_experiment(experiment), [str(row)])
+        wanted = read_experiment(experiment)
+        wanted = replace(wanted, variants=only(wanted, [str(row)]))
     else:
         wanted = Experiment((Variant(str(method)),), level, scale, steps=steps, batch=batch)
     from foveate.lab.cell import Cell, check_methods
@@ -312,11 +318,15 @@ def _the_file_says(context: typer.Context, *names: str) -> None:
             raise FoveateError(f"--{name} is for --methods: set it in the experiment's file")
 
 
-def _command(experiment: Path | None, cell: Any) -> str:
-    """What trains a cell."""
+def _command(experiment: Path | None, cell: Any, added: Sequence[str] = ()) -> str:
+    """What trains a cell; `added`: methods that are no rows of the file."""
     if experiment is None:
         return str(cell.command)
-    words = ["foveate", "lab", "run", experiment.as_posix(), "--rows", cell.label or cell.method]
+    words = ["foveate", "lab", "run", experiment.as_posix()]
+    if cell.method in added:
+        words += ["--rows", "", "--methods", cell.method, *cell.option_words]
+    else:
+        words += ["--rows", cell.label or cell.method]
     return shlex.join([*words, "--seeds", str(cell.seed)])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,9 @@ def read_experiment(experiment: str | Path) -> Experiment:
     return build_options(Experiment, read_yaml(path, "variants, level, seeds"), where=str(path))
 
 
-def only(experiment: Experiment, rows: Sequence[str]) -> Experiment:
-    """The experiment with only the variants of these labels or method names. Raises `FoveateError`."""
+def only(experiment: Experiment, rows: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants of these labels or method names. Raises `FoveateError`."""
     known = {variant.label or variant.method: variant for variant in experiment.variants}
     if unknown := set(rows) - set(known):
         raise FoveateError(f"unknown rows {', '.join(sorted(unknown))}: there are {', '.join(known)}")
-    return replace(experiment, variants=tuple(v for row, v in known.items() if row in rows))
+    return tuple(variant for row, variant in known.items() if row in rows)
