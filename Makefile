@@ -23,9 +23,10 @@ install: .venv/installed
 	touch $@
 
 # All at once: what the package alone needs is part of it.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt tests/demo/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) --editable '.[dev,docs]'
+	$(PIP_INSTALL) --no-deps --requirement tests/demo/requirements.txt
 	$(COMPILE)
 	touch .venv/core $@
 

@@ -86,7 +86,9 @@ class OneByOne:
                 for _ in range(self.connector.options.rois):
                     guides = torch.cat([words, seen], 1)
                     view: LowView = scorer.read(low[p : p + 1])
-                    scores = scorer(view, guides, torch.ones(guides.shape[:2], dtype=torch.bool))
+                    scores = scorer(
+                        view, scorer.guides(guides), torch.ones(guides.shape[:2], dtype=torch.bool)
+                    )
                     row, column = self.best(scores.view(24, 24), side, taken)
                     taken.append((row, column))
                     top, left = 14 * scale * row, 14 * scale * column

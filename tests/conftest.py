@@ -12,6 +12,7 @@ from types import FrameType
 import pytest
 
 from tests.measuring import Measured, Measures, summarise
+from tests.slow import SLOW
 
 ROOT = Path(__file__).resolve().parents[1]
 # The files that take longest. They come first: a file runs in one process, and the last would run alone.
@@ -60,7 +61,18 @@ def _only_deals(config: pytest.Config) -> bool:
     return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    found = set()
+    for item in items:
+        name, _, case = item.nodeid.removeprefix("tests/").partition("[")
+        for slow, begins in SLOW:
+            if name == slow and case.startswith(begins):
+                found.add((slow, begins))
+                item.add_marker(pytest.mark.slow)
+    if config.args == config.getini("testpaths") and found != SLOW.keys():
+        gone = "; ".join(" ".join(key) for key in SLOW.keys() - found)
+        raise pytest.UsageError(f"tests/slow.py names tests that are not there: {gone}")
     first = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
 

@@ -1,10 +1,12 @@
-"""A stand-in of the Hugging Face hub on this machine: what pushing a model and loading it again ask for."""
+"""A stand-in of the Hugging Face hub on this machine: what pushing a model, loading it again and reading data
+sets ask for."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +25,7 @@ class Hub:
         commits: repository, branch and message of every commit.
         private: repository -> the visibility that was asked for.
         url: where it listens.
+        sent: name -> how many bytes of the file have been sent.
     """
 
     def __init__(self) -> None:
@@ -30,6 +33,7 @@ class Hub:
         self.commits: list[tuple[str, str, str]] = []
         self.private: dict[str, str | None] = {}
         self.url = ""
+        self.sent: Counter[str] = Counter()
 
     def sha(self, repository: str, branch: str) -> str:
         names = json.dumps(
@@ -53,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        if parts[:2] == ["api", "models"]:
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             repository, rest = "/".join(parts[2:4]), parts[4:]
             revision = rest[1] if len(rest) > 1 else "main"
             branch = self.hub.branch(repository, revision)
@@ -71,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repository, "sha": self.hub.sha(repository, branch), "siblings": siblings})
             return
+        parts = parts[1:] if parts[:1] == ["datasets"] else parts
         if parts[2:3] != ["resolve"]:
             self._missing("RepoNotFound")
             return
@@ -80,14 +85,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._missing("RepoNotFound" if branch is None else "EntryNotFound")
             return
         content = self.hub.files[repository][branch]["/".join(names)]
-        self._answer(
-            200,
-            content,
-            {
-                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
-                "X-Repo-Commit": self.hub.sha(repository, branch),
-            },
-        )
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": self.hub.sha(repository, branch),
+        }
+        code, part = 200, content
+        if asked := self.headers.get("Range"):
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            code, part = 206, content[int(first) : int(last) + 1 if last else None]
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        if self.command == "GET":
+            self.hub.sent["/".join(names)] += len(part)
+        self._answer(code, part, headers)
 
     def do_POST(self) -> None:
         body = (

@@ -555,10 +555,10 @@ def test_what_cannot_be_annotated_costs_its_question_alone(tmp_path: Path) -> No
 
 
 def test_a_model_that_cannot_be_annotated_with_stops_at_once(tmp_path: Path, data: Path) -> None:
-    made = tiny_model("slime")
+    made = tiny_model("slime", {"max_visual_tokens": 20})
     source = open_annotatable(data)
     annotator = Annotator(VLM(made.model, made.processor), source, RegionRule())
-    with pytest.raises(FoveateError, match="SliME does not say where its visual tokens look"):
+    with pytest.raises(FoveateError, match="max_visual_tokens 20 the question decides which there are"):
         run(settings(source), annotator, tmp_path / "a.jsonl")
     assert not list(tmp_path.glob("a.*"))  # the file is free for another model
 

@@ -23,6 +23,8 @@ SMALLEST = {
     "inf_llava": ("--layers 2 --width 64", 2),
     "llava_hr": ("--layers 4 --side 64", 3),
     "peers": ("--layers 2 --width 64 --pixels 90 120", 6),
+    "proxy": ("--pixels 60 90", 3),
+    "serving": ("--requests 4 --clients 2 --pictures 2", 6),
     "slime_connector": ("--width 128 --words 2", 2),
     "slime_prefill": ("--layers 1 --pixels 90 120", 4),
     "tower": ("--layers 1 --width 64 --views 1", 5),

@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("train", "lab", "annotate", "original", "quantize", "dev")
+EXTRAS = ("train", "lab", "annotate", "original", "quantize", "serve", "dev")
 CPU_TORCH = "2.13"  # the oldest that pip has built for CPUs alone; older ones are tried where there is CUDA
 HEAD = """\
 # What `make demo` and `make install` take, for Python 3.10 to 3.13; all tests pass with those for 3.11.

@@ -1,10 +1,10 @@
-"""Draws the pictures of README and docs: a street of 12 megapixels, what the methods see of it, and the demo.
+"""Draws the pictures of README and docs: a street of 12 megapixels, what methods see of it, and answers.
 
     python docs/images/draw.py [FOLDER]
 
 The scene is drawn here with PIL, so nobody else has rights in it. The model is tiny and random, but its views
 have the 336 pixels of CLIP ViT-L/14-336; its answers are noise.
-The demo is the embedded model's answer about examples/signs.jpg.
+Demo and explanation are the embedded model's answers about examples/signs.jpg.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SIZE = (4000, 3000)
 QUESTION = "Which line leaves at 14:25?"
 SIGNS = Path(__file__).parents[2] / "examples" / "signs.jpg"
 SIGNS_QUESTION = "what digit is on the red shape?"  # for the embedded model
+WORD_QUESTION = "what word is on the sign?"
 SEEDS = {"llava": 0, "anyres": 2, "slime": 5, "llava_hr": 16, "inf_llava": 3, "coroi": 4}  # printable noise
 OPTIONS = {"llava_hr": {"groups": 3, "convnext": {"depths": [1, 1, 1, 1], "widths": [8, 16, 32, 64]}}}
 WALLS = ("#c8745a", "#e3c08a", "#8fa7a0", "#d9d3c3", "#b98b6b")
@@ -143,6 +144,12 @@ def main(folder: Path) -> None:
             shrink(seen)
     seen = folder / "demo.png"
     app(["ask", str(SIGNS), SIGNS_QUESTION, "--out", str(seen)], standalone_mode=False)
+    shrink(seen)
+    seen = folder / "explained.png"
+    app(
+        ["explain", str(SIGNS), WORD_QUESTION, "--dtype", "float32", "--out", str(seen)],
+        standalone_mode=False,
+    )
     shrink(seen)
 
 

@@ -42,9 +42,10 @@ from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import read_picture
 from foveate.resuming import Alone, Processes, batches_done, cut_torn_line, processes
 from foveate.versions import names_versions
+from foveate.zoom.asking import message
 from foveate.zoom.detectors import Detector, load_detector
 from foveate.zoom.relevance import Highlighter, RegionRule
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 
 ANSWER_TOKENS = 16  # bound on the answers that are compared
 WHOLE = 0.95  # a box that covers at least this fraction counts as the whole picture

@@ -15,7 +15,7 @@ from foveate.methods import method_class
 from foveate.methods.base import Method, MethodOptions
 from foveate.model.checkpoints import read_config
 from foveate.model.config import FoveateConfig
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import Pricer, reference_config, shared_pricer
 from foveate.model.folders import CONFIGURATIONS, Hub, found, read_json
 from foveate.options import build_options, merged
 from foveate.picture.geometry import Size
@@ -152,12 +152,12 @@ def _pricer(
     name: str, kind: type[Method], options: Mapping[str, Any], config: FoveateConfig | None
 ) -> Pricer:
     if config is None:
-        return Pricer(reference_config(name, merged(kind.Options, {}, options)))
+        return shared_pricer(reference_config(name, merged(kind.Options, {}, options)))
     config = copy.deepcopy(config)
     if config.method != name:
         config.method, config.options = name, {}
     config.options = merged(kind.Options, config.options, options)
-    return Pricer(config)
+    return shared_pricer(config)
 
 
 def _by_method(

@@ -17,11 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.batch.cli import batch
 from foveate.data.cli import app as data
+from foveate.demo.cli import demo
 from foveate.errors import FoveateError, check_text
 from foveate.files import new_folder
 from foveate.lab.cli import app as lab
 from foveate.options import build_options
+from foveate.serve.cli import serve
+from foveate.serve.mcp_cli import mcp
 from foveate.shipped import shipped
 from foveate.versions import MOVED, add_version_note
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from foveate.methods.base import Method
     from foveate.picture.geometry import Size
     from foveate.picture.limits import Limits
+    from foveate.zoom.zoom import Zoom
 
 app = typer.Typer(
     name="foveate",
@@ -44,6 +49,10 @@ app = typer.Typer(
 
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
+app.command()(batch)
+app.command()(serve)
+app.command()(mcp)
+app.command()(demo)
 
 Model = Annotated[
     str | None, typer.Option(help="Model folder or Hugging Face hub id; by default the embedded model.")
@@ -96,8 +105,11 @@ Positions = Annotated[
     ),
 ]
 CloserLook = Annotated[
-    Literal["answer", "relevance"] | None,
-    typer.Option("--zoom", help="A closer look at a region that the model's answer or its relevance names."),
+    Literal["answer", "relevance", "tool"] | None,
+    typer.Option(
+        "--zoom",
+        help="A closer look at a region that the model's answer, its relevance or its calls of a tool name.",
+    ),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Bound on the answer's length in tokens.")]
 
@@ -142,11 +154,9 @@ def ask(
     once = _found(picture, limits)  # what is no picture ends it before any model is looked for
     if zoom is not None or _is_others(model, revision, subfolder):
         ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
-        ours |= {"quantize": quantize, "transparency": transparency}
-        if given := [name for name, value in ours.items() if value]:
-            raise FoveateError(f"--{given[0]} is for models that Foveate reads, without --zoom: leave it out")
-        rest = (zoom, limits, max_positions, max_new_tokens, as_json, out)
-        _ask_closely(once, questions, *rest, model, device, dtype, revision=revision, subfolder=subfolder)
+        _only_ours(ours | {"quantize": quantize, "transparency": transparency})
+        asked = _closely(zoom, limits, max_positions, model, revision, subfolder, device, dtype)
+        _ask_closely(asked, once, questions, zoom is None, max_new_tokens, as_json, out)
         return
     image, foveate = _ready(
         once,
@@ -181,6 +191,82 @@ def ask(
             _print_answer(console, answer)
     if out is not None:
         _draw(console, answers, out, as_json)
+
+
+@app.command()
+def explain(
+    picture: Picture,
+    question: Annotated[str, typer.Argument(help="The question about it.")],
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write it as its name ends: .html, .png, .jpg, .webp or .json; repeatable."),
+    ] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+    words: Annotated[
+        int, typer.Option(min=1, help="How many of the answer's tokens are explained, its first ones.")
+    ] = 32,
+    share: Annotated[
+        float, typer.Option(help="The fraction of the picture that is hidden to test the explanation.")
+    ] = 0.05,
+    draws: Annotated[
+        int, typer.Option(min=0, help="Random parts that are hidden for comparison; 0 tests nothing.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of their places.")] = 0,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Subfolder = "",
+    transparency: Transparent = None,
+    vision_tower: Tower = None,
+    method: AsMethod = None,
+    template: Template = None,
+    option: Option = None,
+    max_positions: Positions = None,
+    quantize: Quantized = None,
+    zoom: CloserLook = None,
+    max_pixels: MaxPixels = None,
+    allow_private: AllowPrivate = False,
+) -> None:
+    """Explain an answer: where the model looked, what the answer rests on, and whether that is faithful."""
+    check_text(question, "the question")
+    limits = _limits(max_pixels, allow_private)
+    once = _found(picture, limits)
+    from foveate.explaining.drawing import sentences
+    from foveate.explaining.explanation import explained_as
+    from foveate.explaining.faithfulness import Probe
+
+    for path in out or ():
+        explained_as(path)  # before the model loads
+    how: dict[str, Any] = {
+        "words": words,
+        "probe": Probe(share, draws, seed),
+        "max_new_tokens": max_new_tokens,
+    }
+    loading = (model, revision, subfolder)
+    if zoom is not None or _is_others(*loading):
+        ours = {"vision-tower": vision_tower, "method": method, "template": template, "option": option}
+        _only_ours(ours | {"quantize": quantize, "transparency": transparency})
+        found = _closely(zoom, limits, max_positions, *loading, device, dtype).explain(
+            once, question, no_zoom=zoom is None, **how
+        )
+    else:
+        ready = (transparency, device, dtype, vision_tower, method, template, option, max_positions, quantize)
+        image, foveate = _ready(once, limits, *loading, *ready)
+        found = foveate.explain(image, question, **how)
+    for path in out or ():
+        found.save(path)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    from foveate.ask.live import show_text
+
+    console = Console()
+    _print_dim(console, question)
+    show_text(console, found.answer)
+    for line in (*sentences(found), *(f"written to {path}" for path in out or ())):
+        _print_dim(console, line)
 
 
 @app.command()
@@ -544,7 +630,8 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Argument(
-            help="Questions with answers (.jsonl, .json, .parquet, .tar, folder); or two runs to --compare."
+            help="Questions with answers (.jsonl, .json, .parquet, .tar, folder; with --split a data set on "
+            "the hub); or two runs to --compare."
         ),
     ],
     model: Annotated[
@@ -564,6 +651,10 @@ def evaluate(
     images: Annotated[
         Path | None, typer.Option(help="Folder that picture paths start from and stay in.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The part of a data set on the hub, for example test.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="With --split: the data set's configuration.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The most samples to ask.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Which samples, drawn at random; by default the first ones.")
@@ -572,6 +663,9 @@ def evaluate(
     max_new_tokens: NewTokens = 64,
     zoom: CloserLook = None,
     name: Annotated[str | None, typer.Option(help="The model's name on a server.")] = None,
+    boxes: Annotated[
+        str | None, typer.Option(help="How a server's model writes boxes: qwen3_vl, internvl, ...")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a picture that the model sees smaller than it is.")
     ] = False,
@@ -604,17 +698,23 @@ def evaluate(
         return
     if len(data) != 1 or out is None:
         raise FoveateError("give one file or folder of questions, and --out for the report")
+    from foveate.data.shards import OnHub
     from foveate.evaluate.metrics import chosen
     from foveate.evaluate.run import evaluate as run
     from foveate.evaluate.samples import read_questions
 
-    questions = read_questions(data[0], images, limit, seed)
+    if subset is not None and split is None:
+        raise FoveateError("--subset is for a data set on the hub: give its --split")
+    first = limit if seed is None else None
+    read = data[0] if split is None else OnHub(data[0], split, subset, first=first)
+    questions = read_questions(read, images, limit, seed)
     metrics = chosen(metric or [], questions.samples)
     limits = _limits(max_pixels, False)
     given = {"method": method, "template": template, "options": _given(option)}
     answering = open_model(
         model,
         name=name,
+        boxes=boxes,
         zoom=zoom,
         device=device,
         dtype=dtype,
@@ -726,31 +826,48 @@ def _is_others(model: str | None, revision: str | None, subfolder: str) -> bool:
     return False
 
 
-def _ask_closely(
-    picture: Any,
-    questions: list[str],
-    zoom: Literal["answer", "relevance"] | None,
+def _only_ours(given: dict[str, Any]) -> None:
+    """Refuses options that other VLMs have not."""
+    if names := [name for name, value in given.items() if value]:
+        raise FoveateError(f"--{names[0]} is for models that Foveate reads, without --zoom: leave it out")
+
+
+def _closely(
+    zoom: Literal["answer", "relevance", "tool"] | None,
     limits: Limits,
     max_positions: int | None,
-    max_new_tokens: int,
-    as_json: bool,
-    out: Path | None,
-    *loading: Any,
-    **hub: Any,
-) -> None:
-    """Asks any VLM, with a closer look or without, prints its answers and draws them."""
+    model: str | None,
+    revision: str | None,
+    subfolder: str,
+    device: str | None,
+    dtype: str | None,
+) -> Zoom:
+    """Any VLM, ready to be asked with a closer look or without."""
     _quiet()
-    from foveate.ask.live import show_text
     from foveate.zoom.vlm import VLM
     from foveate.zoom.zoom import Zoom
 
-    if loading[0] is None:
+    if model is None:
         Console(stderr=True, soft_wrap=True).print(EMBEDDED_NOTICE, style="dim")
-    vlm, console = VLM.load(*loading, **hub), Console()
-    asked = Zoom(vlm.model, vlm.processor, zoom or "answer", max_positions=max_positions, limits=limits)
+    vlm = VLM.load(model, device, dtype, revision=revision, subfolder=subfolder)
+    return Zoom(vlm.model, vlm.processor, zoom or "answer", max_positions=max_positions, limits=limits)
+
+
+def _ask_closely(
+    asked: Zoom,
+    picture: Any,
+    questions: list[str],
+    no_zoom: bool,
+    max_new_tokens: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Asks any VLM, prints its answers and draws them."""
+    from foveate.ask.live import show_text
+
+    console = Console()
     answers = [
-        asked.ask(picture, question, no_zoom=zoom is None, max_new_tokens=max_new_tokens)
-        for question in questions
+        asked.ask(picture, question, no_zoom=no_zoom, max_new_tokens=max_new_tokens) for question in questions
     ]
     if as_json:
         values = [answer.to_dict() for answer in answers]

@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = {"sklearn": "scikit-learn", "google.protobuf": "protobuf"}  # module -> package, where they differ
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "google.protobuf": "protobuf",
+    "prometheus_client": "prometheus-client",
+}  # module -> package, where they differ
 
 
 class FoveateError(ValueError):

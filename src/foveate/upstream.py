@@ -23,9 +23,11 @@ from dataclasses import fields
 from types import FunctionType
 from typing import Any
 
-from jinja2 import Environment, Template
+import torch
+from jinja2 import Environment, Template, TemplateError, meta
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -66,6 +68,14 @@ def generation_arguments(given: Mapping[str, Any], **ours: Any) -> dict[str, Any
 def template_environment() -> Environment:
     """The environment in which transformers renders chat templates; not to be changed."""
     return chat_template_utils._compile_jinja_template("").environment
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables that a chat template reads; none if it is broken."""
+    try:
+        return meta.find_undeclared_variables(template_environment().parse(template))
+    except (TemplateError, RecursionError):
+        return set()
 
 
 # `render_jinja_template` gets its template from `_compile_jinja_template`; spans of the `generation` blocks
@@ -115,6 +125,72 @@ def holds_all(cache: Any, rows: int) -> bool:
 def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keeps only these rows of the batch in a cache."""
     cache.batch_select_indices(rows)
+
+
+# Only `DynamicLayer` itself keeps the keys and values of every token, in their order, and nothing else.
+def states_of(cache: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """Per layer of a cache its keys and values (B, heads, T, width); None if it holds anything else."""
+    kinds = (DynamicLayer, RoomLayer)
+    if not isinstance(cache, DynamicCache) or not all(type(layer) in kinds for layer in cache.layers):
+        return None
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+# A layer's `update` takes the states of the new tokens and returns those of all. Attention masks are made for
+# the number of tokens that `get_seq_length` says were there before; what the mask leaves out is never read.
+class SlotLayer(DynamicLayer):
+    """A layer whose rows are of different lengths, each from its slot's start; one token a row is added.
+
+    Args:
+        keys: (slots, heads, room, width), written in place.
+        values: the same.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.device, self.dtype = keys.device, keys.dtype
+        self.columns = torch.empty(0, dtype=torch.long, device=keys.device)  # (B,) of the rows' new tokens
+        self.rows = self.columns
+        self.used = 1  # columns that any row has, with its new token
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held[self.rows, :, self.columns] = new[:, :, 0]
+        rows = len(key_states)
+        return self.keys[:rows, :, : self.used], self.values[:rows, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used - 1
+
+
+class RoomLayer(DynamicLayer):
+    """A layer with room for the tokens that are read next, which are written in place.
+
+    Args:
+        keys: (B, heads, T, width), those of tokens before and room for the new ones at the end.
+        values: the same.
+        new: how many new ones.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, new: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.device, self.dtype, self.new = keys.device, keys.dtype, new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.keys[:, :, -self.new :], self.values[:, :, -self.new :] = key_states, value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - self.new
+
+
+def cache_of(layers: Sequence[DynamicLayer]) -> DynamicCache:
+    """A cache of these layers."""
+    cache = DynamicCache()
+    cache.layers = list(layers)
+    return cache
 
 
 # No interface gives a decoder's layers: LLMs of transformers hold them as a direct child.

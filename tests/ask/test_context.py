@@ -168,7 +168,7 @@ def test_another_picture_is_not_taken_for_the_one_before(both: Any) -> None:
     (said,) = kept.engine.say([messages], context, **WORDS)
     (other,) = anew.engine.say([messages], Context(), **WORDS)
     assert said.text == other.text
-    prompt, _ = kept.engine._passage(messages, said)
+    prompt, _ = kept.engine.passage(messages, said)
     assert said.ledger.kept_tokens == prompt.places[0][0]  # the tokens before the picture
     assert said.ledger.visual_tokens == 16
 

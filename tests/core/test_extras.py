@@ -7,20 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from transformers import Qwen2VLImageProcessorPil
 
 from foveate import FoveateError, annotate, errors, load
 from foveate.data.questions import DatasetSource
+from foveate.demo.app import check_packages
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.materials import font, materials
 from foveate.lab.run import run as run_lab
 from foveate.model.text import load_tokenizer
+from foveate.serve import cli as serving
 from foveate.tiny import tiny_tokenizer
 from foveate.train.run import train
 from foveate.zoom.detectors import load_detector
 from foveate.zoom.vlm import VLM
 from tests.conftest import ROOT
 from tests.vlms import qwen2_5_vl
+
+
+def serve() -> None:
+    """The command, whose errors are not caught."""
+    app = typer.Typer()
+    app.command()(serving.serve)
+    typer.main.get_command(app).main([], standalone_mode=False)
+
 
 LORA = "stages.finetune.lora={on: [language_model.model]}"
 # module, its package, the extra, and what needs it
@@ -36,8 +47,12 @@ DOORS: list[tuple[str, str, str, Callable[[Path], object]]] = [
     ("pyarrow", "pyarrow", "annotate", lambda folder: DatasetSource(str(folder), "train", None)),
     ("bitsandbytes", "bitsandbytes", "quantize", lambda folder: load(quantize="4bit", device="cpu")),
     ("torchvision", "torchvision", "detector", lambda folder: load_detector("faster_rcnn")),
+    ("gradio", "gradio", "demo", lambda folder: check_packages()),
     ("sentencepiece", "sentencepiece", "original", load_tokenizer),
     ("google.protobuf", "protobuf", "original", load_tokenizer),
+    ("fastapi", "fastapi", "serve", lambda folder: serve()),
+    ("uvicorn", "uvicorn", "serve", lambda folder: serve()),
+    ("prometheus_client", "prometheus-client", "serve", lambda folder: serve()),
 ]
 
 

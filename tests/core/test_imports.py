@@ -52,9 +52,11 @@ ROOMS = (
     ("towers",),
     ("methods",),
     ("model",),
+    ("explaining",),
     ("ask", "data"),
     ("zoom",),
-    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate"),
+    ("choosing", "composing", "tiny", "train", "lab", "annotate", "clients", "evaluate", "serve", "demo"),
+    ("batch",),
     ("cli", "__main__"),
 )
 

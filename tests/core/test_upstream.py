@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LlamaForCausalLM,
+    MistralConfig,
     ProcessorMixin,
     Trainer,
     TrainingArguments,
@@ -273,6 +274,61 @@ def test_peft_puts_adapters_around_base_layer(llm: LlamaForCausalLM) -> None:
     adapted = model.model.layers[0].mlp.up_proj
     assert isinstance(adapted, LoraLayer) and callable(adapted.merge)
     assert isinstance(adapted.get_base_layer(), nn.Linear)
+
+
+@torch.no_grad()
+def test_rows_of_their_own_lengths_are_read_as_each_alone(llm: LlamaForCausalLM) -> None:
+    """Slots: rows of 4 and 6 tokens and a free one; each reads a token, in a place of its own."""
+    prompts = [torch.arange(10, 14)[None], torch.arange(20, 26)[None]]
+    alone = [llm(input_ids=prompt, use_cache=True)[upstream.CACHE] for prompt in prompts]
+    states = [upstream.states_of(cache) for cache in alone]
+    layers = []
+    for keys, values in states[0]:
+        layers.append(
+            upstream.SlotLayer(
+                *(part.new_full((3, part.shape[1], 9, part.shape[3]), 7.0) for part in (keys, values))
+            )
+        )
+    for row, one in enumerate(states):
+        for layer, (keys, values) in zip(layers, one, strict=True):
+            layer.keys[row, :, : keys.shape[2]], layer.values[row, :, : keys.shape[2]] = keys[0], values[0]
+    columns = torch.tensor([4, 6])
+    for layer in layers:
+        layer.columns, layer.rows, layer.used = columns, torch.arange(2), 7
+    tokens = torch.tensor([[30], [31]])
+    together = llm(
+        input_ids=tokens,
+        attention_mask=(torch.arange(7) <= columns[:, None]).long(),
+        position_ids=columns[:, None],
+        **{upstream.CACHE: upstream.cache_of(layers)},
+    ).logits
+    for row, cache in enumerate(alone):
+        expected = llm(input_ids=tokens[row : row + 1], **{upstream.CACHE: cache}).logits
+        assert gap(together[row : row + 1], expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_layer_with_room_is_read_as_one_that_grows(llm: LlamaForCausalLM) -> None:
+    ids = torch.arange(10, 18)[None]
+    known = upstream.states_of(llm(input_ids=ids[:, :5], use_cache=True)[upstream.CACHE])
+    layers = [
+        upstream.RoomLayer(
+            *(
+                torch.cat([part, part.new_full((1, part.shape[1], 3, part.shape[3]), 7.0)], 2)
+                for part in layer
+            ),
+            3,
+        )
+        for layer in known
+    ]
+    output = llm(input_ids=ids[:, 5:], use_cache=True, **{upstream.CACHE: upstream.cache_of(layers)})
+    assert gap(output.logits, llm(input_ids=ids).logits[:, 5:]) < 1e-5
+    assert upstream.states_of(output[upstream.CACHE])[0][0].shape[2] == 8
+
+
+def test_states_are_those_of_caches_that_keep_all_tokens() -> None:
+    sliding = MistralConfig(sliding_window=4, num_hidden_layers=1)
+    assert upstream.states_of(DynamicCache(config=sliding)) is None
 
 
 def test_fingerprint_of_a_data_set_is_that_of_its_rows() -> None:

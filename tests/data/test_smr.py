@@ -110,10 +110,12 @@ def test_mathvision_leaves_testmini_out(root: Path) -> None:
         drafts(maths.mathvision, root / "mathvision")
 
 
-def test_mathvision_with_two_pictures_is_left_out(root: Path) -> None:
-    write_lines(root / "mathvision/test.jsonl", [{**MATHVISION[0], "question": "<image1> or <image2>?"}])
+def test_mathvision_has_one_picture_of_all_parts(root: Path) -> None:
+    asked = {"question": "<image1>\nWhich is next?\n<image2>", "options": ["A", "B"], "answer": "B"}
+    write_lines(root / "mathvision/test.jsonl", [{**MATHVISION[0], **asked}])
     (draft,) = drafts(maths.mathvision, root / "mathvision")
-    assert draft.problem == maths.SEVERAL
+    assert (draft.query, draft.picture) == (f"\nWhich is next?\n\n{LETTER}", "images/1.jpg")
+    assert (draft.answer, draft.problem) == ("B", None)
 
 
 def test_ai2d_needs_pictures_with_letters_and_skips_the_test_set(root: Path) -> None:

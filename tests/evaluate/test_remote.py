@@ -20,7 +20,12 @@ from foveate.evaluate.metrics import chosen
 from foveate.evaluate.models import Remote
 from foveate.evaluate.run import evaluate
 from foveate.evaluate.samples import read_questions
+from foveate.zoom.server import Server as Client
 from tests.support import picture
+
+
+def remote_at(url: str, name: str, key: str | None = None) -> Remote:
+    return Remote(Client(url, name, key))
 
 
 class Server(ThreadingHTTPServer):
@@ -90,8 +95,8 @@ def test_a_server_is_evaluated(server: Server, data: Path, tmp_path: Path) -> No
     """Every picture as it is, greedily, several at once; a server that is busy is asked again."""
     server.failures = [429]
     questions = read_questions(data)
-    remote = Remote(server.url, "served", "secret")
-    assert isinstance(remote.client, OpenAI)
+    remote = remote_at(server.url, "served", "secret")
+    assert isinstance(remote.server.client, OpenAI)
     metrics = chosen(["exact"], questions.samples)
     report = evaluate(remote, questions, metrics, tmp_path / "out", batch=3, max_new_tokens=7)
     assert report["scores"]["exact"]["mean"] == 1 and report["visual_tokens"] is None
@@ -108,12 +113,12 @@ def test_a_refusal_is_one_sentence(status: int, server: Server, data: Path, tmp_
     server.failures = [status] * 9
     questions = read_questions(data)
     with pytest.raises(FoveateError, match=r"line 1: http://127.0.0.1:\d+/v1 gave no answer: .*not now"):
-        evaluate(Remote(server.url, "m"), questions, [], tmp_path / "out")
+        evaluate(remote_at(server.url, "m"), questions, [], tmp_path / "out")
 
 
 def test_answers_without_text_and_no_server(server: Server, data: Path, tmp_path: Path) -> None:
     server.content = None
     with pytest.raises(FoveateError, match="gave an answer without text"):
-        evaluate(Remote(server.url, "m"), read_questions(data), [], tmp_path / "out")
+        evaluate(remote_at(server.url, "m"), read_questions(data), [], tmp_path / "out")
     with pytest.raises(FoveateError, match="gave no answer: Connection error"):
-        evaluate(Remote("http://127.0.0.1:9/v1", "m"), read_questions(data), [], tmp_path / "none")
+        evaluate(remote_at("http://127.0.0.1:9/v1", "m"), read_questions(data), [], tmp_path / "none")

@@ -21,7 +21,7 @@ from foveate.data.formats import read_conversations
 from foveate.data.regions import Regions
 from foveate.methods.base import Cut, Reply, TowerGeometry, Turn
 from foveate.methods.chain_of_spot import MOST_PIXELS, PADDING, ChainOfSpot
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import reference_config, shared_pricer
 from foveate.picture.boxes import Frame, box_format, write_box
 from foveate.picture.geometry import Box, Size
 from foveate.shipped import find
@@ -345,7 +345,7 @@ def test_transformers_llava_asks_in_two_turns(tmp_path: Path) -> None:
 
 
 def test_price() -> None:
-    pricer, size = Pricer(reference_config("chain_of_spot")), Size(480, 640)
+    pricer, size = shared_pricer(reference_config("chain_of_spot")), Size(480, 640)
     first, second = pricer.turns(size)
     kept, anew = pricer.price(size), pricer.price(size, keep_context=False)
     assert (first.views, second.views, kept.views, anew.views) == (1, 1, 2, 3)

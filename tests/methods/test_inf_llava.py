@@ -27,7 +27,7 @@ from foveate.methods import inf_llava_plain as full
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.inf_llava import InfConnector, InfLlava, pooling
 from foveate.methods.inf_llava_index import CUTS, Axis, gathered
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import reference_config, shared_pricer
 from foveate.picture.geometry import Size, View
 from foveate.shipped import find
 from foveate.tiny import tiny_model, tiny_text, tiny_tokenizer, tiny_vision
@@ -592,12 +592,12 @@ def test_the_drawing_shows_both_croppings_and_the_attention(tmp_path: Path) -> N
 
 def test_the_price_leaves_dead_views_out() -> None:
     size = Size(3000, 4000)
-    pricer = Pricer(reference_config("inf_llava"))
+    pricer = shared_pricer(reference_config("inf_llava"))
     plan = pricer.plan(*size)
     assert (len(plan.views), plan.tokens, plan.effective) == (10, 576, Size(756, 1008))
-    averaged = Pricer(reference_config("inf_llava", {"pool": "average"}))
+    averaged = shared_pricer(reference_config("inf_llava", {"pool": "average"}))
     assert len(averaged.plan(*size).views) == 18
-    baseline = Pricer(reference_config("llava")).vision(size).encode
+    baseline = shared_pricer(reference_config("llava")).vision(size).encode
     assert 9.5 * baseline < pricer.vision(size).encode < 0.56 * averaged.vision(size).encode
 
 

@@ -29,7 +29,7 @@ from foveate import FoveateError, FoveateForConditionalGeneration, compose
 from foveate.methods.base import TowerGeometry
 from foveate.methods.llava_hr import DualTower, LlavaHR, LlavaHROptions, MRAdapter
 from foveate.model.checkpoints import recognise, stage_files
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import reference_config, shared_pricer
 from foveate.options import build_options
 from foveate.picture.drawing import COLOURS
 from foveate.picture.geometry import Size
@@ -534,13 +534,13 @@ def test_pictures_of_any_size(size: tuple[int, int], tiny: Callable[[str], Any])
 
 def test_price() -> None:
     """Parameters as the authors count them; more pixels cost vision, never tokens of the LLM."""
-    pricer = Pricer(reference_config("llava_hr"))
+    pricer = shared_pricer(reference_config("llava_hr"))
     built = pricer.model.vision_tower
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (built.adapters[0], built.fusion)]
     assert [round(n, 2) for n in millions] == [6.09, 2.62]
     cost = pricer.price(Size(3000, 4000))
     assert (cost.visual_tokens, cost.effective_width, cost.effective_height) == (1024, 1024, 768)
-    first = Pricer(reference_config("llava_hr", {"resolutions": [[336, 384]], "adapters": False}))
+    first = shared_pricer(reference_config("llava_hr", {"resolutions": [[336, 384]], "adapters": False}))
     assert first.price(Size(3000, 4000)).encode_flops < cost.encode_flops / 3
 
 

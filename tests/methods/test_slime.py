@@ -23,7 +23,7 @@ from foveate.data.dataset import Collator, encode
 from foveate.data.toy import write_toy_data
 from foveate.methods.base import Query, TowerGeometry, Widths
 from foveate.methods.slime import Slime
-from foveate.model.cost import Pricer, reference_config
+from foveate.model.cost import reference_config, shared_pricer
 from foveate.model.text import chat_template
 from foveate.picture.geometry import Size
 from foveate.shipped import find
@@ -427,12 +427,12 @@ def test_the_heat_lies_where_tokens_were_kept(tmp_path: Path) -> None:
 
 def test_the_price_is_the_most_it_can_cost() -> None:
     picture_size = Size(3000, 4000)
-    cost = Pricer(reference_config("slime")).price(picture_size)
+    cost = shared_pricer(reference_config("slime")).price(picture_size)
     assert (cost.views, cost.visual_tokens) == (7, 577 + 6 * 144)
-    less = Pricer(reference_config("slime", {"max_visual_tokens": 800})).price(picture_size)
+    less = shared_pricer(reference_config("slime", {"max_visual_tokens": 800})).price(picture_size)
     assert less.visual_tokens == 800
     assert less.prefill_flops < cost.prefill_flops
-    alone = Pricer(reference_config("slime", {"use_global_only": True})).price(picture_size)
+    alone = shared_pricer(reference_config("slime", {"use_global_only": True})).price(picture_size)
     assert (alone.views, alone.visual_tokens) == (1, 576)
 
 

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, MistralConfig
 
+from foveate.composing import compose
 from foveate.methods import METHODS
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.methods.coroi import Coroi
 from foveate.model.config import FoveateConfig
 from foveate.model.cost import FlopCounter, Pricer
 from foveate.picture.geometry import Size
-from foveate.tiny import tiny_vision
+from foveate.tiny import tiny_tokenizer, tiny_vision
 from tests.methods.conftest import fresh
 
 SIZES = {
@@ -109,3 +110,25 @@ def test_a_price_counts_every_look_and_the_injection() -> None:
     assert (price.views, fewer.views, none.views) == (9, 2, 1)
     assert price.encode_flops > fewer.encode_flops > none.encode_flops
     assert price.prefill_flops - none.prefill_flops == vision.inject > 0
+
+
+def test_a_text_of_any_length_costs_what_a_run_of_it_counts() -> None:
+    for method in ("llava", "coroi"):
+        pricer = Pricer(fresh(method).model.config)
+        for tokens, kept in ((1, 0), (1, 40), (70, 0), (33, 90), (90, 5)):
+            assert pricer.language(tokens, kept) == pricer._measure_language(tokens, kept)
+        assert pricer._growth is not None
+
+
+def test_an_llm_that_forgets_tokens_is_run_for_every_length() -> None:
+    text = MistralConfig(
+        vocab_size=266,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    model = compose(tiny_vision(), text, "llava", tokenizer=tiny_tokenizer(), template="vicuna_v1")
+    assert Pricer(model.model.config)._growth is None

@@ -15,7 +15,8 @@ from foveate.model import rendering
 from foveate.model.rendering import bounded
 from foveate.model.text import TEMPLATES, chat_template, normalise_messages
 from foveate.tiny import tiny_model
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.asking import message
+from foveate.zoom.vlm import VLM
 from tests.docs.stand_ins import hf_llava_next
 from tests.support import picture
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
+from foveate.explaining.relevance import READINGS, interpret, propagate, scaled
 from foveate.picture.boxes import BOX_FORMATS, Frame, write_box
 from foveate.picture.geometry import Box, Size
-from foveate.zoom.relevance import READINGS, RegionRule, interpret, propagate, roi, scaled
+from foveate.zoom.relevance import RegionRule, roi
 from tests.parity.golden import NUMBER, Comparison
 
 

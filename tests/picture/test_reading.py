@@ -18,7 +18,8 @@ from PIL import Image
 from foveate import FoveateError
 from foveate.model.processing import FoveateImageProcessor
 from foveate.picture.geometry import Size
-from foveate.picture.reading import drawing_path, read_picture, read_size
+from foveate.picture.limits import Limits
+from foveate.picture.reading import count_pixels, drawing_path, read_picture, read_size
 from foveate.tiny import tiny_model
 from tests.support import picture
 
@@ -185,7 +186,7 @@ def test_what_is_transparent_is_white(mode: str, ending: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
 def test_rarer_modes_with_transparency(mode: str) -> None:
-    image = Image.new("LA" if mode == "La" else "RGBA", (2, 2), 0)
+    image = Image.new({"La": "LA", "RGBa": "RGBA"}.get(mode, mode), (2, 2), 0)
     assert (np.asarray(read_picture(image.convert(mode))) == 255).all()
 
 
@@ -483,3 +484,13 @@ def test_an_upright_rgb_image_is_not_copied() -> None:
 def test_a_drawing_of_a_name_too_long(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="cannot be written: File name too long"):
         drawing_path(tmp_path / ("x" * 300 + ".png"))
+
+
+def test_pixels_are_counted_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (30, 20)).save(path)
+    assert count_pixels(np.zeros((4, 5, 3), dtype=np.uint8)) == 20
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    assert count_pixels(path) == count_pixels(path.read_bytes()) == 600
+    with pytest.raises(FoveateError, match="more than max_pixels 599"):
+        count_pixels(path, Limits(max_pixels=599))

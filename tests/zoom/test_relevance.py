@@ -12,22 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.methods.base import Method
-from foveate.picture.geometry import Box, Size
-from foveate.zoom.places import token_places
-from foveate.zoom.relevance import (
+from foveate.explaining.relevance import (
     READINGS,
     BimodalRelevance,
-    Highlighter,
-    RegionRule,
     interpret,
     propagate,
-    region_scores,
     relevance,
-    roi,
     scaled,
 )
-from foveate.zoom.vlm import VLM, message
+from foveate.methods.base import Method
+from foveate.picture.geometry import Box, Size
+from foveate.tiny import tiny_model
+from foveate.zoom.asking import message
+from foveate.zoom.places import token_places
+from foveate.zoom.relevance import Highlighter, RegionRule, region_scores, roi
+from foveate.zoom.vlm import VLM
 from tests.support import gap, picture
 from tests.vlms import VLMS, foveate_model, llava_onevision
 
@@ -288,8 +287,9 @@ def test_tokens_that_are_no_grid_are_refused() -> None:
     odd.model.config.image_token_id = 0
     with pytest.raises(FoveateError, match="has 0 image tokens, but 0 can be placed"):
         token_places(odd, Size(60, 90))
-    with pytest.raises(FoveateError, match="choose another way to give the region"):
-        token_places(foveate_model("slime"), Size(60, 90))
+    few = tiny_model("slime", {"max_visual_tokens": 20})
+    with pytest.raises(FoveateError, match="max_visual_tokens 20 the question decides which there are"):
+        token_places(VLM(few.model, few.processor), Size(60, 90))
 
 
 # Rules on small numbers.

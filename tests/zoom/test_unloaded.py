@@ -30,8 +30,9 @@ from foveate import upstream
 from foveate.errors import FoveateError, installed
 from foveate.picture.geometry import Size
 from foveate.picture.limits import Limits
+from foveate.zoom.asking import message
 from foveate.zoom.unloaded import Unloaded
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 from tests.vlms import VLMS, write
 
 # PixtralProcessor needs torchvision; Foveate's own models are priced as methods.

@@ -13,8 +13,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.picture.geometry import Size
+from foveate.zoom.asking import message
 from foveate.zoom.places import token_places
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.vlm import VLM
 from tests.support import picture
 from tests.vlms import VLMS
 

@@ -20,8 +20,10 @@ from foveate.lab.materials import materials
 from foveate.lab.objects import Pen, lettering
 from foveate.picture.geometry import Box
 from foveate.picture.reading import read_picture
-from foveate.zoom.vlm import VLM, Said, message
-from foveate.zoom.zoom import QUESTION, REGION, Answered, Budget, Given, Proposal, Relevant, Zoom
+from foveate.zoom.asking import Said, message
+from foveate.zoom.looking import QUESTION, REGION, Answered, Budget, Given, Proposal
+from foveate.zoom.vlm import VLM
+from foveate.zoom.zoom import Relevant, Zoom
 from tests.support import picture
 from tests.vlms import VLMS
 
@@ -63,7 +65,7 @@ def test_given_box(name: str) -> None:
         )
     )
     assert (found.first, found.zoomed) == (first, zoomed)
-    assert (found.text, found.confidence) == zoomed
+    assert (found.text, found.confidence) == (zoomed.text, zoomed.confidence)
     assert first.text != zoomed.text
 
 
@@ -344,7 +346,7 @@ def test_what_generate_returns_is_not_the_callers_to_say() -> None:
 
 def test_wrong_input_is_refused() -> None:
     llava = vlm("llava")
-    with pytest.raises(FoveateError, match="unknown region proposer 'eyes': choose answer or relevance"):
+    with pytest.raises(FoveateError, match="proposer 'eyes': choose answer, relevance or tool"):
         Zoom(llava.model, llava.processor, "eyes")
     with pytest.raises(FoveateError, match="empty"):
         zoom("llava").ask(picture(60, 90), "  ")

@@ -75,6 +75,7 @@ class Answer:
         picture: what it was asked about.
         plan: the views that the picture was cut into.
         crops: pictures that a method with several turns showed the model after the first one.
+        tokens: ids of the answer's tokens, including the one that ends it.
     """
 
     text: str
@@ -84,6 +85,7 @@ class Answer:
     picture: Image.Image = field(repr=False)
     plan: ViewPlan = field(repr=False)
     crops: list[Image.Image] = field(repr=False)
+    tokens: list[int] = field(repr=False)
     _engine: Engine = field(repr=False)
 
     @property

@@ -105,7 +105,7 @@ class Context:
             **generation: arguments of transformers' `generate`; greedy decoding by default.
         """
         cache, self.cache = self.cache, None  # dropped if generation is interrupted, never half-written
-        visible = _visible(prompts, known, encoded)
+        visible = visible_tokens(prompts, known, encoded)
         width = max(sum(row) for row in visible)
         past = 0 if cache is None else self.held.shape[1]
         ids = torch.zeros(len(prompts), past + width, dtype=torch.long, device=model.device)
@@ -128,7 +128,7 @@ class Context:
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            mm_encoder_outputs={"image": _compact(encoded)} if encoded else {},
+            mm_encoder_outputs={"image": compacted(encoded)} if encoded else {},
             **upstream.generation_arguments(
                 generation, return_dict_in_generate=True, **{upstream.CACHE: cache}
             ),
@@ -176,7 +176,7 @@ def can_go_on(model: FoveateForConditionalGeneration, generation: Mapping[str, A
     return single and config.get("use_cache") is not False and not any(config.get(n) for n in OWN_CACHE)
 
 
-def _visible(
+def visible_tokens(
     prompts: Sequence[Passage], known: Sequence[int], encoded: EncodedPictures | None
 ) -> list[list[bool]]:
     """Per prompt, the mask of tokens after the known ones that the LLM gets: not the dropped ones."""
@@ -191,7 +191,7 @@ def _visible(
     return visible
 
 
-def _compact(encoded: EncodedPictures) -> EncodedPictures:
+def compacted(encoded: EncodedPictures) -> EncodedPictures:
     """The pictures without dropped tokens."""
     if encoded.kept is None:
         return encoded

@@ -14,8 +14,15 @@ from foveate.ask.answer import Answer, Ledger
 from foveate.ask.context import Context
 from foveate.ask.engine import Engine, Said
 from foveate.errors import FoveateError, check_text
+from foveate.explaining.explanation import Explanation, SeenView, Told, explain
+from foveate.explaining.faithfulness import PROBE, Probe
+from foveate.explaining.own import Own
+from foveate.explaining.relevance import Reading
+from foveate.explaining.story import Story
 from foveate.methods.base import IMAGE_TOKEN, Reply, Turn
 from foveate.picture.account import Account
+from foveate.picture.drawing import shown_views
+from foveate.picture.geometry import Box, Size, whole
 
 # Arguments of `generate` about the answer's end and words, which would spoil an intermediate box.
 OF_ANSWERS = (
@@ -34,12 +41,59 @@ class Chat:
         self.picture = picture
         self.messages: list[dict[str, Any]] = []
         self.accounts: list[Account] = []
+        self.areas: list[Box] = []  # per picture of the messages the part of the picture that it shows
+        self.last: Answer | None = None
         self._context = Context()
 
     def ask(self, question: str, *, max_new_tokens: int = 256, **generation: Any) -> Answer:
         """As `Foveate.ask`."""
         generation["max_new_tokens"] = max_new_tokens
         return converse([self], [question], self._context, generation)[0]
+
+    def explain(self, *, words: int = 32, reading: Reading = "chefer", probe: Probe = PROBE) -> Explanation:
+        """Explains the last answer. Nobody else can ask the model meanwhile.
+
+        Args:
+            words: how many of the answer's tokens are explained, its first ones.
+            reading: of attention and gradient, as in `foveate.explaining.relevance`.
+            probe: how faithfulness is measured.
+
+        Raises:
+            FoveateError: nothing was asked yet; an LLM whose relevance cannot be propagated.
+        """
+        if self.last is None:
+            raise FoveateError("there is no answer to explain: ask a question first")
+        engine, answer = self.engine, self.last
+        account = engine.account(self.picture).joined(answer.account)
+        told = Told(engine.model.method.title, answer.question, answer.text, account, self.views())
+        story = Story(self.picture, self.messages[:-1], self.areas, answer.tokens)
+        with engine.gate.alone():
+            own = Own(engine.model, engine.processor)
+            return explain(own, story, told, words=words, reading=reading, probe=probe)
+
+    def views(self) -> list[SeenView]:
+        """All views that the model was shown so far, with what they show in original pixels."""
+        account = self.engine.account(self.picture)
+        images = self.engine.processor.image_processor
+        shown = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
+        views = []
+        for number, (picture, area) in enumerate(zip(shown, self.areas, strict=True)):
+            plan = self.engine.plan(picture)
+            painted = [images.paint(picture, canvas) for canvas in plan.canvases]
+            across, down = area.width / plan.picture.width, area.height / plan.picture.height
+            for view, box in zip(
+                shown_views(plan, painted, "crop" if number else None), plan.regions, strict=True
+            ):
+                place = Box(
+                    area.left + box.left * across,
+                    area.top + box.top * down,
+                    area.left + box.right * across,
+                    area.top + box.bottom * down,
+                )
+                views.append(SeenView.of(view.role, place, view.picture))
+        everything = whole(Size(self.picture.height, self.picture.width))
+        views += [SeenView.of(role, everything, images.shown(pixels)) for role, pixels in account.views]
+        return views
 
     def turns(self, question: str) -> Generator[Turn, str, Reply]:
         """The turns that answer a question; further questions take one each."""
@@ -62,9 +116,9 @@ class Chat:
                 "the parts looked at were chosen for the message that showed the picture, "
                 "not for this question"
             )
-        self.messages, self.accounts = asked.messages, asked.accounts
+        self.messages, self.accounts, self.areas = asked.messages, asked.accounts, asked.areas
         account = asked.accounts[0]
-        return Answer(
+        self.last = Answer(
             text=end.text,
             ledger=asked.ledger,
             question=question,
@@ -76,8 +130,10 @@ class Chat:
             picture=self.picture,
             plan=self.engine.plan(self.picture),
             crops=asked.crops,
+            tokens=asked.tokens,
             _engine=self.engine,
         )
+        return self.last
 
 
 class Asked:
@@ -85,10 +141,13 @@ class Asked:
 
     def __init__(self, chat: Chat) -> None:
         self.messages, self.accounts = list(chat.messages), list(chat.accounts)
+        self.areas = list(chat.areas)
         self.ledger = Ledger()
         self.crops: list[Image.Image] = []
+        self.tokens: list[int] = []
 
     def show(self, turn: Turn) -> None:
+        self.areas += turn.areas or [whole(Size(p.height, p.width)) for p in turn.pictures]
         self.messages.append({"role": "user", "content": content(turn)})
 
     def hear(self, said: Said, text: str) -> None:
@@ -96,6 +155,7 @@ class Asked:
         pictures = sum(part["type"] == "image" for m in self.messages for part in m["content"])
         self.accounts = [*self.accounts[: pictures - len(said.accounts)], *said.accounts]
         self.ledger.add(said.ledger)
+        self.tokens = said.tokens
 
 
 def _one_turn(question: str) -> Generator[Turn, str, Reply]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from threading import RLock
+from threading import Condition, RLock
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.ask.answer import Ledger
-from foveate.ask.context import Context, Passage, can_go_on
-from foveate.methods.base import Rerun
+from foveate.ask.context import Context, Passage, Written, can_go_on
+from foveate.explaining.own import rerun
 from foveate.model.cost import Pricer, shared_pricer
 from foveate.model.modeling import EncodedPictures, FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor
@@ -44,15 +45,43 @@ class Said:
         text: without special tokens.
         ledger: what this turn cost.
         accounts: where the method looked in the pictures read now, the conversation's last ones.
+        tokens: ids of the reply's tokens, including the one that ends it.
     """
 
     text: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     accounts: list[Account] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Gate:
+    """Many may be inside at once, or one alone."""
+
+    def __init__(self) -> None:
+        self._free, self._inside = Condition(), 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Waits while somebody is inside alone."""
+        with self._free:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._inside -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until nobody is inside. Who is alone may also enter as one of many."""
+        with self._free:
+            self._free.wait_for(lambda: not self._inside)
+            yield
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Shown:
     """A picture in a prompt, with the tokens that a connector reads with it."""
 
     said: Said
@@ -126,15 +155,17 @@ class Engine:
         self.memory = Memory(memory)
         # Held while pictures are encoded and connected, so that no two threads encode the same one. The LLM
         # writes without it.
-        self._lock = RLock()
+        self.lock = RLock()
+        # Explaining changes how the LLM computes its attention: nobody else may use it at that time.
+        self.gate = Gate()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and what is computed again: a copy starts with no picture in memory."""
-        state = {name: value for name, value in vars(self).items() if name not in ("_lock", "pricer")}
+        """Without locks and what is computed again: a copy starts with no picture in memory."""
+        state = {name: value for name, value in vars(self).items() if name not in ("lock", "gate", "pricer")}
         return {**state, "memory": Memory(self.memory.most)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state, _lock=RLock())
+        vars(self).update(state, lock=RLock(), gate=Gate())
 
     def plan(self, picture: Image.Image) -> ViewPlan:
         return self.processor.image_processor.plan(picture.height, picture.width)
@@ -142,26 +173,15 @@ class Engine:
     @torch.inference_mode()
     def features(self, picture: Image.Image) -> Tensor:
         """Vision features of a picture's views (V, N, C), from memory if asked about recently."""
-        with self._lock:
-            known = self.memory.features.get(_fingerprint(picture))
+        with self.lock:
+            known = self.memory.features.get(fingerprint(picture))
             if known is not None:
                 return known
-            return self.model.encode_views(self._views(picture))
-
-    def _views(self, picture: Image.Image) -> Tensor:
-        """(V, 3, h, w), normalised, on the device."""
-        pixels = torch.from_numpy(self.processor.image_processor.views(picture, self.plan(picture)))
-        return pixels.to(self.model.device, self.model.dtype)
+            return self.model.encode_views(rerun(self.model, self.processor, picture).views())
 
     def account(self, picture: Image.Image) -> Account:
         """The details about a picture that need another run of the tower or connector."""
-        run = Rerun(
-            self.model.vision_tower,
-            self.model.connector,
-            self.plan(picture),
-            partial(self._views, picture),
-            partial(self.features, picture),
-        )
+        run = rerun(self.model, self.processor, picture, partial(self.features, picture))
         return self.model.method.account(run)
 
     @cached_property
@@ -183,12 +203,21 @@ class Engine:
         Returns:
             One reply each. Shared time is divided equally among them.
         """
+        with self.gate.shared():
+            return self._say(conversations, context, generation)
+
+    def _say(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        context: Context,
+        generation: Mapping[str, Any],
+    ) -> list[Said]:
         if not (self.keep_context and can_go_on(self.model, generation)):
             context.clear()
         said = [Said() for _ in conversations]
         ledgers = [one.ledger for one in said]
-        with self._lock:
-            read = [self._passage(messages, one) for messages, one in zip(conversations, said, strict=True)]
+        with self.lock:
+            read = [self.passage(messages, one) for messages, one in zip(conversations, said, strict=True)]
             prompts = [prompt for prompt, _ in read]
             known = [context.known(row, prompt) for row, prompt in enumerate(prompts)]
             new = [
@@ -197,22 +226,27 @@ class Engine:
                 for picture, (start, _) in zip(pictures, prompt.places, strict=True)
                 if start >= first
             ]
-            encoded = self._encode(new, ledgers) if new else None
+            encoded = self.encode(new, ledgers) if new else None
         if encoded is not None:
-            _note(new, encoded)
+            note(new, encoded)
         start = self._now()
         replies = context.go_on(self.model, prompts, known, encoded, **generation)
-        _share(ledgers, "generate", self._now() - start)
+        share(ledgers, "generate", self._now() - start)
         for one, reply in zip(said, replies, strict=True):
-            with self._lock:
-                prefill, decode, kv = self.pricer.language(reply.read, reply.kept)
-            one.ledger.prompt_tokens = reply.read
-            one.ledger.kept_tokens = reply.kept
-            one.ledger.new_tokens = len(reply.ids)
-            one.ledger.tflop += (prefill + decode * max(len(reply.ids) - 1, 0)) / 1e12
-            one.ledger.kv_megabytes = kv / 1e6
-            one.text = self.processor.decode(reply.ids, skip_special_tokens=True).strip()
+            self.settle(one, reply)
         return said
+
+    def settle(self, said: Said, reply: Written) -> None:
+        """Notes what the model wrote in a turn, and what the LLM's part of it cost."""
+        with self.lock:
+            prefill, decode, kv = self.pricer.language(reply.read, reply.kept)
+        said.ledger.prompt_tokens = reply.read
+        said.ledger.kept_tokens = reply.kept
+        said.ledger.new_tokens = len(reply.ids)
+        said.ledger.tflop += (prefill + decode * max(len(reply.ids) - 1, 0)) / 1e12
+        said.ledger.kv_megabytes = kv / 1e6
+        said.tokens = reply.ids
+        said.text = self.processor.decode(reply.ids, skip_special_tokens=True).strip()
 
     def _now(self) -> float:
         """The time in seconds, once the device has finished all its work."""
@@ -220,21 +254,30 @@ class Engine:
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
-    def _passage(self, messages: Sequence[Mapping[str, Any]], said: Said) -> tuple[Passage, list[_Shown]]:
-        """A conversation's tokens and its pictures."""
+    def passage(self, messages: Sequence[Mapping[str, Any]], said: Said) -> tuple[Passage, list[Shown]]:
+        """A conversation's tokens and its pictures, whose costs are added to those of `said`."""
         pictures = pictures_of(messages)
         plans = [self.plan(picture) for picture in pictures]
         prompt = self.processor.prompt(messages, plans)
         shown = [
-            _Shown(said, picture, plan, _fingerprint(picture), tuple(query))
+            Shown(said, picture, plan, fingerprint(picture), tuple(query))
             for picture, plan, query in zip(pictures, plans, prompt.queries, strict=True)
         ]
         return Passage(prompt.ids, [picture.key for picture in shown], prompt.places), shown
 
-    def _encode(self, shown: Sequence[_Shown], ledgers: Sequence[Ledger]) -> EncodedPictures:
-        """Visual tokens of the pictures; the tower runs once, for the views of new ones."""
+    def encode(
+        self, shown: Sequence[Shown], ledgers: Sequence[Ledger], apart: bool = False
+    ) -> EncodedPictures:
+        """Visual tokens of the pictures; the tower runs for the views of new ones.
+
+        Args:
+            shown: the pictures.
+            ledgers: of all conversations that show them; shared time is divided equally among them.
+            apart: whether the tower runs once for each picture, so that its features do not depend on the
+                pictures beside it; else it runs once for all.
+        """
         memory = self.memory
-        new: dict[str, _Shown] = {}
+        new: dict[str, Shown] = {}
         for picture in shown:
             if picture.fingerprint not in memory.features:
                 new.setdefault(picture.fingerprint, picture)
@@ -245,12 +288,15 @@ class Engine:
             views = [self.processor.image_processor.views(p.picture, p.plan) for p in new.values()]
             counts = [len(v) for v in views]
             pixels = torch.cat([torch.from_numpy(v) for v in views]).to(self.model.device, self.model.dtype)
-            _share(ledgers, "prepare", self._now() - start)
+            share(ledgers, "prepare", self._now() - start)
             start = self._now()
-            parts = self.model.encode_views(pixels).split(counts)
-            # Copies: a slice of the batch's tensor would keep all of it in memory.
-            found |= {key: part.clone() for key, part in zip(new, parts, strict=True)}
-            _share(ledgers, "encode", self._now() - start)
+            if apart:
+                parts = [self.model.encode_views(part) for part in pixels.split(counts)]
+            else:
+                # Copies: a slice of the batch's tensor would keep all of it in memory.
+                parts = [part.clone() for part in self.model.encode_views(pixels).split(counts)]
+            found |= zip(new, parts, strict=True)
+            share(ledgers, "encode", self._now() - start)
             for picture, count in zip(new.values(), counts, strict=True):
                 picture.said.ledger.encoded_views += count
                 picture.said.ledger.tflop += self.pricer.vision(picture.plan.picture).encode / 1e12
@@ -268,13 +314,13 @@ class Engine:
         features = torch.cat([found[key] for key in keys])
         source = self._source(shown) if self.model.method.reads_source else None
         encoded = self.model.connect(features, sizes, query_ids, query_mask, source)
-        _share(ledgers, "encode", self._now() - start)
+        share(ledgers, "encode", self._now() - start)
         if source is not None:
             self._note_looks(shown, source)
         memory.forget()
         return encoded
 
-    def _source(self, shown: Sequence[_Shown]) -> Source:
+    def _source(self, shown: Sequence[Shown]) -> Source:
         """The original pictures, with the parts looked at for earlier questions."""
         norms = torch.from_numpy(self.processor.image_processor.norms).to(self.model.device)
         return Source(
@@ -284,7 +330,7 @@ class Engine:
             [self.memory.looks.setdefault(p.fingerprint, {}) for p in shown],
         )
 
-    def _note_looks(self, shown: Sequence[_Shown], source: Source) -> None:
+    def _note_looks(self, shown: Sequence[Shown], source: Source) -> None:
         """Adds the connector's looks to the ledgers."""
         for i, picture in enumerate(shown):
             ledger = picture.said.ledger
@@ -294,7 +340,7 @@ class Engine:
             ledger.tflop += source.encoded[i] * look / 1e12
 
 
-def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
+def note(shown: Sequence[Shown], encoded: EncodedPictures) -> None:
     """Gives each picture's conversation the connector's account of it."""
     for i, picture in enumerate(shown):
         picture.said.accounts.append(Account() if encoded.accounts is None else encoded.accounts[i])
@@ -302,12 +348,12 @@ def _note(shown: Sequence[_Shown], encoded: EncodedPictures) -> None:
         picture.said.ledger.visual_tokens += kept
 
 
-def _share(ledgers: Sequence[Ledger], phase: str, seconds: float) -> None:
+def share(ledgers: Sequence[Ledger], phase: str, seconds: float) -> None:
     for ledger in ledgers:
         ledger.seconds[phase] += seconds / len(ledgers)
 
 
-def _fingerprint(picture: Image.Image) -> str:
+def fingerprint(picture: Image.Image) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for _, band in bands(picture):
         digest.update(band.tobytes())

@@ -16,6 +16,9 @@ from foveate.ask.conversation import Chat, converse
 from foveate.ask.engine import MEMORY, Engine
 from foveate.devices import usable_device, usable_dtype
 from foveate.errors import FoveateError
+from foveate.explaining.explanation import Explanation
+from foveate.explaining.faithfulness import PROBE, Probe
+from foveate.explaining.relevance import Reading
 from foveate.files import changed_folder
 from foveate.model.card import CARD, is_own
 from foveate.model.folders import Hub, found
@@ -171,6 +174,38 @@ class Foveate:
         chats = [Chat(self.engine, read(picture)) for picture, _ in questions]
         generation["max_new_tokens"] = max_new_tokens
         return converse(chats, [question for _, question in questions], Context(), generation)
+
+    def explain(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        words: int = 32,
+        reading: Reading = "chefer",
+        probe: Probe = PROBE,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> Explanation:
+        """Asks one question about a picture, and explains the answer: where it looked and what it rests on.
+
+        Nobody else can ask the model while the answer is explained.
+
+        Args:
+            picture: as for `ask`.
+            question: not empty.
+            words: how many of the answer's tokens are explained, its first ones.
+            reading: of attention and gradient: `chefer`, `literal` or `indicator`, as in
+                `foveate.explaining.relevance`.
+            probe: how it is measured whether the explanation is faithful; `Probe(draws=0)` leaves that out.
+            max_new_tokens: bound on the answer's length.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; an LLM whose relevance cannot be propagated.
+        """
+        chat = self.chat(picture)
+        chat.ask(question, max_new_tokens=max_new_tokens, **generation)
+        return chat.explain(words=words, reading=reading, probe=probe)
 
     def chat(self, picture: Picture) -> Chat:
         """A conversation about one picture that remembers what was said."""

@@ -31,7 +31,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-from foveate.data.shards import Rows, is_shards, open_rows
+from foveate.data.shards import OnHub, Rows, is_shards, open_rows
 from foveate.data.streaming import lines, listed
 from foveate.errors import FoveateError
 from foveate.methods.base import IMAGE_TOKEN
@@ -132,13 +132,14 @@ class Conversations:
 
 
 def read_conversations(
-    path: str | Path, images: str | Path | None = None, prompts: bool = True
+    path: str | Path | OnHub, images: str | Path | None = None, prompts: bool = True
 ) -> Conversations:
     """Reads and checks conversations; does not check that their pictures exist.
 
     Args:
         path: `.jsonl` with one record a line, or `.json` with a list of records; or shards, as
-            `foveate.data.shards` reads them: `.tar`, `.parquet`, a name with `*`, or a folder of them.
+            `foveate.data.shards` reads them: `.tar`, `.parquet`, a name with `*`, a folder of them, or a data
+            set on the hub.
         images: folder that picture paths start from; by default the file's own.
         prompts: False leaves out the user's text in messages with a picture.
 
@@ -152,7 +153,8 @@ def read_conversations(
         messages = to_messages(record, folder)
         pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
 
-    found = open_records(Path(path), None if images is None else Path(images), note)
+    data = path if isinstance(path, OnHub) else Path(path)
+    found = open_records(data, None if images is None else Path(images), note)
     counts = np.array(pictures, dtype=np.int64)
     return Conversations(found.path, found.images, prompts, found.rows, counts, found.digest)
 
@@ -174,18 +176,21 @@ class Records:
     digest: str
 
 
-def open_records(path: Path, images: Path | None, check: Callable[[Any, int, str, Path], None]) -> Records:
+def open_records(
+    data: Path | OnHub, images: Path | None, check: Callable[[Any, int, str, Path], None]
+) -> Records:
     """Reads data once, and calls `check` with each record, its number, its name and the pictures' folder.
 
     Raises:
         FoveateError: no such file, broken JSON, no records, what `check` raises with the record's name.
     """
-    shards = is_shards(path)
-    path = path if shards else _data_file(path)
+    shards = isinstance(data, OnHub) or is_shards(data)
+    path = Path(data.name) if isinstance(data, OnHub) else data if shards else _data_file(data)
     folder = images if images is not None else path if _is(path, Path.is_dir) else path.parent
-    if not _is(folder, Path.is_dir):
+    if not _is(folder, Path.is_dir) and not (isinstance(data, OnHub) and images is None):
         raise FoveateError(f"{path}: there is no folder {folder} for its pictures")
-    rows, digest = open_rows(path) if shards else None, hashlib.sha256()
+    rows = data.open() if isinstance(data, OnHub) else open_rows(path) if shards else None
+    digest = hashlib.sha256()
     spans: list[tuple[int, int]] = []
     for start, end, (file, place), record in _each(path) if rows is None else _each_row(rows):
         where = record_name(file, place, record)

@@ -1,7 +1,8 @@
 """Records that hold their pictures: WebDataset's tar shards, Parquet files, and data sets of `datasets`.
 
 A tar shard is read in place: its index knows where each member begins. Parquet cannot be read row by row, so
-`datasets` converts it once, to a file in its cache from which any row is read.
+`datasets` converts it once, to a file in its cache from which any row is read. A data set on the hub comes
+through the same cache: all of it, or the first rows of its stream.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -99,6 +101,71 @@ class Member(NamedTuple):
     ending: str
     start: int
     size: int
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A data set on the Hugging Face hub, or in a folder that `datasets.load_dataset` reads.
+
+    Attributes:
+        name: its id, or the folder.
+        split: which part of it.
+        subset: its configuration, where it has several.
+        revision: branch, tag or commit; by default main.
+        first: read only this number of rows. They are streamed, so that no more of a data set on the hub is
+            downloaded than their files hold.
+    """
+
+    name: str
+    split: str
+    subset: str | None = None
+    revision: str | None = None
+    first: int | None = None
+
+    def open(self) -> TableRows:
+        """Its rows. Raises `FoveateError` if it cannot be read."""
+        datasets = _datasets(Path(self.name))
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            table = self._stored() if self._streams() else self._whole()
+        except (OSError, ValueError, LookupError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+            raise FoveateError(f"{self.name} cannot be read as a dataset: {first_line(error)}") from error
+        return TableRows(table, [(Path(self.name), len(table))])
+
+    def _streams(self) -> bool:
+        return self.first is not None and not Path(self.name).is_dir()
+
+    def _whole(self) -> Any:
+        import datasets
+
+        table = datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
+        return table if self.first is None else table.select(range(min(self.first, len(table))))
+
+    def _stored(self) -> Any:
+        """The first rows, from the cache of `datasets` if this commit's have been read before."""
+        import datasets
+        from huggingface_hub import HfApi
+
+        stream = _stream(self.name, self.subset, self.split, self.revision)
+        commit = HfApi().dataset_info(self.name, revision=self.revision).sha
+        asked = {"name": self.name, "subset": self.subset, "split": self.split, "revision": commit}
+        return datasets.Dataset.from_generator(
+            _first_rows, features=stream.features, gen_kwargs={**asked, "first": self.first}
+        )
+
+
+def _stream(name: str, subset: str | None, split: str, revision: str | None) -> Any:
+    """The rows one after another, pictures as their bytes."""
+    import datasets
+
+    return datasets.load_dataset(name, subset, split=split, revision=revision, streaming=True).decode(False)
+
+
+def _first_rows(
+    name: str, subset: str | None, split: str, revision: str | None, first: int
+) -> Iterator[dict[str, Any]]:
+    yield from _stream(name, subset, split, revision).take(first)
 
 
 class TarRows:

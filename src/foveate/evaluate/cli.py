@@ -23,6 +23,7 @@ def open_model(
     model: str | None,
     *,
     name: str | None = None,
+    boxes: str | None = None,
     zoom: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -35,7 +36,8 @@ def open_model(
     Args:
         model: folder, hub id or the address of a server; by default the embedded model.
         name: of the model on a server.
-        zoom: how a closer look finds its region: `answer` or `relevance`; None: no closer look.
+        boxes: name of the format in which it writes boxes.
+        zoom: how a closer look finds its region: `answer`, `relevance` or `tool`; None: no closer look.
         device, dtype: as for `foveate.load`.
         limits: on the pictures that are read.
         given: `method`, `template` and `options`, as for `foveate.load`; only for its models.
@@ -47,27 +49,29 @@ def open_model(
     from foveate.ask.foveate import Foveate, load
     from foveate.evaluate.models import AnyVLM, Own, Remote
     from foveate.model.config import FoveateConfig
+    from foveate.zoom.server import Server
     from foveate.zoom.vlm import VLM
+    from foveate.zoom.wire import Served
     from foveate.zoom.zoom import Zoom
 
     changes = {key: value for key, value in given.items() if value}
     if model is not None and model.startswith(("http://", "https://")):
-        if zoom or changes:
-            raise FoveateError(
-                f"{model} is a server: --zoom, --method, --template and -o are for models here"
-            )
+        if changes:
+            raise FoveateError(f"{model} is a server: --method, --template and -o are for models here")
         if name is None:
             raise FoveateError(f"{model} is a server: say which model of it with --name")
-        return Remote(model, name, os.environ.get(KEY, "none"))
-    if name is not None:
-        raise FoveateError("--name is for the address of a server")
+        server = Server(model, name, os.environ.get(KEY), served=Served(form=boxes or "unit_xyxy"))
+        return Remote(server, None if zoom is None else Zoom.of(server, zoom, limits=limits))
+    for option, value in (("--name", name), ("--boxes", boxes)):
+        if value is not None:
+            raise FoveateError(f"{option} is for the address of a server")
     if changes:
         if zoom is not None:
             raise FoveateError("--zoom asks the model as it is: leave out --method, --template and -o")
         return Own(load(model, device=device, dtype=dtype, limits=limits, **changes, **hub))
     vlm = VLM.load(model, device=device, dtype=dtype, **hub)
     if zoom is not None:
-        return AnyVLM(vlm, Zoom(vlm.model, vlm.processor, zoom, limits=limits))
+        return AnyVLM(vlm, Zoom.of(vlm, zoom, limits=limits))
     if isinstance(vlm.model.config, FoveateConfig):
         return Own(Foveate(vlm.model, vlm.processor))
     return AnyVLM(vlm)

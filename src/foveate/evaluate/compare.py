@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from foveate.data.shards import OnHub
 from foveate.errors import FoveateError
 from foveate.evaluate.page import Run, page
 from foveate.evaluate.samples import read_questions
@@ -79,6 +80,9 @@ def _only(run: Run, names: Sequence[str]) -> Run:
 def _data(report: Mapping[str, Any]) -> Any:
     """The data of a run, for its pictures; None if they are no longer there."""
     try:
-        return read_questions(report["data"]["path"], report["data"]["images"])
+        data = report["data"]
+        if data["hub"] is not None:
+            return read_questions(OnHub(**data["hub"]))
+        return read_questions(data["path"], data["images"])
     except FoveateError:
         return None

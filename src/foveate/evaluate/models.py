@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -15,13 +13,15 @@ import torch
 from PIL import Image
 
 from foveate.ask.foveate import Foveate
-from foveate.errors import FoveateError, first_line, require
 from foveate.layers import weights_of
 from foveate.picture.geometry import Box, Size
 from foveate.picture.reading import Transparency
 from foveate.remembered import Remembered
+from foveate.zoom.asking import message
 from foveate.zoom.places import resolution
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.server import Server
+from foveate.zoom.vlm import VLM
+from foveate.zoom.wire import Served
 from foveate.zoom.zoom import Zoom
 
 Pair = tuple[Image.Image, str]
@@ -117,13 +117,10 @@ class AnyVLM:
 
     def describe(self) -> dict[str, Any]:
         model = self.vlm.model
-        zoom = None
-        if self.zoom is not None:
-            zoom = {"region": repr(self.zoom.region), "budget": asdict(self.zoom.budget)}
         return {
             "kind": model.config.model_type,
             "weights": weights_of(model),
-            "zoom": zoom,
+            "zoom": self.zoom and _of_zoom(self.zoom),
             **_settings(model, self.vlm.processor),
         }
 
@@ -171,63 +168,48 @@ class AnyVLM:
         return str(self.vlm.processor.apply_chat_template(asked, add_generation_prompt=True))
 
 
-@dataclass
 class Remote:
-    """A model behind a server of OpenAI's protocol.
+    """A model behind a server of OpenAI's protocol, in one turn or with a closer look.
 
     Args:
-        url: up to and with `/v1`.
-        name: of the model there.
-        key: for servers that ask for one.
+        server: asks it.
+        zoom: asks it, with a closer look; None: it answers in one.
     """
 
-    url: str
-    name: str
-    key: str = "none"
-    transparency: Transparency = "white"
+    def __init__(self, server: Server, zoom: Zoom | None = None) -> None:
+        self.server, self.zoom = server, zoom
 
-    def __post_init__(self) -> None:
-        require("openai", "openai", "questions to a server")
-        import openai
-
-        self.client = openai.OpenAI(base_url=self.url, api_key=self.key)
+    @property
+    def transparency(self) -> Transparency:
+        return self.server.transparency
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "server", "url": self.url, "name": self.name}
+        known = {"kind": "server", "url": self.server.url, "name": self.server.name}
+        return known if self.zoom is None else {**known, "zoom": _of_zoom(self.zoom, self.server.served)}
 
     def answer(self, pairs: Sequence[Pair], max_new_tokens: int) -> list[Given]:
+        if self.zoom is None:
+            asked = [message(*pair) for pair in pairs]
+            said = self.server.answer(asked, max_new_tokens=max_new_tokens, probabilities=False)
+            return [Given(one.text) for one in said]
         with ThreadPoolExecutor(len(pairs)) as pool:
-            return list(pool.map(lambda pair: self._ask(pair, max_new_tokens), pairs))
+            asking = [pool.submit(self._zoomed, *pair, max_new_tokens) for pair in pairs]
+            return [one.result() for one in asking]
 
-    def _ask(self, pair: Pair, max_new_tokens: int) -> Given:
-        import openai
+    def _zoomed(self, picture: Image.Image, question: str, max_new_tokens: int) -> Given:
+        assert self.zoom is not None
+        answer = self.zoom.ask(picture, question, max_new_tokens=max_new_tokens)
+        return Given(answer.text, answer.regions, notes=answer.account.notes)
 
-        picture, question = pair
 
-        content = [
-            {"type": "image_url", "image_url": {"url": _data_url(picture)}},
-            {"type": "text", "text": question},
-        ]
-        messages: Any = [{"role": "user", "content": content}]
-        try:
-            reply = self.client.chat.completions.create(
-                model=self.name, messages=messages, max_tokens=max_new_tokens, temperature=0.0
-            )
-        except openai.OpenAIError as error:
-            raise FoveateError(f"{self.url} gave no answer: {first_line(error)}") from error
-        if not reply.choices or reply.choices[0].message.content is None:
-            raise FoveateError(f"{self.url} gave an answer without text")
-        return Given(reply.choices[0].message.content.strip())
+def _of_zoom(zoom: Zoom, served: Served | None = None) -> dict[str, Any]:
+    """What decides a closer look."""
+    known = {"region": repr(zoom.region), "budget": asdict(zoom.budget)}
+    return known if served is None else {**known, "served": asdict(served)}
 
 
 def _at_most(size: Size, most: Size) -> Size:
     return Size(min(size.height, most.height), min(size.width, most.width))
-
-
-def _data_url(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _settings(model: Any, processor: Any) -> Mapping[str, Any]:

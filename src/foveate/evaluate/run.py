@@ -274,7 +274,11 @@ def _reported(
     tokens = [r["visual_tokens"] for r in records if r["visual_tokens"] is not None]
     report = {
         "plan": asdict(plan),
-        "data": {"path": str(questions.path.absolute()), "images": str(questions.images.absolute())},
+        "data": {
+            "path": str(questions.path.absolute()),
+            "images": str(questions.images.absolute()),
+            "hub": questions.hub and asdict(questions.hub),
+        },
         "samples": len(records),
         **found,
         "downscaled": sum(bool(r["downscaled"]) for r in records),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.formats import TURNS, located, open_records, to_messages
-from foveate.data.shards import Rows
+from foveate.data.shards import OnHub, Rows
 from foveate.errors import FoveateError
 from foveate.picture.geometry import Box
 
@@ -60,10 +60,11 @@ class Questions:
     """Checked data.
 
     Attributes:
-        path: of the data.
+        path: of the data; of a data set on the hub, its id.
         images: folder of its pictures.
         samples: those that are asked, in order.
         digest: of all records.
+        hub: where on the hub it is, if it is there.
     """
 
     path: Path
@@ -71,19 +72,23 @@ class Questions:
     samples: list[Sample]
     digest: str
     rows: Rows = field(repr=False)
+    hub: OnHub | None = None
 
     def picture(self, sample: Sample) -> str | bytes:
         """A sample's picture, as `read_picture` takes it."""
-        return _picture(self.rows.record(sample.row), self.images)
+        return picture_of(self.rows.record(sample.row), self.images)
 
 
 def read_questions(
-    path: str | Path, images: str | Path | None = None, limit: int | None = None, seed: int | None = None
+    path: str | Path | OnHub,
+    images: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> Questions:
     """Reads and checks samples; the pictures that they name must exist.
 
     Args:
-        path: `.jsonl`, `.json`, or shards as `foveate.data.shards` reads them.
+        path: `.jsonl`, `.json`, or shards as `foveate.data.shards` reads them, on the hub, too.
         images: folder that picture paths start from and must stay in; by default the data's own.
         limit: the most samples to take.
         seed: which ones are taken and in which order; by default the first ones.
@@ -98,22 +103,32 @@ def read_questions(
     places: dict[str, str] = {}
 
     def note(record: Any, index: int, where: str, folder: Path) -> None:
-        for sample in _samples(record, index, where, folder):
+        for sample in samples_of(record, index, where, folder):
             if sample.id in places:
                 raise FoveateError(f"id {sample.id!r} is also that of {places[sample.id]}: give each its own")
             places[sample.id] = where
             found.append(sample)
 
-    records = open_records(Path(path), None if images is None else Path(images), note)
+    hub = path if isinstance(path, OnHub) else None
+    data = Path(path) if not isinstance(path, OnHub) else path
+    records = open_records(data, None if images is None else Path(images), note)
     if seed is not None:
         random.Random(seed).shuffle(found)
-    return Questions(Path(path), records.images, found[:limit], records.digest, records.rows)
+    return Questions(records.path, records.images, found[:limit], records.digest, records.rows, hub)
 
 
-def _samples(record: Any, index: int, where: str, images: Path) -> Iterator[Sample]:
+def samples_of(record: Any, index: int, where: str, images: Path) -> Iterator[Sample]:
+    """The samples of a record. Raises `FoveateError` for what is wrong with it, without its place.
+
+    Args:
+        record: as a line of a file has it.
+        index: its number in the data.
+        where: its place in the data, for messages.
+        images: folder that picture paths start from and must stay in.
+    """
     if not isinstance(record, Mapping):
         raise FoveateError("is not an object")
-    picture = _picture(record, images)
+    picture = picture_of(record, images)
     if isinstance(picture, str):
         _check_inside(picture, images)
     name = str(record.get("id", index))
@@ -142,7 +157,8 @@ def _said(message: Mapping[str, Any]) -> str:
     return " ".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
 
 
-def _picture(record: Mapping[str, Any], images: Path) -> str | bytes:
+def picture_of(record: Mapping[str, Any], images: Path) -> str | bytes:
+    """A record's picture, as `read_picture` takes it. Raises `FoveateError` if it has none, or several."""
     given = record.get("image", record.get("images"))
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         if len(given) != 1:

@@ -100,7 +100,7 @@ class Answers(NamedTuple):
         missed = torch.zeros(rows, blocks, dtype=torch.bool)
         there = torch.zeros(rows, blocks, dtype=torch.bool)
         there[self.row, self.block - 1] = True
-        wrong = self.logits.argmax(-1) != self.labels
+        wrong = self.logits.argmax(-1).ne(self.labels)
         if second is not None:
             wrong &= _ended(self.labels == second, self.row * (blocks + 1) + self.block) == 1
         missed[self.row[wrong], self.block[wrong] - 1] = True
@@ -131,6 +131,7 @@ def read(
     stem, owners, branch, kept = visual
     texts = llm.get_input_embeddings()(packed.input_ids)  # (R, T, D)
     if shown is not None:
+        assert placeholder is not None
         texts = texts.masked_scatter((packed.input_ids == placeholder)[..., None], shown)
     rest = torch.cat([branch, texts], 1)  # (R, B + T, D)
     stem_places = torch.arange(stem.shape[1])[None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError, report_keys
 from foveate.methods.layouts import Export, Layout
 from foveate.options import Retiring, build_options
-from foveate.picture.account import Account
+from foveate.picture.account import Account, Spread, placed
 from foveate.picture.geometry import Box, Size, ViewPlan
 from foveate.picture.source import Look
 
@@ -185,12 +185,15 @@ class Turn:
         pictures: what the user shows.
         inner: an intermediate step: its reply is not streamed.
         max_new_tokens: bound on the reply, instead of the caller's.
+        areas: per picture the part of the conversation's picture that it shows, in original pixels; may reach
+            beyond it. None: each shows all of it.
     """
 
     text: str
     pictures: list[Image.Image] = field(default_factory=list)
     inner: bool = False
     max_new_tokens: int | None = None
+    areas: Sequence[Box] | None = None
 
 
 @dataclass
@@ -374,6 +377,20 @@ class Method(ABC):
             f"{self.title} does not say where its visual tokens look: choose another way to give the region"
         )
 
+    def spread(self, run: Rerun, relevance: Tensor, account: Account) -> Spread:
+        """Carries relevance of a picture's visual tokens to the picture.
+
+        By default all of a token's relevance stays in its box of `token_boxes`, clipped to the picture. A
+        tower's own attention between patches is not followed: a token stands for the patch it is made of.
+
+        Args:
+            run: the picture.
+            relevance: (K, n) on the CPU, of its n visual tokens, K times.
+            account: the connector's, of the answer that is explained.
+        """
+        size = run.plan.picture
+        return placed([box and box.inside(size) for box in self.token_boxes(run.plan)], relevance)
+
     def describe_options(self) -> dict[str, Any]:
         return dataclasses.asdict(self.options)
 
@@ -391,15 +408,20 @@ class Method(ABC):
 def square_grid(size: Size, cells: int) -> list[Box]:
     """A view cut into `cells` equal boxes, with as many rows as columns, row by row."""
     side = math.isqrt(cells)
+    return grid_boxes(size, Size(side, side))
+
+
+def grid_boxes(size: Size, cells: Size) -> list[Box]:
+    """A view cut into rows and columns of equal boxes, row by row."""
     return [
         Box(
-            Fraction(c * size.width, side),
-            Fraction(r * size.height, side),
-            Fraction((c + 1) * size.width, side),
-            Fraction((r + 1) * size.height, side),
+            Fraction(c * size.width, cells.width),
+            Fraction(r * size.height, cells.height),
+            Fraction((c + 1) * size.width, cells.width),
+            Fraction((r + 1) * size.height, cells.height),
         )
-        for r in range(side)
-        for c in range(side)
+        for r in range(cells.height)
+        for c in range(cells.width)
     ]
 
 

@@ -173,12 +173,12 @@ class ChainOfSpot(Method):
             notes.append(
                 f"no region was found, the whole picture is looked at twice: {problem} in {_brief(said)}"
             )
-            crop, region = picture, whole(size)
+            crop, region, area = picture, whole(size), whole(size)
         else:
-            crop, region = self.crop(picture, box), self.shown(box, size)
+            crop, region, area = self.crop(picture, box), self.shown(box, size), self.area(box, size)
             if region.width <= 0 or region.height <= 0:
                 notes.append(f"the region lies in the padding: {_brief(said)}")
-        answer = yield Turn(wording.answer.format(q=question) + options.suffix, [crop])
+        answer = yield Turn(wording.answer.format(q=question) + options.suffix, [crop], areas=[area])
         return Reply(answer, [region] if region.width > 0 and region.height > 0 else [], notes)
 
     def turn_sizes(self, picture: Size) -> list[Size]:
@@ -213,6 +213,14 @@ class ChainOfSpot(Method):
     def shown(self, box: Box, picture: Size) -> Box:
         """The part of the picture that a crop shows."""
         return box.clipped(picture) if self.options.crop == "padded" else self._fitted(box, picture)
+
+    def area(self, box: Box, picture: Size) -> Box:
+        """What a crop is cut from, in original pixels: whole ones, padding included."""
+        if self.options.crop == "original":
+            return self._fitted(box, picture)
+        left, top, right, bottom = _in_square(box, picture)
+        _, offset = _square(picture)
+        return _moved(Box(left, top, max(right, left + 1), max(bottom, top + 1)), offset.left, offset.top)
 
     def _fitted(self, box: Box, picture: Size) -> Box:
         return fitted(box, picture, extend=self.options.extend, minimum=LEAST_SIDE)

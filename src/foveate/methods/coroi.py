@@ -46,12 +46,13 @@ from foveate.methods.base import (
     Method,
     MethodOptions,
     Query,
+    Rerun,
     TowerGeometry,
     VisualTokens,
     Widths,
     square_grid,
 )
-from foveate.picture.account import Account, Chain
+from foveate.picture.account import Account, Chain, Spread
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -722,6 +723,15 @@ class Coroi(Method):
             over = ViewPlan(plan.picture, (canvas,), (View(0, whole(canvas.size), "canvas"),), tokens)
             boxes += [over.to_picture(0, box) for box in square_grid(canvas.size, tokens)]
         return boxes
+
+    def spread(self, run: Rerun, relevance: Tensor, account: Account) -> Spread:
+        """All of a token's relevance stays in its box of `token_boxes`.
+
+        Windows are injected into the states of the low-resolution tokens that they cover, so what the LLM
+        reads of a window counts for these. Which cell of a window it was is not followed: every token of a
+        window attends to all of them, inside the LLM.
+        """
+        return super().spread(run, relevance, account)
 
     def build_connector(self, widths: Widths) -> CoroiConnector:
         return CoroiConnector(widths, self.tower, self.options)

@@ -60,7 +60,7 @@ from foveate.methods.base import (
     TowerGeometry,
     VisualTokens,
     Widths,
-    square_grid,
+    grid_boxes,
 )
 from foveate.methods.inf_llava_index import (
     CUTS,
@@ -76,7 +76,7 @@ from foveate.methods.inf_llava_index import (
     parts_of,
 )
 from foveate.methods.layouts import Layout, connector_options, known_projector
-from foveate.picture.account import Account
+from foveate.picture.account import Account, Spread, placed
 from foveate.picture.geometry import (
     Box,
     Canvas,
@@ -140,6 +140,13 @@ def pooling(rows: int, pooled: int, mode: str) -> np.ndarray:
             weights[i, low] += float(1 - (centre - low))
             weights[i, min(low + 1, rows - 1)] += float(centre - low)
     return weights
+
+
+def overlaps(rows: int, pooled: int) -> np.ndarray:
+    """The fraction of each pooled row that lies on each row of the large map, (pooled, rows)."""
+    edges = np.arange(rows + 1) * pooled / rows
+    least, most = np.arange(pooled)[:, None], np.arange(1, pooled + 1)[:, None]
+    return np.asarray((np.minimum(edges[1:], most) - np.maximum(edges[:-1], least)).clip(min=0))
 
 
 def directions(options: InfLlavaOptions) -> tuple[Direction, ...]:
@@ -256,10 +263,13 @@ class CrossAttention(nn.Module):
         return self.norm(self.out(read) + x) if self.residual else read
 
     def received(self, x: Tensor, source: Tensor, real: Tensor) -> Tensor:
-        """How much attention each token of `source` gets from all queries that are `real` (B, M): (B, N)."""
+        """How much attention each token of `source` gets from queries of these weights.
+
+        `real` (..., B, M) -> (..., B, N).
+        """
         query, key = self._split(self.query(x)), self._split(self.key(source))
         attention = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)  # (B, heads, M, N)
-        return (attention.mean(1) * real[..., None]).sum(1)
+        return torch.einsum("bmn,...bm->...bn", attention.mean(1), real.to(attention))
 
     def _split(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N, C / heads)"""
@@ -455,15 +465,59 @@ class InfConnector(Connector):
             x, source = self._looking(direction, stacks, scheme)
             real = index(rows.real[:, None, :, None] & columns.real[None, :, None, :], x)  # (A, B, m, n)
             got = self.attention_of(direction).received(x, source, real.flatten(2).flatten(0, 1))
-            stack = torch.zeros(stacks[direction.keys].shape[1:3])
-            places = index(rows.keys, stack)[:, None, :, None], index(columns.keys, stack)[None, :, None, :]
-            stack[places] = got.float().cpu().view(len(rows.keys), len(columns.keys), *grid)
-            heights, widths = (
-                covered(axis, direction.keys) for axis in (scheme.rows, scheme.columns)
-            )  # (rows of the large map, rows of the stack)
-            spread = heights @ stack.double().numpy() @ widths.T
-            cells += spread.reshape(cells.shape)
+            cells += self._on_large_map(got, direction, scheme).reshape(cells.shape)
         return cells.reshape(tiles.height * grid.height, tiles.width * grid.width)
+
+    def _on_large_map(self, got: Tensor, direction: Direction, scheme: Scheme) -> np.ndarray:
+        """What attended tokens got (A B, N) -> what cells of the large map got, (rows, columns)."""
+        rows, columns = scheme.groups[direction]
+        heights, widths = (
+            covered(axis, direction.keys) for axis in (scheme.rows, scheme.columns)
+        )  # (rows of the large map, rows of the stack)
+        stack = np.zeros((heights.shape[1], widths.shape[1]))
+        places = rows.keys[:, None, :, None], columns.keys[None, :, None, :]
+        stack[places] = got.double().cpu().numpy().reshape(len(rows.keys), len(columns.keys), *self.grid)
+        return heights @ stack @ widths.T
+
+    @torch.no_grad()
+    def rolled_back(self, views: Tensor, scheme: Scheme, relevance: np.ndarray) -> np.ndarray:
+        """Relevance of the pooled map (K, pooled, pooled) -> of the large map's cells, (K, rows, columns).
+
+        Along the connector's own weights. Where the connector adds things up, each counts the same: the
+        enhanced and the low-resolution features, the two enhanced maps, and within one a token's own features
+        and what it attended to. Not followed: the low-resolution view within a pooled cell, over which its
+        share is spread evenly, and the neighbours that the fusion `conv` reads.
+        """
+        rows, columns = scheme.rows, scheme.columns
+        shape = (scheme.tiles.height * self.grid.height, scheme.tiles.width * self.grid.width)
+        cells = np.zeros((len(relevance), *shape))
+        if scheme.low_number is not None:
+            relevance = relevance / 2
+            down, across = (overlaps(n, m) for n, m in zip(shape, relevance.shape[1:], strict=True))
+            cells += down.T @ relevance @ across
+        fused = rows.weights.T @ relevance @ columns.weights  # (K, fused rows, fused columns)
+        own = 0.5 if scheme.groups and self.options.attention == "residual" else float(not scheme.groups)
+        stacks = self.stacks(views, scheme)
+        maps = [direction.queries for direction in scheme.groups] or list(stacks)
+        for cut in maps:
+            down, across = (
+                covered(axis, cut)[:, axis.at(cut, axis.fused)] for axis in (rows, columns)
+            )  # (rows of the large map, fused rows)
+            cells += own / len(maps) * (down @ fused @ across.T)
+        for direction, groups in scheme.groups.items():
+            x, source = self._looking(direction, stacks, scheme)
+            places = [np.searchsorted(axis.live, axis.fused) for axis in (rows, columns)]
+            r, c = (
+                (axis.part[at], axis.slot[at]) for axis, at in zip(groups, places, strict=True)
+            )  # (fused,) each
+            parts, slots = zip(*(axis.queries.shape for axis in groups), strict=True)
+            asking = np.zeros((len(fused), *parts, *slots))  # (K, A, B, m, n)
+            asking[:, r[0][:, None], c[0], r[1][:, None], c[1]] = fused
+            weights = torch.from_numpy(asking).flatten(3).flatten(1, 2)  # (K, A B, m n)
+            got = self.attention_of(direction).received(x, source, weights.to(x.device, torch.float32))
+            share = (1 - own) / len(scheme.groups)
+            cells += share * np.stack([self._on_large_map(one, direction, scheme) for one in got])
+        return cells
 
 
 def reduced(x: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
@@ -528,12 +582,32 @@ class InfLlava(Method):
         return Size(*(max(1, n // self.tower.image_size) for n in picture))
 
     def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
-        canvas = plan.canvases[0].size  # the pooled grid covers all of it
+        """The pooled grid, which covers all of the canvas."""
+        return [*self._on_canvas(plan, Size(self.pooled, self.pooled))]
+
+    def _on_canvas(self, plan: ViewPlan, cells: Size) -> list[Box]:
+        """The canvas cut into rows and columns of cells, in original pixels."""
+        canvas = plan.canvases[0].size
         over = ViewPlan(plan.picture, plan.canvases[:1], (View(0, whole(canvas), "canvas"),), plan.tokens)
-        return [over.to_picture(0, box) for box in square_grid(canvas, plan.tokens)]
+        return [over.to_picture(0, box) for box in grid_boxes(canvas, cells)]
 
     def build_connector(self, widths: Widths) -> InfConnector:
         return InfConnector(widths, self.scheme, self.tower.grid, self.options)
+
+    def spread(self, run: Rerun, relevance: Tensor, account: Account) -> Spread:
+        """Relevance goes back through pooling and enhancement, as `InfConnector.rolled_back` does it.
+
+        Parts are the cells of the large map, one a patch of a tile. A token attends to a whole tile, or to a
+        part of all interleaved views, so that its relevance reaches cells beyond its own box.
+        """
+        connector, plan = run.connector, run.plan
+        assert isinstance(connector, InfConnector)
+        scheme = self.scheme(plan.tiles)
+        pooled = relevance.double().numpy().reshape(-1, self.pooled, self.pooled)
+        cells = connector.rolled_back(run.features()[None], scheme, pooled)  # (K, rows, columns)
+        boxes = [box.inside(plan.picture) for box in self._on_canvas(plan, Size(*cells.shape[1:]))]
+        tokens = [box and box.inside(plan.picture) for box in self.token_boxes(plan)]
+        return placed(boxes, torch.from_numpy(cells).flatten(1).to(relevance))._replace(tokens=tokens)
 
     def account(self, run: Rerun) -> Account:
         assert isinstance(run.connector, InfConnector)

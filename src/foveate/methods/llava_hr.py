@@ -60,7 +60,7 @@ from foveate.methods.base import (
     flat,
 )
 from foveate.methods.layouts import Layout, connector_options, known_projector
-from foveate.picture.account import Account
+from foveate.picture.account import Account, Spread
 from foveate.picture.geometry import Box, Size, View, ViewPlan, centre_cropped, padded_square, whole
 from foveate.towers.convnext import TIMM_KEYS, ConvNext, ConvNextShape, convnext_weights
 from foveate.towers.vit import CLIP_LIKE, as_map, as_tokens, build_vit
@@ -487,8 +487,8 @@ class LlavaHR(Method):
             for hook in hooks:
                 hook.remove()
         notes = []
+        what = "blocks" if self.options.direction == "high_to_low" else "stages"
         if gates:
-            what = "blocks" if self.options.direction == "high_to_low" else "stages"
             values = [f"{place}: {gate:.3f}" for place, gate in zip(tower.places, gates, strict=True)]
             notes.append(f"gates after {what} {', '.join(values)}")
         cells = [cell.clipped(plan.picture) for cell in _cells(plan, pair)]
@@ -501,7 +501,16 @@ class LlavaHR(Method):
             views=[("low resolution", tower.shrunk(pixels, pair.low)[0])],
             heat=lambda: heat,
             notes=notes,
+            gates={f"{what[:-1]} {place}": gate for place, gate in zip(tower.places, gates, strict=True)},
         )
+
+    def spread(self, run: Rerun, relevance: Tensor, account: Account) -> Spread:
+        """All of a token's relevance stays in its cell of the grid that both pathways share.
+
+        The ViT's patch and the ConvNeXt's features that are mixed into it lie in this cell; the ConvNeXt's
+        receptive field beyond it is not followed.
+        """
+        return super().spread(run, relevance, account)
 
 
 def _cells(plan: ViewPlan, pair: Pair) -> list[Box]:

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from math import isqrt
@@ -56,13 +55,15 @@ from foveate.methods.base import (
     MethodOptions,
     Query,
     QueryText,
+    Rerun,
     TowerGeometry,
     VisualTokens,
     Widths,
     flat,
+    square_grid,
 )
 from foveate.methods.layouts import Layout
-from foveate.picture.account import Account
+from foveate.picture.account import Account, Spread, placed
 from foveate.picture.geometry import (
     NO_TILES,
     Box,
@@ -153,6 +154,15 @@ def raster(tiles: Size, side: int) -> np.ndarray:
     return in_tiles.transpose(0, 2, 1, 3).reshape(-1)  # (tile rows, rows, tile columns, columns)
 
 
+def token_sources(plan: ViewPlan, per_view: int, side: int) -> np.ndarray:
+    """As `SlimeConnector.token_sources`."""
+    parts = [raster(plan.tiles, side) + per_view]
+    if plan.views[0].role == "global":
+        comma = [SEPARATOR] if plan.tiles != NO_TILES else []
+        parts = [np.arange(per_view), np.array(comma, dtype=np.int64), *parts]
+    return np.concatenate(parts)
+
+
 # Connector.
 
 
@@ -207,6 +217,13 @@ class QueryFormer(nn.Module):
         query, key, value = map(self._split, parts)  # (1 or V, heads, Q or N, C / heads)
         read = F.scaled_dot_product_attention(query.expand(len(features), -1, -1, -1), key, value)
         return self.output_norm(self.project_out(read.transpose(1, 2).flatten(2)))
+
+    def attention(self, features: Tensor) -> Tensor:
+        """How much each query reads of each token, a mean over heads: (V, N, C) -> (V, Q, N)."""
+        query = self.query_norm(self.queries[None]) + self.positions
+        key = self.feature_norm(features) + self.source_positions()
+        query, key, _ = map(self._split, projected(self.project_in, query, key, key))
+        return (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(-1).mean(1)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """(V, N, C) -> (V, heads, N, C / heads)"""
@@ -314,11 +331,7 @@ class SlimeConnector(Connector):
 
         A global token's index, SEPARATOR, or N + the index of a local token in order of tiles.
         """
-        parts = [raster(plan.tiles, self.side) + self.per_view]
-        if plan.views[0].role == "global":
-            comma = [SEPARATOR] if plan.tiles != NO_TILES else []
-            parts = [np.arange(self.per_view), np.array(comma, dtype=np.int64), *parts]
-        return np.concatenate(parts)
+        return token_sources(plan, self.per_view, self.side)
 
     def forward(self, features: Tensor, plans: Sequence[ViewPlan], query: Query | None) -> VisualTokens:
         roles = np.array([view.role for plan in plans for view in plan.views])
@@ -335,10 +348,10 @@ class SlimeConnector(Connector):
         kept: Tensor | None = None
         accounts: list[Account] | None = None
         if query is not None and len(cut) and (self.gamma < 1 or places.crowded):
-            rows, kept, weights = self._route(tokens[-1], places, query)
+            rows, kept, weights, stands = self._route(tokens[-1], places, query)
             accounts = [
-                Account(heat=partial(self.heat, plans[p], row))
-                for p, row in zip(owners, weights, strict=True)
+                Account(heat=partial(self.heat, plans[p], row), sources=torch.from_numpy(sources[p])[left])
+                for p, row, left in zip(owners, weights, stands, strict=True)
             ]
         else:
             rows = torch.from_numpy(places.rows[places.evenly()]).to(table.device)
@@ -347,18 +360,46 @@ class SlimeConnector(Connector):
     def heat(self, plan: ViewPlan, weights: Tensor) -> list[tuple[Box, float]]:
         """The local tokens' parts of the picture, in order, with their weights (L,)."""
         first = int(plan.views[0].role == "global")
-        x, y = (Fraction(n, self.side) for n in (plan.views[-1].size.width, plan.views[-1].size.height))
-        boxes = []
-        for number in raster(plan.tiles, self.side).tolist():
-            tile, query = divmod(number, self.side**2)
-            row, column = divmod(query, self.side)
-            box = Box(column * x, row * y, (column + 1) * x, (row + 1) * y)
-            boxes.append(plan.to_picture(first + tile, box).clipped(plan.picture))
-        return list(zip(boxes, weights.tolist(), strict=True))
+        boxes = [box for tile in _grids(plan, self.per_tile)[first:] for box in tile]
+        order = raster(plan.tiles, self.side).tolist()
+        parts = [boxes[number].clipped(plan.picture) for number in order]
+        return list(zip(parts, weights.tolist(), strict=True))
 
     @torch.no_grad()
-    def _route(self, local: Tensor, places: Places, query: Query) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Per remaining place its row and whether it is kept; per question its local tokens' weights."""
+    def rolled_back(self, features: Tensor, plan: ViewPlan, relevance: Tensor) -> Tensor:
+        """Relevance of all visual tokens, by source (K, N + L) -> of the views' patches, (K, V N).
+
+        A local token's is shared out as its query attends to its tile's patches. Of a global one's, the part
+        of the MLP's gate stays with its patch, and that of the query former's is shared out likewise.
+        """
+        first = int(plan.views[0].role == "global")
+        parts = []
+        if first:
+            given, view = relevance[:, : self.per_view], features[:1]
+            kind = self.adapter.options.experts
+            gates = {"mlp": (1.0, 0.0), "query_former": (0.0, 1.0)}.get(kind)
+            own, read = self.adapter.gates(view)[0].float().cpu().unbind(-1) if gates is None else gates
+            spread = own / (own + read) * given
+            if kind != "mlp":
+                spread = spread + (read / (own + read) * given) @ self._reads(self.adapter.former, view)[0]
+            parts.append(spread)
+        if len(features) > first:
+            local = relevance[:, self.per_view :].unflatten(1, (-1, self.per_tile))  # (K, tiles, Q)
+            reads = self._reads(self.compressor, features[first:])  # (tiles, Q, N)
+            parts.append(torch.einsum("ktq,tqn->ktn", local, reads).flatten(1))
+        return torch.cat(parts, 1)
+
+    def _reads(self, former: QueryFormer, features: Tensor) -> Tensor:
+        return former.attention(features).cpu()
+
+    @torch.no_grad()
+    def _route(
+        self, local: Tensor, places: Places, query: Query
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Per remaining place its row and whether it is kept; per question its local tokens' weights.
+
+        The last result says per question which of its places remain.
+        """
         owner, padded, spots, slots, question, rows, read = (
             torch.from_numpy(getattr(places, name)).to(local.device)
             for name in ("owner", "padded", "spots", "slots", "question", "rows", "read")
@@ -374,11 +415,18 @@ class SlimeConnector(Connector):
         counts = torch.bincount(owner, minlength=len(padded)).tolist()
         fixed = spots < 0
         stays = fixed | kept.flatten()[spots]  # (full,)
+        stands = torch.ones_like(stays)
         if places.crowded:
             even = torch.from_numpy(places.evenly()).to(local.device)
             stands = torch.where(asked[question], fixed | fits.flatten()[spots], even)
             rows, stays = rows[stands], stays[stands]
-        return rows, stays, [row[:n] for row, n in zip(weights, counts, strict=True)]
+        remain = stands.split(torch.bincount(question, minlength=len(padded)).tolist())
+        return (
+            rows,
+            stays,
+            [row[:n] for row, n in zip(weights, counts, strict=True)],
+            [one.cpu() for one in remain],
+        )
 
 
 @dataclass(frozen=True)
@@ -526,8 +574,69 @@ class Slime(Method):
         canvases = {Size(g.height * side.height, g.width * side.width): g for g in grids}
         return canvases[best_fit(picture, canvases)]
 
+    def token_boxes(self, plan: ViewPlan) -> list[Box | None]:
+        """The patches of the global view, and the cells of each tile's queries.
+
+        Raises `FoveateError` if `max_visual_tokens` lets the question decide which tokens there are.
+        """
+        sources = token_sources(plan, self.tower.tokens, self.side)
+        if len(sources) != plan.tokens:
+            raise FoveateError(
+                f"{self.title} cannot say beforehand where its visual tokens look: with max_visual_tokens "
+                f"{self.options.max_visual_tokens} the question decides which there are; leave it out"
+            )
+        return self._boxes_of(plan, sources)
+
+    def _boxes_of(self, plan: ViewPlan, sources: np.ndarray) -> list[Box | None]:
+        first = int(plan.views[0].role == "global")
+        boxes = [box for grid in _grids(plan, self.tower.tokens)[:first] for box in grid]
+        boxes += [box for grid in _grids(plan, self.side**2)[first:] for box in grid]
+        skipped = 0 if first else self.tower.tokens
+        return [None if source == SEPARATOR else boxes[source - skipped] for source in sources.tolist()]
+
+    def spread(self, run: Rerun, relevance: Tensor, account: Account) -> Spread:
+        """Relevance goes back along the query formers' attention, as `SlimeConnector.rolled_back` does it.
+
+        Parts are the patches of all views. A token's own box is its query's cell of the tile, by which the
+        query is named; what it read may lie elsewhere in the tile.
+        """
+        connector, plan = run.connector, run.plan
+        assert isinstance(connector, SlimeConnector)
+        sources = token_sources(plan, self.tower.tokens, self.side)
+        if account.sources is not None:
+            sources = account.sources.numpy()
+        elif len(sources) != plan.tokens:  # no text, of which a part would have been kept
+            places = Places.of([plan], [sources], self.tower.tokens, self.side**2, [0])
+            sources = sources[places.evenly()]
+        shown = torch.from_numpy(sources != SEPARATOR)
+        local = plan.tiles.height * plan.tiles.width * self.side**2
+        by_source = relevance.new_zeros(len(relevance), self.tower.tokens + local)
+        by_source[:, torch.from_numpy(sources)[shown]] = relevance[:, shown]
+        patches = connector.rolled_back(run.features(), plan, by_source)
+        boxes = [box.inside(plan.picture) for grid in _grids(plan, self.tower.tokens) for box in grid]
+        tokens = [box and box.inside(plan.picture) for box in self._boxes_of(plan, sources)]
+        return placed(boxes, patches)._replace(tokens=tokens)
+
+    @torch.no_grad()
+    def account(self, run: Rerun) -> Account:
+        """The mean gates of the global view's two adapters."""
+        connector = run.connector
+        assert isinstance(connector, SlimeConnector)
+        if self.options.experts != "mixture" or run.plan.views[0].role != "global":
+            return Account()
+        own, read = connector.adapter.gates(run.features()[:1]).float().mean((0, 1)).tolist()
+        return Account(gates={"MLP": own, "query former": read})
+
     def build_connector(self, widths: Widths) -> SlimeConnector:
         return SlimeConnector(widths, self.tower.grid, self.side, self.options)
+
+
+def _grids(plan: ViewPlan, cells: int) -> list[list[Box]]:
+    """Every view cut into as many square cells, in original pixels; they may lie in the padding."""
+    return [
+        [plan.to_picture(number, box) for box in square_grid(view.size, cells)]
+        for number, view in enumerate(plan.views)
+    ]
 
 
 def _released_options(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:

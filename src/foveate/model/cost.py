@@ -7,8 +7,9 @@ is priced by the code that will run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import cache, cached_property, lru_cache
 from threading import RLock
 from typing import Any, NamedTuple, TypeAlias
@@ -195,6 +196,43 @@ class Vision(NamedTuple):
 Prices: TypeAlias = Remembered[..., tuple[int, int, int]]
 
 
+# Lengths of texts, read and kept, from which the costs of all others follow, and one to check that they do.
+POINTS = ((2, 0), (4, 0), (6, 0), (2, 3))
+CHECKED = (33, 17)
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """The costs of an LLM whose tokens read all those before them: prefill, a further token, and its cache.
+
+    Attributes:
+        prefill: of no token, and what is added with n tokens read and k kept by n, n k and n^2.
+        decode: with no token before, and by each.
+        kv: the same.
+    """
+
+    prefill: tuple[Fraction, Fraction, Fraction, Fraction]
+    decode: tuple[Fraction, Fraction]
+    kv: tuple[Fraction, Fraction]
+
+    @classmethod
+    def through(cls, costs: Sequence[tuple[int, int, int]]) -> _Growth:
+        """That which gives these costs at `POINTS`."""
+        (two, four, six, more), decode, kv = zip(*costs, strict=True)
+        square = Fraction(six - 2 * four + two, 8)
+        linear = Fraction(four - two, 2) - 6 * square
+        constant = two - 2 * linear - 4 * square
+        lines = [(Fraction(2 * one[0] - one[1]), Fraction(one[1] - one[0], 2)) for one in (decode, kv)]
+        return cls((constant, linear, Fraction(more - two, 6), square), *lines)
+
+    def at(self, tokens: int, kept: int) -> tuple[int, int, int]:
+        n, m = tokens, tokens + kept
+        constant, linear, mixed, square = self.prefill
+        prefill = constant + n * (linear + kept * mixed + n * square)
+        decode, kv = (start + m * each for start, each in (self.decode, self.kv))
+        return int(prefill), int(decode), int(kv)
+
+
 class Pricer:
     """Counts FLOPs on a weightless copy of a model. Several threads may share one.
 
@@ -316,6 +354,23 @@ class Pricer:
         )
 
     def _count_language(self, tokens: int, kept: int = 0) -> tuple[int, int, int]:
+        if self._growth is None:
+            return self._measure_language(tokens, kept)
+        return self._growth.at(tokens, kept)
+
+    @cached_property
+    def _growth(self) -> _Growth | None:
+        """How the LLM's costs grow with its text; None if not as those of one that keeps all tokens do."""
+        embeds = torch.zeros(1, 1, self.model.config.text_config.hidden_size, device="meta", dtype=self.dtype)
+        with self._lock, torch.no_grad():
+            cache = self._languages[-1](inputs_embeds=embeds, use_cache=True)[upstream.CACHE]
+        if upstream.states_of(cache) is None:
+            return None
+        few = [self._measure_language(*point) for point in POINTS]
+        found = _Growth.through(few)
+        return found if found.at(*CHECKED) == self._measure_language(*CHECKED) else None
+
+    def _measure_language(self, tokens: int, kept: int) -> tuple[int, int, int]:
         if len(self._languages) == 1:
             return self._run_language(self._languages[0], tokens, kept)
         # Of equal layers only two are run: each further one costs what the second one adds.
@@ -368,7 +423,7 @@ class _Same:
     values: Hashable
 
 
-def shared_pricer(config: FoveateConfig, dtype: torch.dtype) -> Pricer:
+def shared_pricer(config: FoveateConfig, dtype: torch.dtype = torch.bfloat16) -> Pricer:
     """The pricer of a loaded model: models that are alike share one, and equal LLMs have the same prices."""
     vision, text = config.vision_config, config.text_config
     llm = (dtype, text.to_json_string(use_diff=False), upstream.attention_of(text))

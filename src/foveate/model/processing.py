@@ -35,6 +35,7 @@ from foveate.model.text import (
     picture_queries,
     pictures_of,
     questions_in,
+    tokens_of,
     without_pictures,
 )
 from foveate.options import merged
@@ -462,7 +463,8 @@ class FoveateProcessor(Shared, ProcessorMixin):
         """A conversation as the LLM and the connector read it, for asking or for training.
 
         Args:
-            messages: contents are texts or lists of parts.
+            messages: contents are texts or lists of parts; special tokens in them are such, but for those
+                that `foveate.model.text.as_typed` has cut.
             plans: of the pictures, in their order; by default those of the pictures in the messages.
             learn: whether its answers are to be learnt, but for messages with "loss": False. If not, the
                 prompt ends where the model continues, and earlier answers are text like any other.
@@ -508,7 +510,7 @@ class FoveateProcessor(Shared, ProcessorMixin):
         if not (method.uses_query and pictures):
             return [[]] * pictures
         if method.query_text == "question":
-            return self.tokenizer(picture_queries(messages), add_special_tokens=False)["input_ids"]
+            return [tokens_of(query, self.tokenizer) for query in picture_queries(messages)]
         return [self._read(ids, learnt)] * pictures
 
     def _read(self, ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
@@ -531,11 +533,11 @@ class FoveateProcessor(Shared, ProcessorMixin):
         self, text: str, spans: Sequence[tuple[int, int]], special: bool
     ) -> tuple[list[int], list[bool]]:
         """A text's tokens, one placeholder a picture, and whether each lies in one of the spans."""
-        tokens = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=bool(spans))
-        ids = tokens["input_ids"]
         if not spans:
+            ids = tokens_of(text, self.tokenizer, special)
             return ids, [False] * len(ids)
-        return ids, [
+        tokens = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        return tokens["input_ids"], [
             any(start < last and first < end for first, last in spans)
             for start, end in tokens["offset_mapping"]
         ]

@@ -17,6 +17,7 @@ from foveate.methods.base import IMAGE_TOKEN
 TEMPLATES = ("plain", "bare", "vicuna_v1", "llama3", "llama3_v1", "mistral", "chatml")
 
 SOURCES = ("image", "url", "path", "base64")  # keys under which a message's part gives its picture
+BREAK = "\ufdd0"  # no character, says Unicode: where a text is cut, so that it holds no special token
 PARTS = '{"type": "text", "text"} or {"type": "image"} with ' + ", ".join(SOURCES[:-1]) + " or base64"
 
 
@@ -83,6 +84,44 @@ def _shown(part: Any) -> str:
     if isinstance(part, Mapping) and "type" in part:
         return f"of type {part['type']!r}" + (" without a text" if part["type"] == "text" else "")
     return f"{part!r:.60}"
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds a tokenizer's special tokens, and all others that it takes out of a text before it splits it."""
+    marks = {token.content for token in tokenizer.added_tokens_decoder.values()} | {IMAGE_TOKEN}
+    cut = sorted((mark for mark in marks if len(mark.strip()) > 1), key=len, reverse=True)
+    firsts = "".join(sorted({re.escape(mark[0]) for mark in cut}))  # most characters begin none of them
+    return re.compile(f"(?=[{firsts}])(?:{'|'.join(map(re.escape, cut))})")
+
+
+def as_typed(text: str, special: re.Pattern[str]) -> str:
+    """A text with every special token cut by `BREAK`, so that the LLM reads it as the text that it is.
+
+    `FoveateProcessor.prompt` takes the cuts out again.
+
+    Args:
+        text: what somebody typed.
+        special: as of `special_tokens`.
+    """
+    text = text.replace(BREAK, "")
+    while special.search(text):  # again where two overlap
+        text = special.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return text
+
+
+def tokens_of(text: str, tokenizer: Any, special: bool = False) -> list[int]:
+    """The tokens of a text, piece by piece where `BREAK` cuts it.
+
+    Args:
+        text: may have been through `as_typed`.
+        tokenizer: of the LLM.
+        special: whether tokens that begin every text are added.
+    """
+    first, *rest = text.split(BREAK)
+    ids: list[int] = list(tokenizer(first, add_special_tokens=special)["input_ids"])
+    for piece in rest:
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def decoded(text: str) -> bytes:

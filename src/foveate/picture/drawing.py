@@ -77,6 +77,16 @@ def draw(
             one view, they are that view at other sizes.
         chains: name, boxes in the original's pixels, and their views; drawn instead of the regions.
     """
+    views = seen_views(plan, canvases, own_views)
+    return lay_out(picture, regions, views, caption, heat, chains)
+
+
+def seen_views(
+    plan: ViewPlan,
+    canvases: Sequence[Image.Image],
+    own_views: Sequence[Shown | tuple[str, Image.Image]] = (),
+) -> list[Shown]:
+    """All views of a plan and those that the tower made itself, as for `draw`."""
     views = shown_views(plan, canvases)
     only = views[0] if len(views) == 1 else None
     for own in own_views:
@@ -84,7 +94,7 @@ def draw(
         if only is not None and view.inside is None:
             view = view._replace(inside=_scaled(only, view.picture))
         views.append(view)
-    return lay_out(picture, regions, views, caption, heat, chains)
+    return views
 
 
 def shown_views(plan: ViewPlan, canvases: Sequence[Image.Image], role: str | None = None) -> list[Shown]:
@@ -111,10 +121,12 @@ def lay_out(
     caption: Sequence[tuple[str, bool]],
     heat: Sequence[tuple[Box, float]] = (),
     chains: Sequence[tuple[str, Sequence[Box], Sequence[Image.Image]]] = (),
+    numbered: bool = True,
 ) -> Image.Image:
     """A caption above the picture with numbered regions, and the views beside it, or below a wide one.
 
-    If parts were looked at one after the other, the picture is drawn once for each such chain.
+    If parts were looked at one after the other, the picture is drawn once for each such chain. `numbered`
+    says whether views have the numbers of regions; those of chains never have.
     """
     beside = bool(chains) or picture.width <= 2 * picture.height
     if chains:
@@ -128,10 +140,12 @@ def lay_out(
     if beside:
         place = (2 * MARGIN + left.width, top + above)
         space = INNER - left.width - MARGIN
-        right = contact_sheet(views, space, max(left.height - above, SHEET_HEIGHT), numbered=not chains)
+        right = contact_sheet(
+            views, space, max(left.height - above, SHEET_HEIGHT), numbered=numbered and not chains
+        )
     else:
         place = (MARGIN, top + left.height + GAP)
-        right = contact_sheet(views, INNER, SHEET_HEIGHT)
+        right = contact_sheet(views, INNER, SHEET_HEIGHT, numbered=numbered)
     height = max(top + left.height, place[1] + right.height) + MARGIN
     page = Image.new("RGB", (WIDTH, height), PAPER)
     page.paste(head, (MARGIN, MARGIN))
@@ -148,6 +162,7 @@ def mark_regions(
     heat: Sequence[tuple[Box, float]] = (),
     letters: int = TEXT,
     arrows: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Image.Image:
     """The picture with boxes, and their numbers beside them.
 
@@ -159,8 +174,10 @@ def mark_regions(
         heat: boxes with a weight, which tint the picture.
         letters: size of the numbers.
         arrows: from each region to the next.
+        names: what stands beside each region; by default its number.
     """
-    numbers = [_badge(str(i + 1), letters, COLOURS[i % len(COLOURS)]) for i in range(len(regions))]
+    names = [str(i + 1) for i in range(len(regions))] if names is None else names
+    numbers = [_badge(name, letters, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
     border = Size(max([n.height for n in numbers], default=0), max([n.width for n in numbers], default=0))
     scale = min((width - 2 * border.width) / picture.width, (height - 2 * border.height) / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -377,15 +394,18 @@ def _tinted(picture: Image.Image, heat: Sequence[tuple[Box, float]]) -> Image.Im
     return Image.composite(warm, dark, seen)
 
 
-def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: bool = True) -> Image.Image:
+def contact_sheet(
+    views: Sequence[Shown], width: int, height: int, numbered: bool = True, sized: bool = True
+) -> Image.Image:
     """All views side by side in rows, none of them stretched, numbered like the regions, padding hatched.
 
-    They are as large as fits into width and height; if there are too many, the sheet grows in height.
+    They are as large as fits into width and height; if there are too many, the sheet grows in height. `sized`
+    says whether it names their sizes.
     """
     line = SMALL + 14
     sizes = {view.picture.size for view in views}
     below = []
-    if len(views) > 1 and len(sizes) == 1:
+    if sized and len(views) > 1 and len(sizes) == 1:
         below.append("each {} x {} pixels".format(*next(iter(sizes))))
     if any(_padded(view) for view in views):
         below.append("hatched: padding")
@@ -401,7 +421,8 @@ def contact_sheet(views: Sequence[Shown], width: int, height: int, numbered: boo
     for r, (row, high) in enumerate(zip(rows, heights, strict=True)):
         for c, view in enumerate(row):
             number = r * columns + c if numbered else None
-            _paste_view(sheet, (c * (side + GAP), y), view, side, number, len(sizes) > 1 or len(views) == 1)
+            named = sized and (len(sizes) > 1 or len(views) == 1)
+            _paste_view(sheet, (c * (side + GAP), y), view, side, number, named)
         y += high
     if below:
         _write(ImageDraw.Draw(sheet), (0, y + 4), "; ".join(below))

@@ -107,7 +107,7 @@ def decode(url: str, limits: Limits) -> bytes:
     if not head.lower().endswith(";base64"):
         data = unquote_to_bytes(body)
     else:
-        letters = re.sub(r"\s+", "", unquote(body)).rstrip("=").replace("-", "+").replace("_", "/")
+        letters = "".join(unquote(body).split()).rstrip("=").replace("-", "+").replace("_", "/")
         try:
             data = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
         except (binascii.Error, ValueError):

@@ -57,6 +57,11 @@ class Box(NamedTuple):
             min(max(self.bottom, 0), size.height),
         )
 
+    def inside(self, size: Size) -> Box | None:
+        """The part inside a picture of `size`; None if there is none."""
+        part = self.clipped(size)
+        return part if part.width > 0 and part.height > 0 else None
+
     def contains(self, other: Box) -> bool:
         """Whether all of `other` lies in it."""
         return (

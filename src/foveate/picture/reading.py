@@ -122,6 +122,18 @@ def read_size(picture: Picture | Any, limits: Limits = LIMITS) -> Size:
     return Size(width, height) if turned else Size(height, width)
 
 
+def count_pixels(picture: Picture | Any, limits: Limits = LIMITS) -> int:
+    """Width x height of a picture, of a file's head alone. Takes and raises what `read_size` does."""
+    given = _given(picture, limits)
+    if isinstance(given, (np.ndarray, Image.Image)):
+        image = read_picture(given, limits)
+        return image.width * image.height
+    name, source = given
+    with _one_sentence(name), source as file:
+        width, height = _opened(file, name, limits).size
+    return width * height
+
+
 def fetched(picture: str, limits: Limits = LIMITS) -> str | Mapping[str, Any]:
     """The bytes of a picture behind an http(s) URL, under its name; a path or another URL as it is.
 

@@ -19,6 +19,7 @@ from foveate.data.dataset import Samples, UnreadablePicture, errors_of_workers
 from foveate.data.formats import Conversations, read_conversations
 from foveate.data.regions import Regions
 from foveate.data.sampling import repeated
+from foveate.data.shards import OnHub
 from foveate.errors import FoveateError
 from foveate.evaluate.metrics import Metric, chosen
 from foveate.evaluate.samples import Questions, read_questions
@@ -30,7 +31,7 @@ from foveate.picture.limits import Limits
 from foveate.train.adapter import check_adapter
 from foveate.train.models import skeleton, stage_options
 from foveate.train.parts import add_adapters, select
-from foveate.train.recipe import EvalData, Recipe, Stage
+from foveate.train.recipe import DataName, EvalData, Recipe, Stage
 
 NAMED = 3  # samples without their pictures that are named; all are counted
 SAMPLES = "samples"  # in the fingerprints of data, beside the files
@@ -139,10 +140,17 @@ def prepare(recipe: Recipe, name: str) -> Prepared:
 
 def _questions(data: EvalData, where: str) -> tuple[Questions, list[Metric]]:
     try:
-        questions = read_questions(data.path, data.images, data.limit)
+        questions = read_questions(_named(data, data.limit), data.images, data.limit)
         return questions, chosen(data.metrics, questions.samples)
     except FoveateError as error:
         raise FoveateError(f"{where}.eval_data: {error}") from None
+
+
+def _named(data: DataName, limit: int | None) -> str | OnHub:
+    """What a recipe names: a path, or a data set on the hub."""
+    if data.split is None:
+        return data.path
+    return OnHub(data.path, data.split, data.subset, data.revision, limit)
 
 
 def _check_positions(found: _Found, where: str, model: FoveateForConditionalGeneration) -> None:
@@ -187,7 +195,7 @@ def _samples(stage: Stage, where: str, seed: int, processor: FoveateProcessor) -
     files: list[Conversations] = []
     counts: list[int] = []
     for source in stage.data:
-        files.append(read_conversations(source.path, source.images, source.prompts))
+        files.append(read_conversations(_named(source, source.limit), source.images, source.prompts))
         counts.append(min(len(files[-1]), source.limit or len(files[-1])))
     every = np.concatenate(
         [np.stack([np.full(count, i), np.arange(count)], axis=1) for i, count in enumerate(counts)]
@@ -233,7 +241,8 @@ def _fingerprints(stage: Stage, found: _Found) -> dict[str, str]:
     """
     prints = {}
     for source, file in zip(stage.data, found.samples.sources, strict=True):
-        prints[source.path] = file.digest
+        part = (source.path, source.subset, source.split)
+        prints[" ".join(name for name in part if name is not None)] = file.digest
         if source.regions is not None:
             prints[source.regions] = hashlib.sha256(Path(source.regions).read_bytes()).hexdigest()
     used = np.concatenate([found.samples.records, found.lengths[:, None]], axis=1)

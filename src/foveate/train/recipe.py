@@ -66,17 +66,31 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """Conversations: LLaVA JSON or messages, as a JSON list, as JSONL or in shards."""
+class DataName:
+    """A file or shards; with `split`, a data set on the hub."""
 
     path: str
+    split: str | None = None  # makes `path` the hub id of a data set, of which this part is read
+    subset: str | None = None  # with `split`: the data set's configuration
+    revision: str | None = None  # with `split`: branch, tag or commit on the hub
+
+    def __post_init__(self) -> None:
+        if self.split is None and (self.subset is not None or self.revision is not None):
+            raise FoveateError("subset and revision belong to split: name the part of the data set")
+
+
+@dataclass(frozen=True)
+class DataFile(DataName):
+    """Conversations: LLaVA JSON or messages, as a JSON list, as JSONL, in shards, or on the hub."""
+
     images: str | None = None  # folder that picture paths start from; by default the file's own
-    limit: int | None = None  # use only this number of samples, from the first
+    limit: int | None = None  # use only this number of samples, from the first; with `split`, read only these
     prompts: bool = True  # false: leave out the user's text beside a picture, as in LLaVA's pretraining
     repeat: float = 1.0  # how often an epoch sees each sample; 0.5: a random half
     regions: str | None = None  # file with the regions of its questions, for methods that learn them
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise FoveateError(f"limit must be at least 1, not {self.limit}")
         if not 0 < self.repeat <= MOST:
@@ -84,10 +98,9 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class EvalData:
+class EvalData(DataName):
     """Questions with answers, as `foveate eval` reads them, that a stage's model is asked while it trains."""
 
-    path: str
     images: str | None = None  # folder that picture paths start from; by default the file's own
     limit: int | None = 200  # ask only this number of questions, from the first; null: all
     metrics: list[str] = field(default_factory=list)  # by default those that fit the answers
@@ -97,6 +110,7 @@ class EvalData:
     shown: int = 3  # answers that are shown with each score
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("limit", "steps", "batch", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

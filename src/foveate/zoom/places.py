@@ -21,7 +21,8 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor
 from foveate.picture.geometry import Box, Size
-from foveate.zoom.vlm import VLM, message
+from foveate.zoom.asking import message
+from foveate.zoom.vlm import VLM
 
 Places = list[Box | None]  # original pixels; None for tokens that show no part of the picture
 
@@ -36,7 +37,7 @@ def token_places(vlm: VLM, picture: Size) -> Places:
     if isinstance(processor, FoveateProcessor):
         images = processor.image_processor
         places = images.planner().token_boxes(images.plan(*picture))
-        return [box and _inside(box, picture) for box in places]
+        return [box and box.inside(picture) for box in places]
     inputs = _inputs(vlm, np.zeros((*picture, 3), dtype=np.uint8))
     tokens = int((inputs["input_ids"] == vlm.image_token_id).sum())
     if "image_grid_thw" in inputs:
@@ -52,7 +53,7 @@ def token_places(vlm: VLM, picture: Size) -> Places:
             f"{type(vlm.model).__name__} has {tokens} image tokens, but {len(places)} can be placed in the "
             "picture: choose another region proposer"
         )
-    return [box and _inside(box, picture) for box in places]
+    return [box and box.inside(picture) for box in places]
 
 
 class Resolution(NamedTuple):
@@ -241,11 +242,6 @@ def _grid(size: Size, x: Callable[[float], float], y: Callable[[float], float]) 
         for r in range(size.height)
         for c in range(size.width)
     ]
-
-
-def _inside(box: Box, picture: Size) -> Box | None:
-    part = box.clipped(picture)
-    return part if part.width > 0 and part.height > 0 else None
 
 
 def _inputs(vlm: VLM, pixels: np.ndarray) -> dict[str, Tensor]:

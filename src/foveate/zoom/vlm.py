@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -24,24 +24,19 @@ from foveate.model.config import FoveateConfig
 from foveate.model.positions import LastPosition, check_lengths, positions_of
 from foveate.model.processing import FoveateProcessor
 from foveate.model.rendering import check_template
+from foveate.picture.boxes import BOX_FORMATS
 from foveate.picture.geometry import Size
 from foveate.picture.reading import Transparency
-from foveate.upstream import generation_arguments
+from foveate.upstream import generation_arguments, template_variables
 from foveate.versions import names_versions
+from foveate.zoom.asking import Messages, Said, Tool, message
+from foveate.zoom.tools import CONVENTIONS, with_tools
 
 if TYPE_CHECKING:
     from foveate.model.adapters import Adapter
 
-Messages = list[dict[str, Any]]
 PER_TOKEN = {"return_dict_in_generate": True, "output_logits": True}  # needed for the confidence
 ONE_ANSWER = "num_return_sequences: only one answer to each question is supported"
-
-
-class Said(NamedTuple):
-    """An answer and its confidence: the mean probability of its tokens, including the one that ends it."""
-
-    text: str
-    confidence: float
 
 
 class VLM:
@@ -159,6 +154,27 @@ class VLM:
             f"{type(self.model).__name__} has no token for pictures: set config.image_token_id"
         )
 
+    @property
+    def form(self) -> str:
+        """The box format of the model's type; `unit_xyxy` for types that have none."""
+        return self._type if self._type in BOX_FORMATS else "unit_xyxy"
+
+    @property
+    def convention(self) -> str:
+        """The tool convention of the model's type; `qwen3_vl` for types that have none."""
+        return self._type if self._type in CONVENTIONS else "qwen3_vl"
+
+    @property
+    def _type(self) -> str:
+        return str(self.model.config.model_type).removesuffix("_moe")
+
+    def _takes_tools(self) -> bool:
+        """Whether the chat template offers tools to the model."""
+        template = self.processor.chat_template
+        if isinstance(template, dict):
+            template = template.get("default", "")
+        return "tools" in template_variables(template)
+
     def check_question(self, question: str) -> None:
         """Raises `FoveateError` for an empty text, and for one with a token that stands for a picture."""
         check_text(question, "the question")
@@ -167,17 +183,24 @@ class VLM:
             if token in question:
                 raise FoveateError(f"the question contains {token}, which stands for a picture: leave it out")
 
-    def inputs(self, conversations: Sequence[Messages]) -> BatchFeature:
+    def inputs(self, conversations: Sequence[Messages], tools: Sequence[Tool] = ()) -> BatchFeature:
         """The model's inputs for conversations that wait for an answer, padded on the left.
+
+        Tools go through the chat template; where it takes none, a system message offers them.
 
         Raises `FoveateError` for pictures and texts that the processor does not accept, and for more than
         the LLM has positions for.
         """
-        check_template(self.processor, conversations, {"add_generation_prompt": True})
+        names: dict[str, Any] = {"add_generation_prompt": True}
+        if tools and self._takes_tools():
+            names["tools"] = [dict(tool) for tool in tools]
+        elif tools:
+            conversations = [with_tools(one, tools) for one in conversations]
+        check_template(self.processor, conversations, names)
         try:
             inputs = self.processor.apply_chat_template(
                 list(conversations),
-                add_generation_prompt=True,
+                **names,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -193,9 +216,16 @@ class VLM:
     @names_versions
     @torch.no_grad()
     def answer(
-        self, conversations: Sequence[Messages], *, max_new_tokens: int = 256, **generation: Any
+        self,
+        conversations: Sequence[Messages],
+        *,
+        max_new_tokens: int = 256,
+        tools: Sequence[Tool] = (),
+        **generation: Any,
     ) -> list[Said]:
         """The model's answers; greedy decoding unless `generation`, arguments of `generate`, says otherwise.
+
+        Calls of tools stay in the text, as the model writes them.
 
         Raises `FoveateError` for several answers to each, or answers of no token.
         """
@@ -203,7 +233,7 @@ class VLM:
             raise FoveateError(f"max_new_tokens must be at least 1, it is {max_new_tokens}")
         if generation.get("num_return_sequences", 1) != 1:
             raise FoveateError(ONE_ANSWER)
-        inputs = self.inputs(conversations)
+        inputs = self.inputs(conversations, tools)
         padding = self.processor.tokenizer.pad_token_id
         if self.positions is not None:
             end = LastPosition(inputs["attention_mask"].sum(1), inputs["input_ids"].shape[1], self.positions)
@@ -232,7 +262,12 @@ class VLM:
         said = self._said(new)[:, : probability.shape[1]]
         confidence = (probability * said).sum(1) / said.sum(1)
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [Said(text.strip(), c) for text, c in zip(texts, confidence.tolist(), strict=True)]
+        return [
+            Said(text.strip(), sure, length, ids=tuple(ids[:length]))
+            for text, sure, ids, length in zip(
+                texts, confidence.tolist(), new.tolist(), said.sum(1).tolist(), strict=True
+            )
+        ]
 
     def _said(self, new: Tensor) -> Tensor:
         """(B, T) bool: up to and including the first token that ends an answer."""
@@ -240,6 +275,11 @@ class VLM:
         ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         ended = torch.isin(new, torch.tensor(ends, device=new.device, dtype=new.dtype))
         return ended.cumsum(1) - ended.long() == 0
+
+    def drawn(self, picture: Image.Image) -> tuple[Image.Image, Size]:
+        """The picture, and the size at which the model is shown it, which boxes in pixels count."""
+        shown = self.shown(self.inputs([message(picture, "?")]), Size(picture.height, picture.width))
+        return picture, shown
 
     def shown(self, inputs: Mapping[str, Tensor], picture: Size) -> Size:
         """The size at which the model is shown a picture, if it depends on the picture's; else the picture's.
@@ -251,15 +291,6 @@ class VLM:
         _, rows, columns = (int(n) for n in inputs["image_grid_thw"][0])
         patch = self.processor.image_processor.patch_size
         return Size(rows * patch, columns * patch)
-
-
-def message(*parts: Image.Image | str) -> Messages:
-    """One message by the user: pictures and texts, in order."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
 
 
 def _by_transformers(

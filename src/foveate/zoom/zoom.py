@@ -1,139 +1,49 @@
 """Zooming with any VLM: find the region of interest, crop it in original pixels, answer from both.
 
 This is Chain-of-Spot's procedure (arXiv 2403.12966, section 3.3) around a model that was never trained for
-it. A proposer says where to look: the model itself in words (`Answered`), the relevance of its image tokens
-(`Relevant`), the caller (`Given`), or any function of the same signature.
+it; its steps are those of `foveate.zoom.looking`. A proposer says where to look: the model itself in words
+(`Answered`) or by calling a tool (`ByTool`), the relevance of its image tokens (`Relevant`), the caller
+(`Given`), or any function of the same signature.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from foveate.errors import FoveateError
+from foveate.explaining.explanation import Explanation, SeenView, Told, explain
+from foveate.explaining.faithfulness import PROBE, Probe
+from foveate.explaining.relevance import Reading
+from foveate.explaining.story import Story
 from foveate.picture.account import Account
-from foveate.picture.boxes import BOX_FORMATS, BoxFormat, Frame, box_format, checked_box, fitted, read_box
 from foveate.picture.drawing import Shown, lay_out
-from foveate.picture.geometry import Box, Size
+from foveate.picture.geometry import Box
 from foveate.picture.limits import LIMITS, Limits
 from foveate.picture.reading import Picture, png, read_picture, write_drawing
-from foveate.zoom.relevance import Highlighter, RegionRule
-from foveate.zoom.vlm import VLM, Said, message
-
-WHERE = (
-    'To answer the question: "{question}", where is the region of interest in the image? Answer with {box}.'
+from foveate.zoom.asking import Model, answered
+from foveate.zoom.looking import (
+    TOOL_TURNS,
+    Answered,
+    Budget,
+    ByTool,
+    Given,
+    Looked,
+    Proposal,
+    Proposer,
+    Talk,
+    look,
 )
-REGION, QUESTION = "The region of interest in the image is", "Answer the question: {question}"
-UNITS = {
-    "unit": "each from 0 to 1",
-    "thousand": "each from 0 to 1000",
-    "pixels": "in pixels",
-}
-LONGEST = 50  # times the shorter side; processors refuse much longer pictures
-REGION_TOKENS = 64  # bound on the model's answer to where the region is
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bounds on what zooming may cost.
-
-    Attributes:
-        turns: how often to look closer; each further crop lies within the one before.
-        min_pixels: crops with fewer pixels are enlarged to about this number, for models that show a small
-            picture by few tokens.
-        max_pixels: crops with more are shrunk.
-        min_side: least side of a region in original pixels, unless the picture is smaller.
-    """
-
-    turns: int = 1
-    min_pixels: int = 336 * 336
-    max_pixels: int = 1344 * 1344
-    min_side: int = 16
-
-    def __post_init__(self) -> None:
-        if self.turns < 1 or self.min_side < 1:
-            raise FoveateError(f"a budget needs turns and min_side of at least 1, not {self}")
-        if not 1 <= self.min_pixels <= self.max_pixels:
-            raise FoveateError(f"a budget needs 1 <= min_pixels <= max_pixels, not {self}")
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Where to look in a picture, or why nowhere.
-
-    Attributes:
-        box: in pixels of the picture looked at; None for nowhere.
-        problem: why there is no box.
-        said: what the model said, if it was asked.
-        heat: parts of the picture with their relevance, 0 to 1, if it was measured.
-    """
-
-    box: Box | None
-    problem: str | None = None
-    said: str | None = None
-    heat: list[tuple[Box, float]] = field(default_factory=list, repr=False)
-
-
-Proposer = Callable[[VLM, Image.Image, str], Proposal]
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The model is asked where to look.
-
-    Attributes:
-        form: name of one of `foveate.picture.boxes.BOX_FORMATS`; by default the model's own if it has one,
-            else `unit_xyxy`.
-        frame: whether coordinates span the picture or the square that it is padded to.
-        extend: fraction by which the box's width and height grow, about its centre.
-        prompt: with {question} and {box}; {box} is replaced by the answer's format.
-    """
-
-    form: str | None = None
-    frame: Literal["picture", "padded"] = "picture"
-    extend: float = 0.1
-    prompt: str = WHERE
-
-    def __post_init__(self) -> None:
-        if self.form is not None:
-            box_format(self.form)
-        if self.frame not in ("picture", "padded"):
-            raise FoveateError(f"frame must be picture or padded, not {self.frame!r}")
-        if self.extend < 0:
-            raise FoveateError(f"extend must not be negative, it is {self.extend}")
-        if "{question}" not in self.prompt:
-            raise FoveateError("the prompt for the region must contain {question}")
-
-    def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
-        form = box_format(self.form or _own_form(vlm))
-        size = Size(picture.height, picture.width)
-        words = self.prompt.replace("{box}", _described(form)).replace("{question}", question)
-        conversation = message(picture, words)
-        frame = Frame.padded(size) if self.frame == "padded" else Frame.whole(size)
-        if form.scale == "pixels":
-            frame = Frame(size, frame.area, vlm.shown(vlm.inputs([conversation]), size))
-        (said,) = vlm.answer([conversation], max_new_tokens=REGION_TOKENS)
-        reading = read_box(said.text, form, frame)
-        if reading.box is None:
-            return Proposal(None, reading.problem, said.text)
-        return Proposal(fitted(reading.box, size, extend=self.extend), said=said.text)
-
-
-def _own_form(vlm: VLM) -> str:
-    model_type = vlm.model.config.model_type.removesuffix("_moe")
-    return model_type if model_type in BOX_FORMATS else "unit_xyxy"
-
-
-def _described(form: BoxFormat) -> str:
-    names = ("left", "top", "right", "bottom")
-    ordered = names if form.order == "xyxy" else (names[0], names[2], names[1], names[3])
-    return f"{form.template.format(*ordered)}, {UNITS[form.scale]}"
+from foveate.zoom.relevance import Highlighter, RegionRule
+from foveate.zoom.server import SECONDS, SERVED, Server
+from foveate.zoom.subject import explained_by
+from foveate.zoom.vlm import VLM
+from foveate.zoom.wire import Served
 
 
 @dataclass(frozen=True)
@@ -147,65 +57,30 @@ class Relevant:
         return Proposal(found.box, heat=found.heat)
 
 
+PROPOSERS: dict[str, Callable[[], Proposer | ByTool]] = {
+    "answer": Answered,
+    "relevance": Relevant,
+    "tool": ByTool,
+}
+
+
 @dataclass(frozen=True)
-class Given:
-    """Looks at a given region: left, top, right, bottom in original pixels of the upright picture."""
-
-    box: tuple[float, float, float, float] | Box
-
-    def __call__(self, vlm: VLM, picture: Image.Image, question: str) -> Proposal:
-        try:
-            values = [float(n) for n in self.box]
-        except (TypeError, ValueError):
-            raise FoveateError(f"box {self.box!r}: give left, top, right, bottom in pixels") from None
-        reading = checked_box(values, Size(picture.height, picture.width))
-        if reading.box is not None and min(reading.box.width, reading.box.height) < 1:
-            return Proposal(None, "the box is smaller than a pixel: its numbers look like fractions")
-        return Proposal(reading.box, reading.problem)
-
-
-PROPOSERS: dict[str, Callable[[], Proposer]] = {"answer": Answered, "relevance": Relevant}
-
-
-@dataclass
-class ZoomAnswer:
-    """A model's answers without and with a closer look.
+class ZoomAnswer(Looked):
+    """A model's answers without and with a closer look; attributes as those of `Looked`, and
 
     Attributes:
-        text: its answer, from the closest look.
-        confidence: mean probability of that answer's tokens.
-        regions: where it looked closer, in original pixels of the upright picture; each lies in the one
-            before.
-        first: the answer to the whole picture.
-        zoomed: the answer with the crop; None if there was no crop.
-        proposals: one per turn, in the pixels of the region before; the last may say why none follows.
-        crops: of the regions, as shown to the model.
         question: what was asked.
         picture: what it was asked about.
     """
 
-    first: Said
-    zoomed: Said | None
-    regions: list[Box]
-    proposals: list[Proposal] = field(repr=False)
-    crops: list[Image.Image] = field(repr=False)
     question: str
     picture: Image.Image = field(repr=False)
-
-    @property
-    def text(self) -> str:
-        return (self.zoomed or self.first).text
-
-    @property
-    def confidence(self) -> float:
-        return (self.zoomed or self.first).confidence
 
     @property
     def account(self) -> Account:
         """Where the model looked, in the form that methods report it."""
         heat = self.proposals[0].heat if self.proposals else []
-        problems = [proposal.problem for proposal in self.proposals if proposal.problem]
-        notes = [f"no closer look: {problem}" for problem in problems]
+        notes = [f"no closer look: {problem}" for problem in self.problems]
         return Account(regions=self.regions, heat=lambda: heat, notes=notes)
 
     def show(self, out: str | Path | None = None) -> Image.Image:
@@ -216,7 +91,8 @@ class ZoomAnswer:
         for how, said in (("whole picture", self.first), ("with the crop", self.zoomed)):
             if said is not None:
                 last = said is (self.zoomed or self.first)
-                caption.append((f"A  {said.text or '(no text)'}   ({how}, {said.confidence:.2f})", last))
+                sure = "" if said.confidence is None else f", {said.confidence:.2f}"
+                caption.append((f"A  {said.text or '(no text)'}   ({how}{sure})", last))
         caption += [(note, False) for note in account.notes]
         drawing = lay_out(self.picture, self.regions, views, caption, account.heat())
         if out is not None:
@@ -229,15 +105,7 @@ class ZoomAnswer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "question": self.question,
-            "answer": self.text,
-            "confidence": self.confidence,
-            "regions": [list(box.rounded()) for box in self.regions],
-            "first": self.first._asdict(),
-            "zoomed": self.zoomed and self.zoomed._asdict(),
-            "problems": [proposal.problem for proposal in self.proposals if proposal.problem],
-        }
+        return {"question": self.question, **super().to_dict()}
 
 
 class Zoom:
@@ -246,9 +114,10 @@ class Zoom:
     Args:
         model: any that `AutoModelForImageTextToText` loads, on its device; includes Foveate's own.
         processor: the model's, with a chat template.
-        region: `answer` (the model says where to look), `relevance` (of its image tokens), or a function of
-            (VLM, picture, question) that returns a `Proposal`.
-        budget: how often, and how large crops are.
+        region: `answer` (the model says where to look), `relevance` (of its image tokens), `tool` (the model
+            asks for crops by calling a tool), `Answered` or `ByTool` with settings of your own, or a function
+            of (VLM, picture, question) that returns a `Proposal`.
+        budget: how often, and how large crops are; by default one look, or four by a tool.
         max_positions: the longest text in tokens; by default what the LLM has positions for.
         limits: on the pictures that are read.
 
@@ -260,17 +129,73 @@ class Zoom:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        region: str | Proposer = "answer",
-        budget: Budget = Budget(),
+        region: str | Proposer | ByTool = "answer",
+        budget: Budget | None = None,
         max_positions: int | None = None,
         limits: Limits = LIMITS,
     ) -> None:
+        self._set(VLM(model, processor, max_positions), region, budget, limits)
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        region: str | Proposer | ByTool = "answer",
+        budget: Budget | None = None,
+        limits: Limits = LIMITS,
+    ) -> Zoom:
+        """A zoom around a `VLM`, or anything else that answers as one; the rest as above."""
+        made = cls.__new__(cls)
+        made._set(model, region, budget, limits)
+        return made
+
+    @classmethod
+    def remote(
+        cls,
+        url: str,
+        model: str,
+        *,
+        key: str | None = None,
+        region: str | Proposer | ByTool = "answer",
+        served: Served = SERVED,
+        budget: Budget | None = None,
+        limits: Limits = LIMITS,
+        seconds: float = SECONDS,
+        retries: int = 2,
+    ) -> Zoom:
+        """A zoom around a model on a server of OpenAI's protocol: vLLM, SGLang, llama.cpp, a hosted API.
+
+        Args:
+            url: of the server, up to and with `/v1`.
+            model: its name there.
+            key: for servers that ask for one.
+            region: as above, except `relevance`, which is measured inside a model.
+            served: how the model writes boxes and calls tools, which a server does not tell.
+            budget: as above.
+            limits: on the pictures that are read.
+            seconds: bound on each request, its answer included.
+            retries: how often a request is repeated that failed in passing.
+
+        Raises:
+            FoveateError: not an address, `relevance`, the client `openai` missing.
+        """
+        server = Server(url, model, key, served=served, seconds=seconds, retries=retries)
+        return cls.of(server, region, budget, limits)
+
+    def _set(
+        self, model: Model, region: str | Proposer | ByTool, budget: Budget | None, limits: Limits
+    ) -> None:
         if isinstance(region, str):
             if region not in PROPOSERS:
-                raise FoveateError(f"unknown region proposer {region!r}: choose {' or '.join(PROPOSERS)}")
+                *names, last = PROPOSERS
+                raise FoveateError(f"unknown region proposer {region!r}: choose {', '.join(names)} or {last}")
             region = PROPOSERS[region]()
-        self.vlm, self.region = VLM(model, processor, max_positions), region
-        self.budget, self.limits = budget, limits
+        if isinstance(region, Relevant) and not isinstance(model, VLM):
+            raise FoveateError(
+                "relevance is measured inside a model, which a server does not let us: choose answer or tool"
+            )
+        self.vlm, self.region, self.limits = model, region, limits
+        self.budget = budget or Budget(turns=TOOL_TURNS if isinstance(region, ByTool) else 1)
 
     def ask(
         self,
@@ -290,75 +215,80 @@ class Zoom:
             box: look here (left, top, right, bottom in original pixels) instead of asking the proposer.
             no_zoom: only the whole picture.
             max_new_tokens: bound on each answer.
-            **generation: further arguments of transformers' `generate`; greedy decoding without any.
+            **generation: further arguments of transformers' `generate`, or of a server's request; greedy
+                decoding without any.
 
         Raises:
             FoveateError: a picture that cannot be read, an empty question, a box outside the picture.
         """
         self.vlm.check_question(question)
         whole = read_picture(picture, self.limits, self.vlm.transparency)
+        propose, turns = self.region, 0 if no_zoom else self.budget.turns
         if box is not None:
+            propose, turns = Given(box), min(turns, 1)
             problem = Given(box)(self.vlm, whole, question).problem
             if problem:
                 size = f"{whole.width} x {whole.height} pixels"
                 raise FoveateError(f"box {list(box)} in a picture of {size}: {problem}")
-        generation = {"max_new_tokens": max_new_tokens, **generation}
-        turns = 0 if no_zoom else 1 if box is not None else self.budget.turns
-        looks = self._looks(whole, question, self.region if box is None else Given(box), turns)
-        regions = [region for _, region in looks if region is not None]
-        crops = [self._crop(whole, region) for region in regions]
-        # Only the final answer is streamed.
-        quiet = {name: value for name, value in generation.items() if name != "streamer" or not crops}
-        (first,) = self.vlm.answer([message(whole, question)], **quiet)
-        answer = ZoomAnswer(first, None, regions, [proposal for proposal, _ in looks], crops, question, whole)
-        if crops:
-            conversation = message(whole, REGION, crops[-1], QUESTION.replace("{question}", question))
-            (answer.zoomed,) = self.vlm.answer([conversation], **generation)
-        return answer
+        if isinstance(propose, ByTool) and turns and "streamer" in generation:
+            raise FoveateError(
+                "streamer: a model that calls tools may go on after any reply; leave it out, or choose answer"
+            )
+        steps = look(self.vlm, Talk.about(whole, question), propose, self.budget, turns)
+        found = answered(self.vlm, steps, max_new_tokens, **generation)
+        return ZoomAnswer(**vars(found), question=question, picture=whole)
 
-    def _looks(
-        self, picture: Image.Image, question: str, propose: Proposer, turns: int
-    ) -> list[tuple[Proposal, Box | None]]:
-        """Proposals and their regions, each within the one before; None ends them."""
-        looks: list[tuple[Proposal, Box | None]] = []
-        area, seen = Box(0, 0, *picture.size), picture
-        for _ in range(turns):
-            proposal = propose(self.vlm, seen, question)
-            if not isinstance(proposal, Proposal):
-                raise FoveateError(f"a proposer returns a Proposal, not {type(proposal).__name__}")
-            region = None
-            if proposal.box is not None:
-                shown = Size(seen.height, seen.width)
-                inside, problem = checked_box([float(n) for n in proposal.box], shown)
-                if inside is not None:
-                    region = self._within(inside, shown, area)
-                    problem = (
-                        "the region is not smaller than what was seen before" if region is None else None
-                    )
-                if problem is not None:
-                    proposal = Proposal(None, problem, proposal.said, proposal.heat)
-            looks.append((proposal, region))
-            if region is None:
-                break
-            area, seen = region, self._crop(picture, region)
-        return looks
+    def explain(
+        self,
+        picture: Picture,
+        question: str,
+        *,
+        box: tuple[float, float, float, float] | None = None,
+        no_zoom: bool = False,
+        words: int = 32,
+        reading: Reading = "chefer",
+        probe: Probe = PROBE,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> Explanation:
+        """Asks one question about a picture, and explains the answer: where it looked and what it rests on.
 
-    def _within(self, box: Box, shown: Size, area: Box) -> Box | None:
-        """A box in pixels of a shown area, converted to the picture's; None if it is the whole area."""
-        x, y = area.width / shown.width, area.height / shown.height
-        found = Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
-        least = max(self.budget.min_side, round(max(found.width, found.height) / LONGEST))
-        part = fitted(found, Size(int(area.height), int(area.width)), minimum=least)
-        if part.width * part.height >= area.width * area.height:
-            return None
-        return Box(part.left + area.left, part.top + area.top, part.right + area.left, part.bottom + area.top)
+        Explained is the last answer: with the crop, where there was one.
 
-    def _crop(self, picture: Image.Image, region: Box) -> Image.Image:
-        crop = picture.crop(region.rounded())
-        pixels = crop.width * crop.height
-        wanted = min(max(pixels, self.budget.min_pixels), self.budget.max_pixels)
-        if wanted == pixels:
-            return crop
-        scale = math.sqrt(wanted / pixels)
-        size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
-        return crop.resize(size, Image.Resampling.BICUBIC)
+        Args:
+            picture: as for `ask`; so are question, box and no_zoom.
+            question: not empty.
+            box: look here instead of asking the proposer.
+            no_zoom: only the whole picture.
+            words: how many of the answer's tokens are explained, its first ones.
+            reading: of attention and gradient, as in `foveate.explaining.relevance`.
+            probe: how it is measured whether the explanation is faithful; `Probe(draws=0)` leaves that out.
+            max_new_tokens: bound on each answer.
+            **generation: as for `ask`.
+
+        Raises:
+            FoveateError: as for `ask`; a model on a server, or one that looks by calling a tool; one whose
+                relevance cannot be propagated or placed.
+        """
+        if not isinstance(self.vlm, VLM):
+            raise FoveateError("a server does not let us look into its model: load it here to explain it")
+        if isinstance(self.region, ByTool) and box is None and not no_zoom:
+            raise FoveateError(
+                "what a model said between calls of a tool is not explained: choose answer or relevance"
+            )
+        answer = self.ask(
+            picture, question, box=box, no_zoom=no_zoom, max_new_tokens=max_new_tokens, **generation
+        )
+        everything = Box(0, 0, *answer.picture.size)
+        views = [SeenView.of("whole", everything, answer.picture)]
+        talk, areas, said = Talk.about(answer.picture, question), [everything], answer.first
+        messages = talk.messages
+        if answer.zoomed is not None:
+            views.append(SeenView.of("crop", answer.regions[-1], answer.crops[-1]))
+            messages, said = talk.closer(answer.crops[-1]), answer.zoomed
+            areas.append(answer.regions[-1])
+        story = Story(answer.picture, messages, areas, said.ids)
+        account = answer.account if answer.regions else replace(answer.account, regions=None)
+        told = Told(type(self.vlm.model).__name__, question, said.text, account, views)
+        subject = explained_by(self.vlm)
+        return explain(subject, story, told, words=words, reading=reading, probe=probe)

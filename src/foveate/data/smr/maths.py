@@ -23,17 +23,17 @@ from foveate.data.smr.drafts import (
 )
 from foveate.data.smr.files import by_number, of_file, of_lines, of_object, of_table, required
 
-MARK = re.compile(r"<image\d*>")  # where a picture belongs in a text of MATH-Vision
-SEVERAL = "it needs more than one picture"
+MARK = re.compile(r"<image\d*>")  # where a part of the picture belongs in a text of MATH-Vision
 
 
 def mathvision(folder: Path, _: random.Random) -> Iterator[Draft]:
     """MATH-Vision without its testmini, as the paper trains on it; the rest is the benchmark's test set.
 
-    `test.jsonl` and `testmini.jsonl` with pictures below `images` (format: mathvision-cuhk/MathVision on
-    GitHub), or Parquet files `test-*.parquet` and `testmini-*.parquet` with pictures in `decoded_image`
-    (MathLLMs/MathVision on the Hugging Face hub). A record has id, question with `<image1>` where the picture
-    belongs, options (empty, or letters where the picture shows them), image, answer and solution.
+    `test.jsonl` and `testmini.jsonl` with pictures below `images` (format: mathllm/MATH-V on GitHub), or
+    Parquet files `test-*.parquet` and `testmini-*.parquet` with pictures in `decoded_image`
+    (MathLLMs/MathVision on the Hugging Face hub). A record has id, question with `<image1>`, `<image2>` and
+    so on where parts of its one picture belong, options (empty, or letters where the picture shows them),
+    image, answer and solution.
     """
     mini = required(folder, ("testmini.jsonl", "data/testmini.jsonl", "data/testmini-*.parquet"))
     left_out = {fields.text("id") for fields in _problems(mini)}
@@ -43,17 +43,16 @@ def mathvision(folder: Path, _: random.Random) -> Iterator[Draft]:
         if name in left_out:
             continue
         question, options = fields.text("question"), fields.texts("options")
-        marks = set(MARK.findall(question + " ".join(options)))
         shown = not options or [bare_option(option) for option in options] != list(LETTERS[: len(options)])
         query = MARK.sub("", with_options(question, options if shown else []))
         answer, solution = fields.text("answer"), fields.text("solution", "")
         if not solution.strip():
             query += f"\n{LETTER if options else SHORT}"
-        problem = SEVERAL if len(marks) > 1 else None
+        problem = None
         if options:
             number = chosen(answer, options)
             answer = LETTERS[number] if number is not None else ""
-            problem = NO_OPTION if number is None else problem
+            problem = NO_OPTION if number is None else None
         picture = fields.record.get("decoded_image")
         picture = picture if isinstance(picture, bytes) else fields.text("image")
         yield Draft(fields.where, name, picture, query, reasoned(solution, answer), problem)

@@ -104,7 +104,7 @@ def draw(sets: dict[str, Lengths], out: Path, format: str) -> None:
             values = np.array(getattr(lengths, name))
             shares = 100 * np.histogram(values, edges)[0] / len(values)
             longer = 100 * np.mean(values > edges[-1])
-            text = f"{label}: mean {values.mean():.1f}, {longer:.0f} % longer"
+            text = f"{label}: mean {values.mean():.1f}, {longer:.0f} % beyond"
             axis.stairs(shares, edges, label=text, linewidth=1.4)
         axis.set_xlabel(f"words of {name}, all turns of a sample together")
         axis.set_ylabel("samples in %")

@@ -1,0 +1,1 @@
+"""Answers over HTTP, in OpenAI's protocol, many at once."""
