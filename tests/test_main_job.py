@@ -109,8 +109,9 @@ def test_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCALES, "nano", NANO)
     prepare("nano", NANO, tmp_path)
     variants = (Variant("llava"), Variant("slime"))
-    report = run_lab(Experiment(variants, "easy", "nano", (0,), 2, 2), tmp_path)
-    assert "SliME" in report.read_text()
+    ran = run_lab(Experiment(variants, "easy", "nano", (0,), 2, 2), tmp_path)
+    assert ran.missing == 0
+    assert ran.report is not None and "SliME" in ran.report.read_text()
 
 
 def test_bfloat16_and_forward_by_hand(embedded: Foveate) -> None:
