@@ -47,6 +47,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     max_positions: int | None = None,
     quantize: Quantize | None = None,
+    compiled: bool = False,
     limits: Limits = LIMITS,
     transparency: Transparency | None = None,
     **hub: Any,
@@ -66,6 +67,8 @@ def load(
         max_positions: the longest conversation in tokens; by default what the LLM has positions for.
         quantize: `8bit` or `4bit`: the LLM's linear layers in fewer bits, by bitsandbytes. Such a model can
             be asked, but not saved.
+        compiled: whether `torch.compile` makes the vision tower faster, which takes a minute or more at the
+            first picture.
         limits: on the pictures that are read.
         transparency: what transparent pictures show: `white`, laid on white paper, or `bare`, as the authors
             of released checkpoints read them; by default the folder's own choice, or white.
@@ -102,6 +105,8 @@ def load(
         network.stop_at(processor.answer_end())
     if quantize is None:
         network.to(device)  # a quantised one is there already, and cannot be moved
+    if compiled:
+        network.vision_tower.compile(dynamic=True)
     return Foveate(network.eval(), processor)
 
 

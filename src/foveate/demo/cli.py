@@ -28,6 +28,9 @@ def demo(
     quantize: Annotated[
         Literal["8bit", "4bit"] | None, typer.Option(help="The LLM's linear layers in 8 or 4 bits.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Vision towers by torch.compile, at the first picture.")
+    ] = False,
     template: Annotated[str | None, typer.Option(help="A chat template by name, for all models.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Method option as key=value; repeatable.")
@@ -64,6 +67,7 @@ def demo(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            compiled=compiled,
             template=template,
             options=read_pairs(option),
             limits=limits,

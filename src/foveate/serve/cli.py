@@ -144,6 +144,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        compiled=compiled,
         vision_tower=vision_tower,
         method=method,
         template=template,
@@ -154,8 +155,6 @@ def serve(
         revision=revision,
         subfolder=subfolder,
     )
-    if compiled:
-        loaded.model.vision_tower.compile(dynamic=True)
     bounds = Bounds(
         places=places,
         waiting=queue,
