@@ -36,7 +36,6 @@ from foveate.picture.limits import Limits
 from foveate.picture.reading import read_size
 from foveate.serve.http import (
     DONE,
-    MOST_MARKS,
     Door,
     Events,
     Gone,
@@ -45,6 +44,7 @@ from foveate.serve.http import (
     Refused,
     answer,
     event,
+    has_many_values,
     new_app,
     note,
     unless_gone,
@@ -80,7 +80,8 @@ UNKNOWN = 1344 * 1344  # pixels that a model is taken to see if upstream does no
 MOST_EVENT = 2**24  # bytes of one event of a stream
 REQUESTS = 512  # connections to upstream
 SMALL = 2**20  # bytes of a body
-HEAD = 2**16  # characters of a data URL in which a picture's size stands, as a rule; divisible by 4
+# Characters of a data URL in which a picture's size stands: as a rule, and behind what cameras write first.
+HEAD, LONG_HEAD = 2**12, 2**17
 MODELS = 100  # for how many it is remembered what they see
 
 
@@ -238,7 +239,7 @@ class Proxy:
         request.scope["route"] = CHATS
         content = await request.body()
         plain = self.rules.zoom == "off" and b"zoom" not in content
-        if plain or sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
+        if plain or has_many_values(content):
             return await self._pass(request, content)
         try:
             # A thread costs more than a small body does.
@@ -305,7 +306,9 @@ class Proxy:
         if scheme(found.url) != "data" and not self.pictures.urls:
             return False
         try:
-            size = await _in_thread(_size, found.url, self.pictures.limits)
+            limits = self.pictures.limits
+            # A thread costs more than a short head does.
+            size = _size_in_head(found.url, limits, HEAD) or await _in_thread(_size, found.url, limits)
         except FoveateError:
             return False
         return size.height * size.width > await self._sees(request, str(body.get("model", "")))
@@ -412,13 +415,17 @@ class Proxy:
         return bytes(content)
 
 
-def _size(url: str, limits: Limits) -> Size:
-    """A picture's size, of the beginning of its data URL if that tells it."""
+def _size_in_head(url: str, limits: Limits, most: int) -> Size | None:
+    """A picture's size, if the first characters of its data URL tell it; `most` is divisible by 4."""
     start = url.find(",") + 1
-    if url[:start].lower().endswith(";base64,") and len(url) > start + HEAD:
+    if url[:start].lower().endswith(";base64,") and len(url) > start + most:
         with suppress(FoveateError):
-            return read_size(url[: start + HEAD], limits)
-    return read_size(url, limits)
+            return read_size(url[: start + most], limits)
+    return None
+
+
+def _size(url: str, limits: Limits) -> Size:
+    return _size_in_head(url, limits, LONG_HEAD) or read_size(url, limits)
 
 
 def _error(response: httpx2.Response, content: bytes) -> Exception:

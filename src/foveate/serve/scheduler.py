@@ -48,7 +48,8 @@ UNBOUNDED = 2**17  # tokens, for an LLM that has any number of positions
 READ_AT_ONCE = 2048  # tokens of prompts that are read between two rounds of writing
 ALIKE = 2  # prompts are read together if none is this many times as long as another
 SHORT = 32  # or if they are shorter than this
-# How far rounding may move a logit, as a fraction of the largest. Measured by benchmarks/serving.py.
+# How far rounding may move a logit, as a fraction of the largest: many times the format's own precision.
+# benchmarks/serving.py counts the answers that differ from those alone: none.
 ROUNDING = {torch.float32: 2.0**-14, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 
 
