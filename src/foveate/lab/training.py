@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import time
@@ -104,6 +105,7 @@ def _train_cell(
         "command": command,
         "title": student.method.title,
         "accuracy": measured.accuracy,
+        "hits": packed(measured.hits),
         "tokens": measured.tokens,
         "looked": measured.looked,
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
@@ -125,6 +127,17 @@ def _train_cell(
     write(place / "result.json", text)
     (place / "checkpoint.pt").unlink(missing_ok=True)
     return json.loads(text)
+
+
+def packed(hits: Sequence[bool]) -> str:
+    """Which questions were answered right, a bit each, in base64; two rows are compared question by question."""
+    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """(count,) bool: what `packed` wrote."""
+    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    return np.unpackbits(bits, count=count).astype(bool)
 
 
 class Trained(NamedTuple):
