@@ -39,7 +39,7 @@ from foveate.lab.run import run
 from foveate.lab.scales import SCALES
 from foveate.lab.scenes import make_scene
 from foveate.lab.student import Student
-from foveate.lab.training import train_cell
+from foveate.lab.training import MARKS, train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.picture.geometry import Box, Size
@@ -72,6 +72,11 @@ def test_every_method_trains_and_is_measured(method: str, bench: Bench) -> None:
     assert set(result["accuracy"]) == {*(q.kind for q in bench.test.asked), "fine", "coarse"}
     assert all(0 <= value <= 1 for value in result["accuracy"].values())
     assert result["tflop"] > 0 and 0 < result["tokens"] <= result["cost"]["visual_tokens"]
+    pictures = result["marks"].split(" ")
+    for marks, asked in zip(pictures, bench.test.questions, strict=True):
+        assert sorted(marks.lower()) == sorted(MARKS[question.kind] for question in asked)
+    for kind, count in result["questions"].items():
+        assert "".join(pictures).count(MARKS[kind].upper()) == round(count * result["accuracy"][kind])
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import time
@@ -23,7 +22,7 @@ from foveate.lab.cell import Bench, Cell
 from foveate.lab.conversing import make_student, under
 from foveate.lab.curve import Point, has_converged, stays_converged
 from foveate.lab.data import Examples
-from foveate.lab.levels import FINE
+from foveate.lab.levels import FINE, KINDS
 from foveate.lab.optimise import Trapezoid, warm_cosine
 from foveate.lab.questions import Question
 from foveate.lab.student import Student
@@ -32,6 +31,7 @@ from foveate.picture.geometry import Size
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
 GROUPS = ("fine", "coarse")
+MARKS = dict(zip(KINDS, "ldwracpn", strict=True))  # kinds of questions as letters
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -105,7 +105,7 @@ def _train_cell(
         "command": command,
         "title": student.method.title,
         "accuracy": measured.accuracy,
-        "hits": packed(measured.hits),
+        "marks": marks(measured, [len(row) for row in bench.test.questions]),
         "tokens": measured.tokens,
         "looked": measured.looked,
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
@@ -129,15 +129,16 @@ def _train_cell(
     return json.loads(text)
 
 
-def packed(hits: Sequence[bool]) -> str:
-    """Which questions were answered right, a bit each, in base64; two rows are compared question by question."""
-    return base64.b64encode(np.packbits(hits).tobytes()).decode()
+def marks(measured: Measured, counts: Sequence[int]) -> str:
+    """A letter for each question, a capital if it was answered right: two rows are compared by it.
 
-
-def unpacked(text: str, count: int) -> np.ndarray:
-    """(count,) bool: what `packed` wrote."""
-    bits = np.frombuffer(base64.b64decode(text), np.uint8)
-    return np.unpackbits(bits, count=count).astype(bool)
+    `counts`: questions of each picture; a space ends a picture.
+    """
+    letters = iter(
+        MARKS[kind].upper() if hit else MARKS[kind]
+        for kind, hit in zip(measured.kinds, measured.hits, strict=True)
+    )
+    return " ".join("".join(itertools.islice(letters, count)) for count in counts)
 
 
 class Trained(NamedTuple):
