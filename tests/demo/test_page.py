@@ -136,7 +136,7 @@ def test_errors_are_shown_as_errors(browser: Any, address: str, tmp_path: Path) 
         broken.write_bytes(b"no picture at all")
         page.wait_for_selector("#question textarea")
         page.set_input_files("#picture input[type=file]", str(broken))
-        shown = errors(page)
+        shown = page.inner_text("#status [role=alert]")
         assert "broken.png cannot be read as a picture" in shown and "/" not in shown
         page.reload()
         page.wait_for_selector("#question textarea")

@@ -43,6 +43,7 @@ STYLE = """
 .costs th { font-weight: 400; text-align: left; } .costs td { text-align: right; }
 .costs th, .costs td { padding: .15rem .3rem; border-bottom: 1px solid var(--border-color-primary); }
 #status { min-height: 1.6rem; }
+#status .wrong { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
 footer { display: none !important; }
 """
 
@@ -161,9 +162,10 @@ class Page:
             picture.change(
                 self.look,
                 [picture, first],
-                outputs,
+                [status, *outputs],
                 api_visibility="private",
                 show_progress_on=status,
+                queue=False,  # at the end of a queued event, Gradio's page may miss one that has just begun
             )
             for column in columns:
                 column.layers.input(
@@ -172,6 +174,7 @@ class Page:
                     column.seen,
                     api_visibility="private",
                     show_progress="hidden",
+                    queue=False,
                 )
                 column.why.click(
                     self.explain,
@@ -242,10 +245,13 @@ class Page:
 
     def look(self, path: str | None, model: str) -> list[Any]:
         """A new picture: nothing was said about it yet. What cannot be read is an error at once."""
-        with _shown_errors():
+        said = ""
+        try:
             if path is not None:
                 read(path, self.limits, self.models[model])
-        return [*_empty(), *_empty()]
+        except FoveateError as error:
+            said = f'<p role="alert" class="wrong">{escape(str(error))}</p>'
+        return [said, *_empty(), *_empty()]
 
     def ask(
         self,
