@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The pip that comes with an older Python takes twice the time; without a newer one, it does.
+NEWER_PIP := $(BIN)/pip install --quiet --upgrade pip || true
 # pip compiles all that it installs, a file after another, tests included. Here all cores do it. What is left out
-# is compiled where it is imported; some files are for other Pythons.
+# is compiled where it is imported, if ever; some files are for other Pythons.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib \
-	-x '/tests?/|/pip/|/transformers/models/(?!__init__|auto/|clip/|llama/|llava|qwen|siglip)' || true
+RARE := tests?|testing|types|lexers|pip|setuptools|sklearn|mypy|mypyc|playwright|tensorboard|grpc|fontTools
+RARE := $(RARE)|hypothesis|narwhals|babel|pymdownx|material|backrefs|torchgen
+RARE := /($(RARE))/|/transformers/models/(?!__init__|auto/|clip/|llama/|llava|qwen|siglip)
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib -x '$(RARE)' || true
 
-.PHONY: demo install test types suite slow newest oldest constraints docs embedded clean
+.PHONY: demo install test checks suite slow newest oldest constraints docs embedded clean
 
 # A question about a photograph of 9 megapixels, answered by the model that comes with the package.
 demo: .venv/core
@@ -18,6 +22,7 @@ install: .venv/installed
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(NEWER_PIP)
 	$(PIP_INSTALL) --editable .
 	$(COMPILE)
 	touch $@
@@ -25,12 +30,13 @@ install: .venv/installed
 # All at once: what the package alone needs is part of it.
 .venv/installed: pyproject.toml constraints.txt tests/demo/requirements.txt
 	$(PYTHON) -m venv .venv
+	$(NEWER_PIP)
 	$(PIP_INSTALL) --editable '.[dev,docs]'
 	$(PIP_INSTALL) --no-deps --requirement tests/demo/requirements.txt
 	$(COMPILE)
 	touch .venv/core $@
 
-# Lint, docs, then types beside the tests: the last line is pytest's, which takes longest. One thread per
+# Lint, then docs and types beside the tests: the last line is pytest's, which takes longest. One thread per
 # process: on two cores, the threads of several processes would wait for each other. Bytecode is kept, whatever
 # the environment says, for the interpreters that tests start.
 test slow: export OMP_NUM_THREADS ?= 1
@@ -38,10 +44,10 @@ test slow: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@$(MAKE) --no-print-directory --jobs 2 types suite
+	@$(MAKE) --no-print-directory --jobs 2 checks suite
 
-types: install
+checks: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/mypy --no-error-summary
 
 suite: install
