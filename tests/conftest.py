@@ -63,15 +63,16 @@ def _only_deals(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    found = set()
+    found, slow = set(), {one.test: one.cases for one in SLOW}
     for item in items:
         name, _, case = item.nodeid.removeprefix("tests/").partition("[")
-        for slow, begins in SLOW:
-            if name == slow and case.startswith(begins):
-                found.add((slow, begins))
+        for begins in slow.get(name, ()):
+            if case.startswith(begins):
+                found.add((name, begins))
                 item.add_marker(pytest.mark.slow)
-    if config.args == config.getini("testpaths") and found != SLOW.keys():
-        gone = "; ".join(" ".join(key) for key in SLOW.keys() - found)
+    named = {(name, begins) for name, cases in slow.items() for begins in cases}
+    if config.args == config.getini("testpaths") and found != named:
+        gone = "; ".join(" ".join(key) for key in named - found)
         raise pytest.UsageError(f"tests/slow.py names tests that are not there: {gone}")
     first = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))

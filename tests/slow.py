@@ -1,83 +1,192 @@
 """Tests that `make test` leaves out, beside those that are marked in their own files; `make slow` runs them.
 
-A test, and how the names of its cases begin -> the quick test that fails if what it guards breaks in one of
-the usual ways.
+A test, how the names of its cases begin, and the quick test that fails if what it guards breaks in one of the
+usual ways.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 PAGES = "docs/test_claims.py knows its options and commands; pages of the same kind run"
 ALIKE = "other cases take the same way"
 COMMON = "train/test_run.py::test_every_method_trains"
+FULL = "test_files.py::test_output_that_cannot_be_written_is_one_sentence"
 
-SLOW: dict[tuple[str, str], str] = {
-    (
-        "evaluate/test_run.py::test_killed_and_on_two_processes",
-        "",
-    ): "test_the_same_answers_in_any_batch",
-    ("test_files.py::test_a_command_on_a_full_disk", "compose"): ALIKE,
-    ("docs/test_commands.py::test_page_runs", "docs/methods/"): PAGES,
-    ("docs/test_commands.py::test_page_runs", "docs/lab.md"): PAGES,
-    ("docs/test_commands.py::test_page_runs", "docs/choosing.md"): "test_choosing.py",
-    ("test_embedded.py::test_objects_of_a_ninth_of_a_photograph_are_read", ""): "test_the_demo_is_answered",
-    (
+
+class Slow(NamedTuple):
+    """Cases of a test; all of them without a beginning."""
+
+    test: str
+    guard: str
+    cases: tuple[str, ...] = ("",)
+
+
+SLOW = (
+    Slow("evaluate/test_run.py::test_killed_and_on_two_processes", "test_the_same_answers_in_any_batch"),
+    Slow("test_embedded.py::test_objects_of_a_ninth_of_a_photograph_are_read", "test_the_demo_is_answered"),
+    Slow(
         "data/test_hub.py::test_only_the_first_rows_of_a_stream_are_downloaded",
-        "",
-    ): "test_a_folder_of_several_splits",
-    (
-        "picture/test_limits.py::test_a_large_picture_is_in_memory_once",
-        "",
-    ): "test_a_bomb_is_refused_by_default",
-    ("model/test_sharing.py::test_without_the_package_it_is_named", ""): "test_every_auto_class_finds_ours",
-    ("model/test_quantising.py::test_regions_of_zoom", "4bit"): ALIKE,
-    ("methods/test_chain_of_spot.py::test_what_is_asked_of_the_answer_is_not_asked_of_the_region", ""): (
-        "test_only_the_answer_is_streamed_and_the_box_is_bounded"
+        "test_a_folder_of_several_splits",
     ),
-    ("methods/test_slime.py::test_every_stage_trains_its_part_alone", ""): COMMON,
-    ("methods/test_llava_hr.py::test_it_learns_from_a_fresh_start", ""): COMMON,
-    ("methods/test_inf_llava.py::test_both_stages_from_a_fresh_start", ""): COMMON,
-    ("methods/test_inf_llava.py::test_detail_reaches_the_llm_with_small_views", ""): "parity/test_golden.py",
-    ("methods/test_seams.py::test_many_answers_with_dropped_tokens", ""): "ask/test_context.py",
-    ("methods/test_outside.py::test_the_lab_compares_it", ""): "lab/test_cells.py",
-    ("lab/test_cells.py::test_a_method_that_asks_twice_is_measured_in_conversations", ""): (
-        "test_every_method_trains_and_is_measured"
+    Slow(
+        "picture/test_limits.py::test_a_large_picture_is_in_memory_once", "test_a_bomb_is_refused_by_default"
     ),
-    ("lab/test_photographs.py::test_a_report_counts_every_answer", ""): "lab/test_photographs.py",
-    ("lab/test_experiments.py::test_every_row_learns_in_every_stage", ""): "lab/test_cells.py",
-    (
+    Slow(
+        "model/test_sharing.py::test_without_the_package_it_is_named",
+        "test_main_job.py::test_zoom_by_the_auto_classes",
+    ),
+    Slow("model/test_quantising.py::test_regions_of_zoom", "zoom/test_relevance.py", ("4bit", "8bit")),
+    Slow(
+        "methods/test_chain_of_spot.py::test_what_is_asked_of_the_answer_is_not_asked_of_the_region",
+        "test_only_the_answer_is_streamed_and_the_box_is_bounded",
+    ),
+    Slow("methods/test_slime.py::test_every_stage_trains_its_part_alone", COMMON),
+    Slow("methods/test_llava_hr.py::test_it_learns_from_a_fresh_start", COMMON),
+    Slow("methods/test_inf_llava.py::test_both_stages_from_a_fresh_start", COMMON),
+    Slow("methods/test_inf_llava.py::test_detail_reaches_the_llm_with_small_views", "parity/test_golden.py"),
+    Slow("methods/test_seams.py::test_many_answers_with_dropped_tokens", "ask/test_context.py"),
+    Slow("methods/test_outside.py::test_the_lab_compares_it", "lab/test_cells.py"),
+    Slow(
+        "lab/test_cells.py::test_a_method_that_asks_twice_is_measured_in_conversations",
+        "test_every_method_trains_and_is_measured",
+    ),
+    Slow("lab/test_photographs.py::test_a_report_counts_every_answer", "lab/test_photographs.py"),
+    Slow("lab/test_experiments.py::test_every_row_learns_in_every_stage", "lab/test_cells.py"),
+    Slow(
         "train/test_run.py::test_a_stage_with_adapters_goes_on",
-        "",
-    ): "test_a_killed_run_goes_on_as_if_nothing_had_been",
-    ("train/test_run.py::test_a_run_killed_after_its_last_step_takes_no_more", "lora1"): ALIKE,
-    ("train/test_run.py::test_what_trains_is_exact_in_a_model_of_bfloat16", "llava_hr"): ALIKE,
-    ("train/test_run.py::test_what_trains_is_exact_in_a_model_of_bfloat16", "inf_llava"): ALIKE,
-    ("train/test_run.py::test_what_trains_is_exact_in_a_model_of_bfloat16", "slime"): ALIKE,
-    ("clients/test_trl.py::test_a_loss_falls", "slime-assistant"): ALIKE,
-    ("clients/test_trl.py::test_a_loss_falls", "slime-completions"): ALIKE,
-    ("clients/test_trl.py::test_a_loss_falls", "inf_llava-"): ALIKE,
-    ("clients/test_trl.py::test_a_loss_falls", "anyres-"): ALIKE,
-    ("clients/test_vllm.py::test_names_are_those_of_the_model_without_its_head", "op"): ALIKE,
-    ("clients/test_vllm.py::test_names_are_those_of_the_model_without_its_head", "phi"): ALIKE,
-    ("clients/test_vllm.py::test_names_are_those_of_the_model_without_its_head", "gpt_neox"): ALIKE,
-    ("clients/test_vllm.py::test_names_are_those_of_the_model_without_its_head", "gemma2"): ALIKE,
-    ("test_benchmarks.py::test_smallest_size", "vllm_parity"): "clients/test_vllm.py",
-    ("test_choosing.py::test_several_methods_and_options_for_one_of_them", ""): "test_choosing.py",
-    ("test_choosing.py::test_a_size_is_a_picture_of_that_size", ""): "test_choosing.py",
-    ("picture/test_drawing.py::test_chains_of_any_length_are_drawn", "529"): ALIKE,
-    ("ask/test_context.py::test_a_chat_answers_at_the_length_of_ask", ""): "model/test_positions.py",
-    ("ask/test_engine.py::test_eight_threads_answer_as_one", "llava"): ALIKE,
-    ("ask/test_engine.py::test_eight_threads_answer_as_one", "anyres"): ALIKE,
-    ("ask/test_engine.py::test_eight_threads_answer_as_one", "slime"): ALIKE,
-    ("ask/test_engine.py::test_eight_threads_answer_as_one", "inf_llava"): ALIKE,
-    ("test_annotate.py::test_as_many_are_checked_as_were_asked_for", "500"): ALIKE,
-    ("test_annotate.py::test_as_many_are_checked_as_were_asked_for", "6"): ALIKE,
-    ("data/test_shards.py::test_they_train_a_model", "write_tars"): ALIKE,
-    ("data/test_shards.py::test_they_train_a_model", "write_saved"): ALIKE,
-    ("model/test_cost.py::test_equal_layers_are_counted_once", "qwen2"): ALIKE,
-    ("model/test_cost.py::test_equal_layers_are_counted_once", "mistral"): ALIKE,
-    ("model/test_cost.py::test_equal_layers_are_counted_once", "mixture"): ALIKE,
-    ("model/test_foreign.py::test_the_projector_s_activation", "gelu_"): ALIKE,
-    ("zoom/test_unloaded.py::test_tokens_are_those_of_the_processor", "llava_siglip"): ALIKE,
-    ("zoom/test_unloaded.py::test_tokens_are_those_of_the_processor", "llava_onevision"): ALIKE,
-    ("zoom/test_unloaded.py::test_released_shapes", "llava_onevision"): ALIKE,
-}
+        "test_a_killed_run_goes_on_as_if_nothing_had_been",
+    ),
+    Slow("train/test_run.py::test_a_run_killed_after_its_last_step_takes_no_more", ALIKE, ("lora1",)),
+    Slow(
+        "train/test_run.py::test_what_trains_is_exact_in_a_model_of_bfloat16",
+        ALIKE,
+        ("llava_hr", "inf_llava", "slime"),
+    ),
+    Slow(
+        "clients/test_trl.py::test_a_loss_falls",
+        ALIKE,
+        ("slime-assistant", "slime-completions", "inf_llava-", "anyres-", "slime-preferences"),
+    ),
+    Slow(
+        "clients/test_vllm.py::test_names_are_those_of_the_model_without_its_head",
+        ALIKE,
+        ("op", "phi", "gpt_neox", "gemma2", "gpt2", "mistral"),
+    ),
+    Slow("test_benchmarks.py::test_smallest_size", "clients/test_vllm.py", ("vllm_parity",)),
+    Slow("test_choosing.py::test_several_methods_and_options_for_one_of_them", "test_choosing.py"),
+    Slow("test_choosing.py::test_a_size_is_a_picture_of_that_size", "test_choosing.py"),
+    Slow("picture/test_drawing.py::test_chains_of_any_length_are_drawn", ALIKE, ("529",)),
+    Slow("ask/test_context.py::test_a_chat_answers_at_the_length_of_ask", "model/test_positions.py"),
+    Slow(
+        "ask/test_engine.py::test_eight_threads_answer_as_one",
+        ALIKE,
+        ("llava", "anyres", "slime", "inf_llava", "chain_of_spot"),
+    ),
+    Slow("test_annotate.py::test_as_many_are_checked_as_were_asked_for", ALIKE, ("500", "6")),
+    Slow("data/test_shards.py::test_they_train_a_model", ALIKE, ("write_tars", "write_saved")),
+    Slow(
+        "model/test_cost.py::test_equal_layers_are_counted_once",
+        ALIKE,
+        ("qwen2", "mistral", "mixture", "attention of two kinds", "dense and mixed", "gpt2"),
+    ),
+    Slow("model/test_foreign.py::test_the_projector_s_activation", ALIKE, ("gelu_",)),
+    Slow(
+        "zoom/test_unloaded.py::test_tokens_are_those_of_the_processor",
+        ALIKE,
+        ("llava_siglip", "llava_onevision", "idefics3", "gemma3", "llava_next"),
+    ),
+    Slow(
+        "zoom/test_unloaded.py::test_released_shapes",
+        ALIKE,
+        ("llava_onevision", "qwen3_vl-4000", "smolvlm-4000", "internvl-2000"),
+    ),
+    Slow(
+        "docs/test_commands.py::test_page_runs",
+        PAGES,
+        (
+            "docs/methods/",
+            "docs/lab.md",
+            "docs/duel.md",
+            "docs/choosing.md",
+            "docs/training.md",
+            "docs/asking.md",
+            "docs/explaining.md",
+            "docs/clients.md",
+            "docs/checkpoints.md",
+        ),
+    ),
+    Slow("test_files.py::test_a_command_on_a_full_disk", FULL),
+    Slow("test_files.py::test_training_goes_on_exactly_after_a_full_disk", FULL),
+    Slow("test_files.py::test_a_full_disk_leaves_the_model_that_was_there", FULL),
+    Slow("test_files.py::test_the_labs_pictures_on_a_full_disk", FULL),
+    Slow(
+        "test_wheel.py::test_an_installed_wheel_works_without_a_clone",
+        "test_every_file_of_the_package_is_in_the_wheel",
+    ),
+    Slow(
+        "model/test_sharing.py::test_every_auto_class_finds_ours",
+        "test_main_job.py::test_zoom_by_the_auto_classes",
+    ),
+    Slow(
+        "core/test_imports.py::test_orders_of_imports",
+        "test_no_import_runs_upwards, and the other case",
+        ("True",),
+    ),
+    Slow("demo/test_page.py::test_two_models_on_a_phone", "test_upload_ask_and_look"),
+    Slow("model/test_pushing.py::test_a_model_is_pushed_whole_and_loads_elsewhere", "the others of the file"),
+    Slow("methods/test_outside.py::test_the_duel_gets_it_by_one_command", "test_every_command_knows_it"),
+    Slow("lab/test_cells.py::test_an_experiment_is_a_file", "test_a_row_of_an_experiment_becomes_a_model"),
+    Slow("lab/test_cells.py::test_a_cells_command_makes_the_same_cell", ALIKE, ("3",)),
+    Slow("train/test_adapter.py::test_every_door_puts_it_on_its_base", ALIKE, ("coroi",)),
+    Slow(
+        "model/test_quantising.py::test_every_method_answers",
+        ALIKE,
+        ("chain_of_spot", "slime", "inf_llava", "llava_hr", "anyres"),
+    ),
+    Slow("train/test_two_processes.py::test_two_processes_train_as_one", ALIKE, ("coroi",)),
+    Slow("clients/test_trl.py::test_a_reward_rises", ALIKE, ("slime",)),
+    Slow("clients/test_vllm.py::test_no_picture_has_more_tokens_than_the_fullest", ALIKE, ("anyres",)),
+    Slow(
+        "docs/test_which_method.py::test_what_a_method_asks",
+        ALIKE,
+        ("anyres", "chain_of_spot", "inf_llava", "llava_hr"),
+    ),
+    Slow(
+        "evaluate/test_run.py::test_the_same_answers_in_any_batch", ALIKE, ("anyres", "inf_llava", "llava_hr")
+    ),
+    Slow("methods/test_inf_llava.py::test_exactly_the_dead_views_are_left_out", ALIKE, ("tiles4",)),
+    Slow(
+        "methods/test_invariants.py::test_a_copy_answers_alike",
+        ALIKE,
+        ("anyres", "inf_llava", "llava_hr", "slime", "chain_of_spot"),
+    ),
+    Slow("methods/test_llava_hr.py::test_pictures_of_any_size", ALIKE, ("size2",)),
+    Slow("model/test_folders.py::test_an_adapter_of_transformers_own_llava", ALIKE, ("dora", "pattern")),
+    Slow(
+        "model/test_folders.py::test_every_door_takes_the_revision_and_subfolder",
+        ALIKE,
+        ("False-place2", "False-place3", "True-place2", "True-place3"),
+    ),
+    Slow(
+        "model/test_rendering.py::test_all_others_render_as_in_transformers",
+        ALIKE,
+        ("800-tools1", "800-None-whole"),
+    ),
+    Slow("model/test_spoilt.py::test_spoilt_parts", ALIKE, ("own-",)),
+    Slow("model/test_spoilt.py::test_spoilt_values", ALIKE, ("LLM-config", "own-")),
+    Slow(
+        "parity/test_export.py::test_the_same_bits",
+        ALIKE,
+        (
+            "anyres, other grids",
+            "llava, last layer",
+            "llava, siglip",
+            "llava, squash",
+            "llava, tied",
+            "llava, pad",
+        ),
+    ),
+    Slow("serve/test_scheduler.py::test_every_answer_is_the_one_alone", ALIKE, ("inf_llava", "anyres")),
+    Slow("train/test_run.py::test_a_killed_run_goes_on_as_if_nothing_had_been", ALIKE, ("in the second",)),
+)
