@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from foveate.lab.cell import Cell
 from foveate.lab.curve import POINTS
@@ -38,3 +40,19 @@ def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None
     later = {"converge": None, "points": POINTS}  # fields that earlier reports lack
     cells = [{**later, **result["cell"], "label": result["label"]} for result in results]
     assert cells == json.loads(json.dumps(expected))
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_of_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ROOT / "docs" / "images" / "reports.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    for drawn in tmp_path.iterdir():
+        with Image.open(drawn) as new, Image.open(ROOT / "docs" / "images" / "lab" / drawn.name) as old:
+            assert new.size == old.size, drawn.name
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
+def test_a_report_has_its_figure(report: Path) -> None:
+    longer = runpy.run_path(str(ROOT / "docs" / "images" / "reports.py"))["LONGER"]
+    assert (report.stem in longer) != (ROOT / "docs" / "images" / "lab" / f"{report.stem}.png").is_file()

@@ -26,6 +26,7 @@ from foveate.lab import conversing, training
 from foveate.lab import data as stores
 from foveate.lab.cell import Bench, Cell, make_bench
 from foveate.lab.cli import app
+from foveate.lab.comparing import MARKS
 from foveate.lab.controls import CONTROLS, GivenRegion, controls
 from foveate.lab.conversing import make_student, under
 from foveate.lab.data import view_key
@@ -39,7 +40,7 @@ from foveate.lab.run import run
 from foveate.lab.scales import SCALES
 from foveate.lab.scenes import make_scene
 from foveate.lab.student import Student
-from foveate.lab.training import MARKS, train_cell
+from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
 from foveate.picture.geometry import Box, Size
@@ -441,6 +442,9 @@ def test_a_report_tells_everything(prepared: Path) -> None:
     assert path.with_suffix(".png").stat().st_size > 1000
     for result in results:
         assert result["command"] in text
+    fine = [[cell["accuracy"]["fine"] for cell in results[begin : begin + 2]] for begin in (0, 2)]
+    more = sum(b - a for a, b in zip(*fine, strict=True)) / 2
+    assert f"| pooled tiles | {100 * more:+.1f} (" in text
 
 
 EXPERIMENT = """

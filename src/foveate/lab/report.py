@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.files import explained, write
+from foveate.lab.comparing import Difference, difference
 from foveate.lab.levels import FINE, KINDS, level_named
 
 Result = Mapping[str, Any]
@@ -102,11 +103,12 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         *_table(kind_head, details),
         "",
+        *_against_first(groups),
         "Visual tokens: the mean number that the LLM reads for a question. GFLOP: tower, connector and LLM "
         "prefill of one question, counted on the lab's own small networks. Training time is for one thread "
         "and leaves out the frozen tower's features, which are encoded once.",
         "",
-        "![accuracy against visual tokens](report.png)",
+        "![accuracy against visual tokens, GFLOP and training seconds](report.png)",
         "",
         *(CURVES if curved else []),
         *(LOOKED if looked else []),
@@ -133,6 +135,29 @@ def _summary(name: str, cells: Sequence[Result]) -> list[str]:
         f"{first['parameters'] / 1e6:.2f} M",
         f"{sum(c['seconds']['training'] for c in cells) / len(cells):.0f}",
     ]
+
+
+def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
+    """How rows differ from the first; earlier reports cannot tell."""
+    (name, baseline), *others = groups.items()
+    if not others or not all("marks" in cell for row in groups.values() for cell in row):
+        return []
+    rows = []
+    for other, cells in others:
+        found = [difference(cells, baseline, kinds) for kinds in (FINE, ("attr", "count"))]
+        rows.append([other, *map(_signed, found), f"{len(found[0].seeds)}"])
+    return [
+        f"Points more than {name} on the same pictures, mean over common seeds, with 95 % intervals over the "
+        "pictures:",
+        "",
+        *_table(["", "fine", "coarse", "seeds"], rows),
+        "",
+    ]
+
+
+def _signed(found: Difference) -> str:
+    mean, low, high = (100 * value for value in found[:3])
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _curved(results: Sequence[Result]) -> bool:
@@ -175,36 +200,46 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Fine accuracy of every cell against its visual tokens, with the baselines."""
+    """Fine accuracy of every cell against its visual tokens, its GFLOP and its training."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     beside: dict[int, int] = {}  # methods with the same number of tokens are drawn side by side
     for row, (name, cells) in enumerate(by_method(results).items()):
         tokens = _tokens(cells)
         place = tokens * APART ** beside.setdefault(tokens, 0)
         beside[tokens] += 1
         style = f"C{row % 10}{MARKERS[row // 10 % len(MARKERS)]}"
-        axes.plot([place] * len(cells), [100 * cell["accuracy"]["fine"] for cell in cells], style, label=name)
+        accuracy = [100 * cell["accuracy"]["fine"] for cell in cells]
+        panels[0].plot([place] * len(cells), accuracy, style, label=name)
+        panels[1].plot([1e3 * cell["tflop"] for cell in cells], accuracy, style)
+        panels[2].plot([cell["seconds"]["training"] for cell in cells], accuracy, style)
     for name, style in zip(LINES, (":", "--"), strict=True):
         level = 100 * results[0]["lines"][name]["fine"]
-        axes.axhline(level, color="grey", linestyle=style, linewidth=1)
-        axes.annotate(
+        for axes in panels:
+            axes.axhline(level, color="grey", linestyle=style, linewidth=1)
+        panels[0].annotate(
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="grey"
         )
-    axes.set(
-        xlabel="visual tokens, rows with the same number side by side",
+    panels[0].set(
+        xlabel="visual tokens (the same: side by side)",
         ylabel="fine questions, % right",
         xscale="log",
         ylim=(0, 100),
     )
+    for axes, name in ((panels[1], "GFLOP a question"), (panels[2], "processor seconds of training")):
+        axes.set(xlabel=name, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     ticks: list[int] = []
     for tokens in sorted(beside):
         if not ticks or tokens > LABELLED * ticks[-1]:
             ticks.append(tokens)
-    axes.set_xticks(ticks, [str(tokens) for tokens in ticks])
-    axes.set_xticks([], minor=True)
+    panels[0].set_xticks(ticks, [str(tokens) for tokens in ticks])
+    panels[0].set_xticks([], minor=True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
 

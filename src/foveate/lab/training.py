@@ -19,10 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from foveate.errors import FoveateError
 from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
+from foveate.lab.comparing import marks
 from foveate.lab.conversing import make_student, under
 from foveate.lab.curve import Point, has_converged, stays_converged
 from foveate.lab.data import Examples
-from foveate.lab.levels import FINE, KINDS
+from foveate.lab.levels import FINE
 from foveate.lab.optimise import Trapezoid, warm_cosine
 from foveate.lab.questions import Question
 from foveate.lab.student import Student
@@ -31,7 +32,6 @@ from foveate.picture.geometry import Size
 
 SAVE_EVERY = 100  # steps between checkpoints of a cell
 GROUPS = ("fine", "coarse")
-MARKS = dict(zip(KINDS, "ldwracpn", strict=True))  # kinds of questions as letters
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -105,7 +105,7 @@ def _train_cell(
         "command": command,
         "title": student.method.title,
         "accuracy": measured.accuracy,
-        "marks": marks(measured, [len(row) for row in bench.test.questions]),
+        "marks": marks(measured.kinds, measured.hits, [len(row) for row in bench.test.questions]),
         "tokens": measured.tokens,
         "looked": measured.looked,
         "questions": {k: sum(q.kind == k for q in asked) for k in measured.accuracy if k not in GROUPS},
@@ -127,18 +127,6 @@ def _train_cell(
     write(place / "result.json", text)
     (place / "checkpoint.pt").unlink(missing_ok=True)
     return json.loads(text)
-
-
-def marks(measured: Measured, counts: Sequence[int]) -> str:
-    """A letter for each question, a capital if it was answered right: two rows are compared by it.
-
-    `counts`: questions of each picture; a space ends a picture.
-    """
-    letters = iter(
-        MARKS[kind].upper() if hit else MARKS[kind]
-        for kind, hit in zip(measured.kinds, measured.hits, strict=True)
-    )
-    return " ".join("".join(itertools.islice(letters, count)) for count in counts)
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,29 @@
+"""Draws the lab's figures from the reports in docs/reports: one a report, and its learning curves.
+
+    python docs/images/reports.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from foveate.lab.report import plot, plot_curves
+
+HERE = Path(__file__).parent
+LONGER = ("coroi_long", "coroi_scorer", "slime_longer")  # a table on their page is all
+
+
+def main(folder: Path) -> None:
+    for report in sorted((HERE.parent / "reports").glob("*.json")):
+        if report.stem in LONGER:
+            continue
+        results = json.loads(report.read_text(encoding="utf-8"))
+        plot(results, folder / f"{report.stem}.png")
+        if all("curve" in result for result in results):
+            plot_curves(results, folder / f"{report.stem}_curves.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "lab")
