@@ -61,7 +61,7 @@ SLOW = (
     Slow(
         "train/test_run.py::test_what_trains_is_exact_in_a_model_of_bfloat16",
         ALIKE,
-        ("llava_hr", "inf_llava", "slime"),
+        ("coroi", "llava_hr", "inf_llava", "slime"),
     ),
     Slow(
         "clients/test_trl.py::test_a_loss_falls",
@@ -94,7 +94,7 @@ SLOW = (
     Slow(
         "zoom/test_unloaded.py::test_tokens_are_those_of_the_processor",
         ALIKE,
-        ("llava_siglip", "llava_onevision", "idefics3", "gemma3", "llava_next"),
+        ("llava]", "llava_siglip", "llava_onevision", "idefics3", "gemma3", "llava_next"),
     ),
     Slow(
         "zoom/test_unloaded.py::test_released_shapes",
@@ -107,6 +107,8 @@ SLOW = (
         (
             "docs/methods/",
             "docs/lab.md",
+            "docs/zoom.md",
+            "docs/data.md",
             "docs/duel.md",
             "docs/choosing.md",
             "docs/training.md",
@@ -153,13 +155,15 @@ SLOW = (
         ("anyres", "chain_of_spot", "inf_llava", "llava_hr"),
     ),
     Slow(
-        "evaluate/test_run.py::test_the_same_answers_in_any_batch", ALIKE, ("anyres", "inf_llava", "llava_hr")
+        "evaluate/test_run.py::test_the_same_answers_in_any_batch",
+        ALIKE,
+        ("chain_of_spot", "anyres", "inf_llava", "llava_hr"),
     ),
     Slow("methods/test_inf_llava.py::test_exactly_the_dead_views_are_left_out", ALIKE, ("tiles4",)),
     Slow(
         "methods/test_invariants.py::test_a_copy_answers_alike",
         ALIKE,
-        ("anyres", "inf_llava", "llava_hr", "slime", "chain_of_spot"),
+        ("coroi", "anyres", "inf_llava", "llava_hr", "slime", "chain_of_spot"),
     ),
     Slow("methods/test_llava_hr.py::test_pictures_of_any_size", ALIKE, ("size2",)),
     Slow("model/test_folders.py::test_an_adapter_of_transformers_own_llava", ALIKE, ("dora", "pattern")),
@@ -187,6 +191,17 @@ SLOW = (
             "llava, pad",
         ),
     ),
-    Slow("serve/test_scheduler.py::test_every_answer_is_the_one_alone", ALIKE, ("inf_llava", "anyres")),
+    Slow(
+        "serve/test_scheduler.py::test_every_answer_is_the_one_alone",
+        ALIKE,
+        ("chain_of_spot", "inf_llava", "anyres"),
+    ),
     Slow("train/test_run.py::test_a_killed_run_goes_on_as_if_nothing_had_been", ALIKE, ("in the second",)),
+    Slow("batch/test_batch.py::test_a_kill_in_the_middle", "test_annotate.py::test_kill_in_the_middle"),
+    Slow("lab/test_tool.py::test_the_smallest_scale_needs_no_preparation", "test_main_job.py::test_lab"),
+    Slow("train/test_adapter.py::test_on_the_stage_before_it", "test_every_door_puts_it_on_its_base"),
+    Slow(
+        "data/test_streaming.py::test_a_large_file_takes_the_memory_of_its_blocks", "the others of the file"
+    ),
+    Slow("model/test_quantising.py::test_other_layouts_and_adapters", ALIKE, ("8bit",)),
 )
