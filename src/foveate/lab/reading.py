@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from foveate.lab.kernels import gated, normed, turned
 from foveate.lab.packing import IGNORED, PADDING, VISUAL, Packed, visible
 
 Change = Callable[[Tensor], Tensor]  # of a layer's output (R, B, D), where a method injects
@@ -169,7 +170,7 @@ def read(
                 kept = F.pad(kept, (stem.shape[1], 0), value=True)
                 stem, mask = stem[:, :0], _visible(0, kept, packed.blocks)
             rest = torch.cat([changes[number](rest[:, :own]), rest[:, own:]], 1)
-    logits = llm.lm_head(llm.model.norm(rest[wanted]))
+    logits = llm.lm_head(_normed(llm.model.norm, rest[wanted]))
     row, _ = wanted.nonzero(as_tuple=True)
     labels, blocks = (part[:, 1:].gather(1, asked)[wanted] for part in (packed.labels, packed.blocks))
     return Answers(logits, labels, row, blocks)
@@ -209,15 +210,18 @@ def _heads(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
 def _keys_values(
     layer: LlamaDecoderLayer, hidden: Tensor, turns: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    attention, x = layer.self_attn, layer.input_layernorm(hidden)
+    attention, x = layer.self_attn, _normed(layer.input_layernorm, hidden)
     key = _heads(layer, attention.k_proj(x))
     return _turned(key, turns), _heads(layer, attention.v_proj(x))
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
     """Rotary positions of queries or keys."""
-    cosine, sine = (part[:, None] for part in turns)
-    return x * cosine + rotate_half(x) * sine
+    return turned(x, *(part[:, None] for part in turns))
+
+
+def _normed(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    return normed(x, norm.weight, norm.variance_epsilon)
 
 
 def _passed(
@@ -230,7 +234,8 @@ def _passed(
 ) -> Tensor:
     """What leaves a decoder layer of these tokens; without a mask they see what is before them."""
     attention = layer.self_attn
-    query = _turned(_heads(layer, attention.q_proj(layer.input_layernorm(hidden))), turns)
+    query = _turned(_heads(layer, attention.q_proj(_normed(layer.input_layernorm, hidden))), turns)
     found = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None)
     hidden = hidden + attention.o_proj(found.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    x, mlp = _normed(layer.post_attention_layernorm, hidden), layer.mlp
+    return hidden + mlp.down_proj(gated(mlp.gate_proj(x), mlp.up_proj(x)))

@@ -1,0 +1,41 @@
+"""Parts of a decoder layer: values of transformers' own, gradients of finite differences."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+
+from foveate.lab.kernels import gated, normed, turned
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def angles(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of both halves the same, as rotary positions are."""
+    half = torch.randn(*shape[:-1], shape[-1] // 2, dtype=torch.float64)
+    both = torch.cat([half, half], -1)
+    return both.cos(), both.sin()
+
+
+def test_the_norm_is_that_of_transformers() -> None:
+    theirs, x = LlamaRMSNorm(6, eps=1e-3).double(), drawn(2, 5, 6)
+    weight = drawn(6)
+    theirs.weight.data.copy_(weight.detach())
+    # transformers' own squares in float32
+    torch.testing.assert_close(normed(x, weight, 1e-3), theirs(x), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda x, w: normed(x, w, 1e-3), (x, weight))
+
+
+def test_the_gate_is_that_of_transformers() -> None:
+    gate, up = drawn(3, 4), drawn(3, 4)
+    torch.testing.assert_close(gated(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(gated, (gate, up))
+
+
+def test_the_turn_is_that_of_transformers() -> None:
+    x, (cosine, sine) = drawn(2, 3, 5, 8), angles(2, 1, 5, 8)
+    torch.testing.assert_close(turned(x, cosine, sine), x * cosine + rotate_half(x) * sine)
+    assert torch.autograd.gradcheck(lambda x: turned(x, cosine, sine), (x,))
