@@ -1,6 +1,6 @@
 """Draws the lab's figures from the reports in docs/reports: one a report, and its learning curves.
 
-    python docs/images/reports.py [FOLDER]
+python docs/images/reports.py [FOLDER]
 """
 
 from __future__ import annotations
