@@ -60,7 +60,8 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grad, *context.saved_tensors, -1.0), None, None
+        cosine, sine = context.saved_tensors
+        return _turn(grad, cosine, sine, -1.0), None, None
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor, way: float) -> Tensor:
