@@ -494,3 +494,11 @@ def test_pixels_are_counted_without_decoding(tmp_path: Path, monkeypatch: pytest
     assert count_pixels(path) == count_pixels(path.read_bytes()) == 600
     with pytest.raises(FoveateError, match="more than max_pixels 599"):
         count_pixels(path, Limits(max_pixels=599))
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_a_few_bytes_are_of_no_format(length: int) -> None:
+    """Formats are told by their first bytes, which Pillow's plugins take for granted."""
+    for head in (bytes(16), b"A" * 16, b"\xff" * 16):
+        with pytest.raises(FoveateError, match="cannot be read as a picture: its format is unknown"):
+            read_picture(head[:length])

@@ -311,7 +311,10 @@ def _opened(file: IO[bytes], name: str, limits: Limits) -> Image.Image:
         for kind in [kind for kind in Image.ID if kind not in tried]:
             tried.add(kind)
             factory, accept = Image.OPEN[kind]
-            accepted = accept is None or accept(head[:16])
+            try:
+                accepted = accept is None or accept(head[:16])
+            except (IndexError, struct.error):  # a file too short to be one
+                continue
             if isinstance(accepted, str):  # the format is known, but Pillow was built without it
                 why = accepted
             elif accepted:
