@@ -202,7 +202,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def plot(results: Sequence[Result], path: Path) -> None:
     """Fine accuracy of every cell against its visual tokens, its GFLOP and its training."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -230,10 +229,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         ylim=(0, 100),
     )
     for axes, name in ((panels[1], "GFLOP a question"), (panels[2], "processor seconds of training")):
-        axes.set(xlabel=name, xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes, name)
     ticks: list[int] = []
     for tokens in sorted(beside):
         if not ticks or tokens > LABELLED * ticks[-1]:
@@ -242,6 +238,16 @@ def plot(results: Sequence[Result], path: Path) -> None:
     panels[0].set_xticks([], minor=True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
+
+
+def _logarithmic(axes: Any, name: str) -> None:
+    """An axis below that is logarithmic, with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(xlabel=name, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def plot_curves(results: Sequence[Result], path: Path) -> None:
@@ -267,6 +273,6 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
     for kind, name in enumerate(("fine", "coarse")):
         panels[kind][0].set(ylabel=f"{name} questions, % right", ylim=(0, 100))
     panels[1][0].set(xlabel="steps")
-    panels[1][1].set(xlabel="processor seconds of training", xscale="log")
+    _logarithmic(panels[1][1], "processor seconds of training")
     figure.legend(frameon=False, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
