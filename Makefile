@@ -8,7 +8,7 @@ NEWER_PIP := $(BIN)/pip install --quiet --upgrade pip || true
 # is compiled where it is imported, if ever; some files are for other Pythons.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 RARE := tests?|testing|types|lexers|pip|setuptools|sklearn|mypy|mypyc|playwright|tensorboard|grpc|fontTools
-RARE := $(RARE)|hypothesis|narwhals|babel|pymdownx|material|backrefs|torchgen
+RARE := $(RARE)|hypothesis|narwhals|babel|pymdownx|material|backrefs|torchgen|onnx|physics|stats|signal|interpolate|integrate
 RARE := /($(RARE))/|/transformers/models/(?!__init__|auto/|clip/|llama/|llava|qwen|siglip)
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib -x '$(RARE)' || true
 

@@ -105,6 +105,8 @@ SLOW = (
         "docs/test_commands.py::test_page_runs",
         PAGES,
         (
+            "docs/evaluating.md",
+            "docs/install.md",
             "docs/methods/",
             "docs/lab.md",
             "docs/zoom.md",
@@ -144,15 +146,22 @@ SLOW = (
     Slow(
         "model/test_quantising.py::test_every_method_answers",
         ALIKE,
-        ("chain_of_spot", "slime", "inf_llava", "llava_hr", "anyres"),
+        ("coroi", "chain_of_spot", "slime", "inf_llava", "llava_hr", "anyres"),
     ),
     Slow("train/test_two_processes.py::test_two_processes_train_as_one", ALIKE, ("coroi",)),
     Slow("clients/test_trl.py::test_a_reward_rises", ALIKE, ("slime",)),
-    Slow("clients/test_vllm.py::test_no_picture_has_more_tokens_than_the_fullest", ALIKE, ("anyres",)),
+    Slow(
+        "clients/test_vllm.py::test_no_picture_has_more_tokens_than_the_fullest",
+        ALIKE,
+        (
+            "slime",
+            "anyres",
+        ),
+    ),
     Slow(
         "docs/test_which_method.py::test_what_a_method_asks",
         ALIKE,
-        ("anyres", "chain_of_spot", "inf_llava", "llava_hr"),
+        ("coroi", "anyres", "chain_of_spot", "inf_llava", "llava_hr"),
     ),
     Slow(
         "evaluate/test_run.py::test_the_same_answers_in_any_batch",
@@ -170,14 +179,29 @@ SLOW = (
     Slow(
         "model/test_folders.py::test_every_door_takes_the_revision_and_subfolder",
         ALIKE,
-        ("False-place2", "False-place3", "True-place2", "True-place3"),
+        ("False-place1", "True-place1", "False-place2", "False-place3", "True-place2", "True-place3"),
     ),
     Slow(
         "model/test_rendering.py::test_all_others_render_as_in_transformers",
         ALIKE,
-        ("800-tools1", "800-None-whole"),
+        (
+            "800-None-bare",
+            "800-None-mistral",
+            "800-None-chatml",
+            "800-None-plain",
+            "800-tools1",
+            "800-None-whole",
+        ),
     ),
-    Slow("model/test_spoilt.py::test_spoilt_parts", ALIKE, ("own-",)),
+    Slow(
+        "model/test_spoilt.py::test_spoilt_parts",
+        ALIKE,
+        (
+            "llava-image_processor",
+            "llava-vision_config",
+            "own-",
+        ),
+    ),
     Slow("model/test_spoilt.py::test_spoilt_values", ALIKE, ("LLM-config", "own-")),
     Slow(
         "parity/test_export.py::test_the_same_bits",
@@ -204,4 +228,35 @@ SLOW = (
         "data/test_streaming.py::test_a_large_file_takes_the_memory_of_its_blocks", "the others of the file"
     ),
     Slow("model/test_quantising.py::test_other_layouts_and_adapters", ALIKE, ("8bit",)),
+    Slow("serve/test_mcp.py::test_over_standard_input_and_output", "the others of the file, in memory"),
+    Slow(
+        "train/test_scoring.py::test_training_does_not_notice",
+        "test_scores_come_every_so_many_steps_and_at_the_end",
+    ),
+    Slow("train/test_run.py::test_each_stage_trains_its_parts", "test_every_method_trains"),
+    Slow("train/test_run.py::test_a_stage_may_leave_a_part_of_the_method_alone", "test_every_method_trains"),
+    Slow("model/test_card.py::test_its_commands_work", "the others of the file"),
+    Slow("model/test_cost.py::test_a_price_counts_every_look_and_the_injection", "the others of the file"),
+    Slow(
+        "model/test_cost.py::test_a_text_of_any_length_costs_what_a_run_of_it_counts",
+        "the others of the file",
+    ),
+    Slow(
+        "lab/test_curves.py::test_an_interrupted_cell_turns_where_an_uninterrupted_one_does",
+        "lab/test_cells.py::test_an_interrupted_cell_ends_where_an_uninterrupted_one_does",
+    ),
+    Slow("lab/test_curves.py::test_measuring_changes_nothing_in_training", "the others of the file"),
+    Slow(
+        "lab/test_tool.py::test_a_budget_stops_a_run_which_goes_on",
+        "lab/test_cells.py::test_an_interrupted_cell_ends_where_an_uninterrupted_one_does",
+    ),
+    Slow("lab/test_tool.py::test_the_disk_is_told_before_it_is_taken_and_cleaned", "the others of the file"),
+    Slow("lab/test_cells.py::test_how_often_the_object_was_found_is_told", "lab/test_told.py"),
+    Slow("lab/test_cells.py::test_a_method_may_be_told_where_to_look", "lab/test_told.py"),
+    Slow("test_choosing.py::test_layouts_that_foveate_reads_are_priced_as_methods", "test_choosing.py"),
+    Slow(
+        "train/test_adapter.py::test_what_an_adapter_cannot_hold_is_refused",
+        "test_every_door_puts_it_on_its_base",
+    ),
+    Slow("data/test_streaming.py::test_a_list_is_read_wherever_blocks_end", "the others of the file"),
 )
