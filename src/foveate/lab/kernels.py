@@ -73,7 +73,10 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor, way: float) -> Tensor:
 
 
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Root mean square norm over the last dimension, as `LlamaRMSNorm`."""
+    """Root mean square norm over the last dimension, as `LlamaRMSNorm`.
+
+    On a CPU, `F.rms_norm` takes about twice the time, forward and backward.
+    """
     made: Tensor = _Norm.apply(x, weight, epsilon)
     return made
 

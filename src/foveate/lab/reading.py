@@ -132,7 +132,6 @@ def read(
     stem, owners, branch, kept = visual
     texts = llm.get_input_embeddings()(packed.input_ids)  # (R, T, D)
     if shown is not None:
-        assert placeholder is not None
         texts = texts.masked_scatter((packed.input_ids == placeholder)[..., None], shown)
     rest = torch.cat([branch, texts], 1)  # (R, B + T, D)
     stem_places = torch.arange(stem.shape[1])[None]
