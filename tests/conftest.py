@@ -63,14 +63,16 @@ def _only_deals(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    found, slow = set(), {one.test: one.cases for one in SLOW}
+    found, slow = set(), {one.test: one for one in SLOW}
     for item in items:
         name, _, case = item.nodeid.removeprefix("tests/").partition("[")
-        for begins in slow.get(name, ()):
-            if case.startswith(begins):
-                found.add((name, begins))
-                item.add_marker(pytest.mark.slow)
-    named = {(name, begins) for name, cases in slow.items() for begins in cases}
+        if name not in slow:
+            continue
+        begins = [begin for begin in (*slow[name].cases, *slow[name].quick) if case.startswith(begin)]
+        found |= {(name, begin) for begin in begins}
+        if begins and not any(begin in slow[name].quick for begin in begins):
+            item.add_marker(pytest.mark.slow)
+    named = {(one.test, begin) for one in SLOW for begin in (*one.cases, *one.quick)}
     if config.args == config.getini("testpaths") and found != named:
         gone = "; ".join(" ".join(key) for key in named - found)
         raise pytest.UsageError(f"tests/slow.py names tests that are not there: {gone}")

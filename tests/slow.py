@@ -1,7 +1,7 @@
 """Tests that `make test` leaves out, beside those that are marked in their own files; `make slow` runs them.
 
 A test, how the names of its cases begin, and the quick test that fails if what it guards breaks in one of the
-usual ways.
+usual ways; or a test and how those of its cases begin that `make test` runs, too.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ from typing import NamedTuple
 
 PAGES = "docs/test_claims.py knows its options and commands; pages of the same kind run"
 ALIKE = "other cases take the same way"
+SEVERAL = ("llava_next", "qwen3_vl", "foveate-anyres")  # VLMs
 COMMON = "train/test_run.py::test_every_method_trains"
 FULL = "test_files.py::test_output_that_cannot_be_written_is_one_sentence"
 
 
 class Slow(NamedTuple):
-    """Cases of a test; all of them without a beginning."""
+    """Cases of a test, all of them without a beginning, except those that begin as `quick` says."""
 
     test: str
     guard: str
     cases: tuple[str, ...] = ("",)
+    quick: tuple[str, ...] = ()
+
+
+def some(test: str, *quick: str) -> Slow:
+    """Only some cases of a test are quick; the others take the same way."""
+    return Slow(test, ALIKE, quick=quick)
 
 
 SLOW = (
@@ -259,4 +266,67 @@ SLOW = (
         "test_every_door_puts_it_on_its_base",
     ),
     Slow("data/test_streaming.py::test_a_list_is_read_wherever_blocks_end", "the others of the file"),
+    some("explaining/test_explanation.py::test_half_precision", "coroi", "llava]"),
+    some("ask/test_compiled.py::test_the_tower_is_compiled", "llava_hr", "slime"),
+    some(
+        "ask/test_context.py::test_kept_and_read_anew_say_the_same", "coroi", "chain_of_spot", "anyres", "toy"
+    ),
+    some("model/test_base_model.py::test_any_llm_without_its_head", "gpt2", "qwen3"),
+    some(
+        "model/test_base_model.py::test_its_states_under_the_head_are_the_logits", "coroi", "llava]", "slime"
+    ),
+    some("model/test_modeling.py::test_any_decoder", "gpt2", "gemma2", "qwen3"),
+    some(
+        "zoom/test_unloaded.py::test_costs_are_those_of_the_network_as_it_runs",
+        "llava]",
+        "qwen2_5_vl",
+        "llava_next",
+        "internvl",
+    ),
+    some(
+        "zoom/test_unloaded.py::test_without_a_tokenizer_tokens_are_the_same",
+        "llava]",
+        "qwen3_vl",
+        "idefics3",
+    ),
+    some(
+        "core/test_composing.py::test_language_models_keep_their_weights", "qwen3", "gpt_neox", "llama tied"
+    ),
+    some("test_cli.py::test_tiny_is_tiny_for_every_method", "coroi", "llava]"),
+    some("zoom/test_zoom.py::test_words_without_a_box_leave_the_whole_picture", *SEVERAL),
+    some("zoom/test_zoom.py::test_given_box", *SEVERAL),
+    some("zoom/test_relevance.py::test_row_is_that_of_the_whole_sigma", *SEVERAL),
+    some("zoom/test_relevance.py::test_in_inference_mode", *SEVERAL),
+    some("zoom/test_relevance.py::test_what_changes_is_where_the_picture_changed", *SEVERAL),
+    some("methods/test_inf_llava.py::test_gradients_are_those_of_the_full_form", "tiles1"),
+    some("methods/test_inf_llava.py::test_what_is_left_out_changes_nothing", "3-", "6-tiles4"),
+    some("methods/test_invariants.py::test_linear_layers_may_be_quantised", "coroi", "llava]", "toy"),
+    some(
+        "methods/test_invariants.py::test_adapters_on_every_linear_layer_learn_and_merge",
+        "coroi",
+        "llava]",
+        "toy",
+    ),
+    some("methods/test_invariants.py::test_bfloat16", "coroi", "llava]", "toy"),
+    some(
+        "methods/test_coroi.py::test_every_option_trains_and_batch_equals_single",
+        "weighted",
+        "v2",
+        "all",
+        "gumbel",
+    ),
+    some("methods/test_slime.py::test_released_checkpoints_load", "safetensors", "bin"),
+    some("methods/test_inf_llava.py::test_released_checkpoints_load", "safetensors", "bin"),
+    some("model/test_spoilt.py::test_spoilt_indices", "llava-", "LLM-"),
+    some("model/test_spoilt.py::test_spoilt_json", "llava-", "llava by Zoom"),
+    some("model/test_spoilt.py::test_spoilt_weights", "llava-", "next by Zoom"),
+    some("model/test_text.py::test_parts_that_are_none", "vicuna_v1", "mistral"),
+    some("model/test_text.py::test_answers_are_found_in_a_text", "vicuna_v1", "bare"),
+    some("parity/test_transformers.py::test_extreme_sizes", "pad-v5", "crop-v5"),
+    some("parity/test_transformers.py::test_each_size_alone", "next-v5", "pad-v4", "crop-v5"),
+    some("parity/test_transformers.py::test_pipeline", "next-v5", "pad-v4"),
+    some("parity/test_transformers.py::test_pipeline_from_a_folder", "next-v5", "pad-v4"),
+    some("parity/test_transformers.py::test_beams_and_several_answers", "next-v5", "pad-v4"),
+    some("clients/test_lmms.py::test_it_asks_as_ask_does", "coroi", "chain_of_spot", "anyres"),
+    some("model/test_folders.py::test_an_adapter_is_merged_into_its_base", "names", "dora", "pattern"),
 )
