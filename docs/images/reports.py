@@ -1,4 +1,4 @@
-"""Draws the lab's figures from the reports in docs/reports: one a report, and its learning curves.
+"""Draws the figures of the reports in docs/reports: one a report, its learning curves, its sizes of glyphs.
 
 python docs/images/reports.py [FOLDER]
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from foveate.lab.report import plot, plot_curves
+from foveate.lab.sizes import plot_sizes
 
 HERE = Path(__file__).parent
 LONGER = ("coroi_long", "coroi_scorer", "slime_longer")  # a table on their page is all
@@ -23,6 +24,8 @@ def main(folder: Path) -> None:
         plot(results, folder / f"{report.stem}.png")
         if all("curve" in result for result in results):
             plot_curves(results, folder / f"{report.stem}_curves.png")
+    for report in sorted((HERE.parent / "reports" / "sizes").glob("*.json")):
+        plot_sizes(json.loads(report.read_text(encoding="utf-8")), folder / f"{report.stem}_sizes.png")
 
 
 if __name__ == "__main__":

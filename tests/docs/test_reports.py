@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from foveate.lab import sizes
 from foveate.lab.cell import Cell
 from foveate.lab.curve import POINTS
 from foveate.lab.experiment import read_experiment
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Reports whose cells are still being trained: their page says so.
 UNFINISHED = ("duel", "duel_dense")
 REPORTS = sorted((ROOT / "docs" / "reports").glob("*.json"))
+SIZES = sorted((ROOT / "docs" / "reports" / "sizes").glob("*.json"))
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
@@ -28,6 +30,16 @@ def test_tables_are_those_of_the_report(report: Path) -> None:
     rows = [line for line in markdown(results).splitlines() if line.startswith("|")]
     assert len(rows) > 6
     assert any(set(rows) <= set(page) for page in pages), f"no page has all rows of {report.name}"
+
+
+@pytest.mark.parametrize("report", SIZES, ids=lambda path: path.stem)
+def test_other_sizes_are_of_the_cells_in_the_report(report: Path) -> None:
+    results = json.loads(report.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "duel.md").read_text(encoding="utf-8").splitlines()
+    assert {line for line in sizes.markdown(results).splitlines() if line.startswith("|")} <= {*page}
+    whole = json.loads((report.parents[1] / report.name).read_text(encoding="utf-8"))
+    assert [result["cell"] for result in results] == [result["cell"] for result in whole]
+    assert (ROOT / "docs" / "images" / "lab" / f"{report.stem}_sizes.png").is_file()
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)

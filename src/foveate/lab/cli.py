@@ -127,7 +127,7 @@ def run(
         raise FoveateError("give a file with an experiment, or --methods, or both")
     if rows is not None and experiment is None:
         raise FoveateError("--rows needs a file with an experiment")
-    numbers = None if seeds is None else _numbers(seeds)
+    numbers = None if seeds is None else _numbers("seeds", seeds)
     seconds = None if budget is None else _seconds(budget)
     names, options = several(methods or ()), _options(option or [])
     if extra := set(options) - set(names):
@@ -178,6 +178,54 @@ def run(
         console.print(f"report written to {done.report}", soft_wrap=True)
     if done.missing:
         console.print(f"the budget is used up with {done.missing} cells to train: run it again to go on")
+
+
+@app.command()
+def sizes(
+    experiment: Annotated[Path, typer.Argument(help="The experiment that `run` trained, a file or a name.")],
+    rows: Annotated[
+        list[str] | None, typer.Option(help=f"Labels of the file's variants, by default all. {SEVERAL}")
+    ] = None,
+    seeds: Annotated[
+        list[str] | None, typer.Option(help=f"Whole numbers; by default the file's. {SEVERAL}")
+    ] = None,
+    glyphs: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Font sizes, pixels; by default 6, 8, 10, 12, 14, 18 and 24. {SEVERAL}"),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures of each size.")] = 200,
+    folder: Folder = Path("lab"),
+    threads: Threads = 1,
+) -> None:
+    """Measure trained rows on glyphs smaller and larger than those that they learnt from."""
+    from foveate.lab.experiment import only, read_experiment
+
+    wanted = read_experiment(experiment)
+    if rows is not None:
+        labels = [variant.label or variant.method for variant in wanted.variants]
+        wanted = replace(wanted, variants=only(wanted, several(rows, labels)))
+    if seeds is not None:
+        wanted = replace(wanted, seeds=_numbers("seeds", seeds))
+    asked = None if glyphs is None else _numbers("glyphs", glyphs)
+    import torch
+
+    from foveate.lab.sizes import GLYPHS, measure_sizes
+
+    torch.set_num_threads(threads)
+    console = Console()
+    with telling(console) as tell:
+        path, missing = measure_sizes(
+            wanted,
+            folder,
+            GLYPHS if asked is None else asked,
+            pictures,
+            experiment.stem,
+            partial(_command, experiment),
+            tell,
+        )
+    console.print(f"report written to {path}", soft_wrap=True)
+    if missing:
+        console.print(f"{missing} cells are not trained yet, and not in it")
 
 
 @app.command()
@@ -341,11 +389,13 @@ def several(values: Sequence[str], known: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def _numbers(seeds: Sequence[str]) -> tuple[int, ...]:
+def _numbers(option: str, given: Sequence[str]) -> tuple[int, ...]:
     try:
-        return tuple(int(seed) for seed in several(seeds))
+        return tuple(int(number) for number in several(given))
     except ValueError:
-        raise FoveateError(f"--seeds {','.join(seeds)}: expected whole numbers separated by commas") from None
+        raise FoveateError(
+            f"--{option} {','.join(given)}: expected whole numbers separated by commas"
+        ) from None
 
 
 def _seconds(text: str) -> float:

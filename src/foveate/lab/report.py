@@ -81,8 +81,8 @@ def markdown(results: Sequence[Result]) -> str:
     details = [
         [
             name,
-            *(_spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds),
-            *(_spread([cell["looked"][what] for cell in cells if cell["looked"]]) for what in looked),
+            *(spread([cell["accuracy"][kind] for cell in cells]) for kind in kinds),
+            *(spread([cell["looked"][what] for cell in cells if cell["looked"]]) for what in looked),
         ]
         for name, cells in groups.items()
     ]
@@ -99,9 +99,9 @@ def markdown(results: Sequence[Result]) -> str:
         "*where* is reported separately. A fine accuracy near the in-scene guess means glyphs are seen but "
         "not bound to their objects: it is not a step towards reading.",
         "",
-        *_table(head, summary),
+        *table(head, summary),
         "",
-        *_table(kind_head, details),
+        *table(kind_head, details),
         "",
         *_against_first(groups),
         "Visual tokens: the mean number that the LLM reads for a question. GFLOP: tower, connector and LLM "
@@ -128,7 +128,7 @@ def _summary(name: str, cells: Sequence[Result]) -> list[str]:
     return [
         name,
         str(len(cells)),
-        *(_spread([c["accuracy"][kind] for c in cells]) for kind in GROUPS),
+        *(spread([c["accuracy"][kind] for c in cells]) for kind in GROUPS),
         str(first["cost"]["views"]),
         str(_tokens(cells)),
         f"{first['tflop'] * 1e3:.3g}",
@@ -150,7 +150,7 @@ def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
         f"Points more than {name} on the same pictures, mean over common seeds, with 95 % intervals over the "
         "pictures:",
         "",
-        *_table(["", "fine", "coarse", "seeds"], rows),
+        *table(["", "fine", "coarse", "seeds"], rows),
         "",
     ]
 
@@ -185,7 +185,8 @@ def _line(name: str, line: Mapping[str, float], kinds: Sequence[str], before: in
     return [f"*{name}*", *[""] * (before - 1), *(f"{100 * line[kind]:.1f}" for kind in kinds), *[""] * after]
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Fractions as percent: their mean, and their range if they are several."""
     if not values:
         return ""
     mean = f"{100 * sum(values) / len(values):.1f}"
@@ -194,7 +195,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; numbers are aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 

@@ -83,8 +83,7 @@ def run(
         if size:
             takes(size)
         bench = make_bench(level, scale, folder, parts, tell)
-        batch = f"-batch{experiment.batch}" if experiment.batch else ""
-        place = folder / "reports" / (name or f"{scale}-{level}-{experiment.training}{batch}")
+        place = report_folder(experiment, folder, name)
         found: dict[str, dict[str, Any]] = {}
         path: Path | None = None
         for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
@@ -96,6 +95,13 @@ def run(
             done = [one for row in cells for one in row if one.key in found]
             path = write_report([{**found[one.key], "label": one.label} for one in done], place)
     return Ran(path, len(keys) - len(found))
+
+
+def report_folder(experiment: Experiment, folder: Path, name: str | None = None) -> Path:
+    """Where the report of an experiment is written; `name`: instead of its scale, level, steps and batch."""
+    batch = f"-batch{experiment.batch}" if experiment.batch else ""
+    made = f"{experiment.scale}-{experiment.level}-{experiment.training}{batch}"
+    return folder / "reports" / (name or made)
 
 
 def needed(cells: Sequence[Cell], folder: Path, parts: Parts) -> int:
