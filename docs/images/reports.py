@@ -13,7 +13,7 @@ from foveate.lab.report import plot, plot_curves
 from foveate.lab.sizes import plot_sizes
 
 HERE = Path(__file__).parent
-LONGER = ("coroi_long", "coroi_scorer", "slime_longer")  # a table on their page is all
+LONGER = ("coroi_long", "coroi_scorer", "slime_longer", "duel_tables")  # a table on their page is all
 
 
 def main(folder: Path) -> None:

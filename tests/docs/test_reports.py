@@ -18,7 +18,7 @@ from foveate.lab.report import markdown
 
 ROOT = Path(__file__).parents[2]
 # Reports whose cells are still being trained: their page says so.
-UNFINISHED = ("duel", "duel_dense")
+UNFINISHED = ("duel", "duel_dense", "duel_tables")
 REPORTS = sorted((ROOT / "docs" / "reports").glob("*.json"))
 SIZES = sorted((ROOT / "docs" / "reports" / "sizes").glob("*.json"))
 
@@ -38,7 +38,8 @@ def test_other_sizes_are_of_the_cells_in_the_report(report: Path) -> None:
     page = (ROOT / "docs" / "duel.md").read_text(encoding="utf-8").splitlines()
     assert {line for line in sizes.markdown(results).splitlines() if line.startswith("|")} <= {*page}
     whole = json.loads((report.parents[1] / report.name).read_text(encoding="utf-8"))
-    assert [result["cell"] for result in results] == [result["cell"] for result in whole]
+    known = [result["cell"] for result in whole]
+    assert all(result["cell"] in known for result in results)
     assert (ROOT / "docs" / "images" / "lab" / f"{report.stem}_sizes.png").is_file()
 
 

@@ -195,9 +195,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; numbers are aligned to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """Lines of Markdown. Columns after the first `words` are numbers, aligned to the right."""
+    lines = [head, [*["---"] * words, *["---:"] * (len(head) - words)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
