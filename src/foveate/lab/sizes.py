@@ -66,15 +66,13 @@ def measure_sizes(
     """
     if not glyphs or min(*glyphs, pictures) < 1:
         raise FoveateError("name at least one size of glyphs and one picture, each 1 or more")
-    level, scale = level_named(experiment.level), scale_named(experiment.scale)
+    level = level_named(experiment.level)
+    few = replace(scale_named(experiment.scale), scenes=1, test_scenes=pictures)
     with controls():
         cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
         parts = load_parts(experiment.scale, folder)
-        benches = {}
-        for glyph in sorted({*glyphs}):
-            sizes = replace(scale, scenes=1, test_scenes=pictures)
-            made = bench_of(level_at(level, glyph), sizes, folder, parts, tell)
-            benches[glyph] = replace(made, train=made.test)  # nothing is trained
+        drawn = {g: bench_of(level_at(level, g), few, folder, parts, tell) for g in sorted({*glyphs})}
+        benches = {glyph: replace(bench, train=bench.test) for glyph, bench in drawn.items()}  # no training
         found = [_measured(cell, benches, commands(cell)) for cell in cells]
     done = [one for one in found if one is not None]
     if not done:
