@@ -1,9 +1,9 @@
 """Writes the results on docs/duel.md, of the committed reports.
 
     python tools/duel.py          as they are
-    python tools/duel.py LAB      after collecting what `foveate lab run` has trained in the folder LAB
+    python tools/duel.py LAB      with what `foveate lab` has trained and measured in the folder LAB
 
-docs/images/reports.py draws the figures.
+Cells that LAB lacks stay as they are. docs/images/reports.py draws the figures.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from foveate.lab import sizes
-from foveate.lab.cell import Cell
+from foveate.lab.cell import Cell, cells_of
 from foveate.lab.comparing import Difference, difference
 from foveate.lab.controls import controls
 from foveate.lab.experiment import read_experiment
+from foveate.lab.levels import FINE
 from foveate.lab.parts import load_parts
 from foveate.lab.report import by_method, markdown, table
 
@@ -27,60 +29,91 @@ REPORTS = {"duel": "words", "duel_dense": "dense", "duel_tables": "words"}  # an
 BEGIN, END = "## Results\n", "## What to conclude\n"
 SEEDS = 3  # below, another seed may say the opposite
 CLAIMED = """\
-What each paper claims beside what is seen here: points of fine questions that the first row answers more
-than the second, on the same pictures, with an interval of 95 % over the pictures. *Open*: fewer than three
-seeds are trained; how another seed would turn out is not in the interval. Else *confirmed*: the interval lies
-above zero, and so does every seed; *opposite*: below; *not seen*: neither.
+What each paper claims beside what is seen here. Points: how many more of a hundred fine questions the first
+row answers than the second, about the same pictures, with an interval of 95 % that covers the choice of
+pictures, not that of seeds. *Open*: fewer than three seeds are trained. *Confirmed*: the interval lies above
+zero, and so does every seed; *opposite*: below; *not seen*: neither. This is about the sign, not the size.
+A star: one of the rows was still learning at its last step.
 
 """
 Results = Sequence[Mapping[str, Any]]
 
 
 class Claim(NamedTuple):
-    """What a paper says, and the two rows that show whether it is so here."""
+    """What a paper says, the two rows that show whether it is so here, and the questions that count."""
 
     where: str
     says: str
     first: str
     second: str
+    kinds: tuple[str, ...] = FINE
 
 
 CLAIMS = (
     Claim(
-        "LLaVA-NeXT", "TextVQA 64.9 with tiles, LLaVA-1.5 58.2; other data, too", "AnyRes at 192", "LLaVA-1.5"
-    ),
-    Claim(
-        "SliME, table 4",
-        "TextVQA 62.5 with tiles alone, 59.4 with the whole picture alone",
-        "SliME, tiles alone at 36",
+        "CoRoI, table 2",
+        "TextVQA 64.9 of LLaVA-NeXT, which reads tiles, 58.2 of LLaVA-1.5; other data, too",
+        "AnyRes at 192",
         "LLaVA-1.5",
     ),
     Claim(
         "SliME, table 4",
-        "TextVQA 63.6; 61.5 with all tiles in full",
+        "TextVQA 62.5 with tiles alone, 59.4 with the whole picture alone; parts of one model",
+        "SliME, tiles alone at 36",
+        "LLaVA-1.5",
+    ),
+    Claim(
+        "SliME, tables 3 and 4",
+        "TextVQA 63.8 with gamma 75 %, trained by parts, 61.5 with all tiles in full",
         "SliME with its router, at most 192",
         "AnyRes at 192",
     ),
-    Claim("LLaVA-HR, 5.3.1", "TextVQA 8.3 more with 1,024 pixels than with 384", "LLaVA-HR", "LLaVA-1.5"),
-    Claim("LLaVA-HR, table 2", "MME 109 less with the ConvNet alone", "LLaVA-HR", "ConvNet only"),
-    Claim("LLaVA-HR, table 2", "pooling a large ViT's map reads less", "LLaVA-HR", "pooled tiles"),
-    Claim("LLaVA-HR, table 2", "a resampler on it reads less", "LLaVA-HR", "resampler"),
-    Claim("INF-LLaVA, table 3", "SEED 70.5 with 336 + 1,008 pixels, 66.0 with 336", "INF-LLaVA", "LLaVA-1.5"),
+    Claim("LLaVA-HR, 5.3.1", "MME 23.6 more than LLaVA-1.5", "LLaVA-HR", "LLaVA-1.5"),
+    Claim("LLaVA-HR, table 2", "MME 108.9 less with the ConvNet alone", "LLaVA-HR", "ConvNet only"),
+    Claim("LLaVA-HR, table 2", "a large ViT's map reads less when pooled", "LLaVA-HR", "pooled tiles"),
+    Claim("LLaVA-HR, table 2", "and less behind a resampler", "LLaVA-HR", "resampler"),
+    Claim(
+        "INF-LLaVA, table 3", "SEED 70.5 with 336 and 1,008 pixels, 66.0 with 336", "INF-LLaVA", "LLaVA-1.5"
+    ),
     Claim(
         "INF-LLaVA, table 3",
-        "MM-Vet 34.5 with the low-resolution view, 32.5 without",
+        "MM-Vet 34.5 with the low-resolution view, 32.5 without, at 1,008 pixels; less with it at others",
         "INF-LLaVA",
         "INF-LLaVA, no low-resolution view",
     ),
-    Claim("CoRoI, table 3", "TextVQA 63.3 with it, LLaVA-1.5 58.2", "CoRoI", "LLaVA-1.5"),
     Claim(
-        "CoRoI, table 2", "TextVQA 69.7, LLaVA-NeXT 64.9; other LLM, too", "CoRoI v2 at 180", "AnyRes at 192"
+        "CoRoI, table 3",
+        "TextVQA 63.3 with it, 58.2 of LLaVA-1.5; the LLM may differ",
+        "CoRoI",
+        "LLaVA-1.5",
     ),
-    Claim("Chain-of-Spot, table 1", "TextVQA 60.9 with it, LLaVA-1.5 58.2", "Chain-of-Spot", "LLaVA-1.5"),
+    Claim(
+        "CoRoI, table 2",
+        "TextVQA 69.7, 64.9 of LLaVA-NeXT; other LLM",
+        "CoRoI v2 at 180",
+        "AnyRes at 192",
+    ),
+    Claim(
+        "Chain-of-Spot, table 3",
+        "GQA 64.8 with it, 63.9 trained on without it",
+        "Chain-of-Spot",
+        "LLaVA-1.5",
+    ),
     Claim("the lab", "tiles carry what one view cannot show", "pooled tiles", "LLaVA-1.5"),
     Claim("the lab", "a resampler keeps more of the tiles than a mean", "resampler", "pooled tiles"),
-    Claim("the lab", "interleaved views add to tiles", "INF-LLaVA, no low-resolution view", "pooled tiles"),
-    Claim("the lab", "choosing the region is what is hard", "Chain-of-Spot, region told", "Chain-of-Spot"),
+    Claim(
+        "the lab",
+        "INF-LLaVA's enhancement keeps more of the tiles than a mean",
+        "INF-LLaVA, no low-resolution view",
+        "pooled tiles",
+    ),
+    Claim(
+        "the lab",
+        "choosing the region is what is hard; letters, digits and words alone",
+        "Chain-of-Spot, region told",
+        "Chain-of-Spot",
+        ("letter", "digit", "word"),
+    ),
 )
 TABLES = (
     Claim(
@@ -105,12 +138,15 @@ TABLES = (
         "INF-LLaVA, table 5", "SEED 70.6 with joined halves, 70.0 with a sum", "INF-LLaVA", "fusion by sum"
     ),
     Claim(
-        "LLaVA-HR, table 3", "MME 61 less with the ViT led into the ConvNeXt", "LLaVA-HR", "ViT into ConvNeXt"
+        "LLaVA-HR, table 3",
+        "MME 61.3 less with the ViT led into the ConvNeXt",
+        "LLaVA-HR",
+        "ViT into ConvNeXt",
     ),
-    Claim("LLaVA-HR, table 3", "tanh is the best gate", "LLaVA-HR", "no gate"),
+    Claim("LLaVA-HR, table 3", "tanh is the best gate", "LLaVA-HR", "sigmoid gate"),
     Claim(
         "SliME, table 3",
-        "TextVQA 60.6 with the mixture, 58.9 with the MLP",
+        "TextVQA 60.6 with the mixture, 58.9 with the MLP; the whole picture alone",
         "SliME, all tokens",
         "global expert MLP",
     ),
@@ -125,7 +161,10 @@ TABLES = (
     ),
     Claim("CoRoI, table 3", "TextVQA 63.3 with movement, 62.5 without", "CoRoI", "no movement"),
     Claim(
-        "CoRoI, table 3", "TextVQA 63.3 with 4 windows a scale, 62.4 with one", "CoRoI", "1 window a scale"
+        "CoRoI, table 3",
+        "TextVQA 63.3 with 4 windows a scale, 62.4 with one",
+        "CoRoI",
+        "1 window a scale",
     ),
     Claim(
         "Chain-of-Spot, table 3",
@@ -146,13 +185,17 @@ def verdict(found: Difference) -> str:
 
 
 def seen(claim: Claim, results: Results) -> list[str]:
-    """Points of fine questions, seeds and verdict."""
+    """Points, seeds and verdict; a star if a cell of the two rows still learnt at its last step."""
     rows = by_method(results)
-    if claim.first not in rows or claim.second not in rows:
+    first, second = (rows.get(name, []) for name in (claim.first, claim.second))
+    common = {cell["cell"]["seed"] for cell in first} & {cell["cell"]["seed"] for cell in second}
+    if not common:
         return ["", "0", "open"]
-    found = difference(rows[claim.first], rows[claim.second])
+    found = difference(first, second, claim.kinds)
     mean, low, high = (100 * value for value in found[:3])
-    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(len(found.seeds)), verdict(found)]
+    learns = any(not cell["converged"] for cell in (*first, *second))
+    star = "*" if learns else ""
+    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(len(found.seeds)), f"{verdict(found)}{star}"]
 
 
 def tables(results: Results) -> list[list[str]]:
@@ -246,8 +289,11 @@ def _level(name: str, results: Results, measured: Results) -> str:
         lines = [line for line in sizes.markdown(measured).splitlines() if line.startswith("|")]
         parts += [
             f"Per size of glyph, fine questions about {measured[0]['pictures']} other pictures of each size "
-            f"(`foveate lab sizes {name}`);\nrows have learnt from 10 and 11 pixels:\n",
+            f"(`foveate lab sizes {name}`):\nrows have learnt from 10 and 11 pixels. Objects grow with their "
+            "glyphs, so there are fewer in a picture, and a guess\namong them is right more often: compare "
+            "rows, not columns.\n",
             "\n".join(lines) + "\n",
+            *_unmeasured(results, measured),
             f"![Fine accuracy against the size of glyphs, level {level}](images/lab/{name}_sizes.png)\n",
         ]
     parts += [
@@ -256,6 +302,16 @@ def _level(name: str, results: Results, measured: Results) -> str:
         f"`docs/reports/{name}.json` has every cell with its own command, and a mark for every question.\n",
     ]
     return "\n".join(parts)
+
+
+def _unmeasured(results: Results, measured: Results) -> list[str]:
+    there = [result["cell"] for result in measured]
+    missing = [
+        f"{result['label'] or result['title']}, seed {result['cell']['seed']}"
+        for result in results
+        if result["cell"] not in there
+    ]
+    return [f"Not measured yet: {'; '.join(missing)}.\n"] if missing else []
 
 
 def committed(folder: Path) -> dict[str, Results]:
@@ -268,29 +324,43 @@ def committed(folder: Path) -> dict[str, Results]:
 
 
 def collect(lab: Path) -> None:
-    """Writes the reports of all cells that are trained, and of their sizes."""
-    known: set[str] = set()
+    """Adds all cells that are trained, and their sizes, to the reports; a cell that is there is replaced."""
+    known: list[Mapping[str, Any]] = []
     with controls():
         for name in REPORTS:
             experiment = read_experiment(name)
-            parts = load_parts(experiment.scale, lab)
-            keys = "-".join([experiment.scale, parts.tower_key, parts.reader_key, parts.convnet_key])
+            home = cells_of(lab, experiment.scale, load_parts(experiment.scale, lab))
             cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
-            files = {cell.key: lab / "cells" / keys / cell.key / "result.json" for cell in cells}
-            done = [cell for cell in cells if files[cell.key].is_file()]
-            if any(cell.key not in known for cell in done):  # more than rows of another report
-                found = [
-                    {**json.loads(files[cell.key].read_text(encoding="utf-8")), "label": cell.label}
-                    for cell in done
-                ]
-                text = json.dumps(found, indent=2) + "\n"
-                (DOCS / "reports" / f"{name}.json").write_text(text, encoding="utf-8")
-            known |= {cell.key for cell in done}
+            files = [home / cell.key / "result.json" for cell in cells]
+            found = [
+                {**json.loads(file.read_text(encoding="utf-8")), "label": cell.label}
+                for cell, file in zip(cells, files, strict=True)
+                if file.is_file()
+            ]
+            order = [json.loads(json.dumps(asdict(cell))) for cell in cells]
+            if any({**one["cell"], "label": None} not in known for one in found):  # more than another report
+                _merge(DOCS / "reports" / f"{name}.json", found, order, 2)
+            known += [{**one["cell"], "label": None} for one in found]
             measured = lab / "reports" / name / "sizes.json"
             if measured.is_file():
                 kept = DOCS / "reports" / "sizes" / f"{name}.json"
-                kept.parent.mkdir(exist_ok=True)
-                kept.write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
+                _merge(kept, json.loads(measured.read_text(encoding="utf-8")), order, 1)
+
+
+def _merge(path: Path, found: Results, order: Sequence[Mapping[str, Any]], indent: int) -> None:
+    """Adds results to a report, in the order of its cells. Raises `ValueError` for unlike sizes."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    new = {_name({**one["cell"], "label": one["label"]}): one for one in (*old, *found)}
+    if len({(tuple(one["sizes"]), one["pictures"]) for one in new.values() if "sizes" in one}) > 1:
+        raise ValueError(f"{path} has other sizes of glyphs, or another number of pictures")
+    wanted = [_name(cell) for cell in order]
+    path.parent.mkdir(exist_ok=True)
+    merged = [new[cell] for cell in wanted if cell in new]
+    path.write_text(json.dumps(merged, indent=indent) + "\n", encoding="utf-8")
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return json.dumps(cell, sort_keys=True)
 
 
 def main() -> None:

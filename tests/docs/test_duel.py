@@ -6,10 +6,11 @@ import json
 import runpy
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from foveate.lab.cell import Cell
+from foveate.lab.cell import Cell, cells_of
 from foveate.lab.comparing import Difference
 from foveate.lab.controls import controls
 from foveate.lab.experiment import read_experiment
@@ -65,23 +66,49 @@ def test_rows_of_the_tables_that_the_duel_trains_are_its_own() -> None:
         assert getattr(first, name) == getattr(second, name)
 
 
+def result(row: str, seed: int, marks: str, converged: bool = True) -> dict[str, Any]:
+    return {"cell": {"seed": seed, "options": {}}, "label": row, "marks": marks, "converged": converged}
+
+
+def test_rows_that_cannot_be_compared_yet_are_open() -> None:
+    claim = DUEL["Claim"]("a paper", "more", "a", "b")
+    some = [result("a", 0, "LD LD"), result("b", 1, "ld ld")]
+    assert DUEL["seen"](claim, some) == DUEL["seen"](claim, some[:1]) == ["", "0", "open"]
+    three = [result(row, seed, "LD LD" if row == "a" else "lD ld") for row in "ab" for seed in range(3)]
+    assert DUEL["seen"](claim, three)[1:] == ["3", "confirmed"]
+    three[0]["converged"] = False
+    assert DUEL["seen"](claim, three)[1:] == ["3", "confirmed*"]
+    digits = claim._replace(kinds=("digit",))
+    assert DUEL["seen"](digits, three)[0].startswith("+50.0")
+
+
 def test_trained_cells_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The committed cells, put into a lab's folder, come back as they are."""
-    old = json.loads((ROOT / "docs" / "reports" / "duel.json").read_text(encoding="utf-8"))
-    parts = load_parts("tiny", tmp_path)
-    keys = "-".join(["tiny", parts.tower_key, parts.reader_key, parts.convnet_key])
+    """Cells in a lab's folder replace those of the reports; all others stay."""
+    committed = ROOT / "docs" / "reports"
+    old = json.loads((committed / "duel.json").read_text(encoding="utf-8"))
+    measured = json.loads((committed / "sizes" / "duel.json").read_text(encoding="utf-8"))
+    (tmp_path / "docs" / "reports" / "sizes").mkdir(parents=True)
+    report, sizes = (tmp_path / "docs" / "reports" / place for place in ("duel.json", "sizes/duel.json"))
+    report.write_text(json.dumps(old[2:]), encoding="utf-8")
+    sizes.write_text(json.dumps(measured[1:]), encoding="utf-8")
+    home = cells_of(tmp_path, "tiny", load_parts("tiny", tmp_path))
     experiment = read_experiment("duel")
     with controls():
-        for variant in experiment.variants:
-            cell = Cell.of(experiment, variant, 0)
-            mine = [one for one in old if one["cell"] == json.loads(json.dumps(asdict(cell)))]
-            if mine:
-                place = tmp_path / "cells" / keys / cell.key
-                place.mkdir(parents=True)
-                (place / "result.json").write_text(json.dumps(mine[0]), encoding="utf-8")
-    (tmp_path / "docs" / "reports").mkdir(parents=True)
-    collect = DUEL["collect"]
-    monkeypatch.setitem(collect.__globals__, "DOCS", tmp_path / "docs")
-    collect(tmp_path)
-    new = json.loads((tmp_path / "docs" / "reports" / "duel.json").read_text(encoding="utf-8"))
-    assert new == [result for result in old if result["cell"]["seed"] == 0]
+        cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
+    changed = []
+    for one in old[:3]:
+        cell = next(cell for cell in cells if json.loads(json.dumps(asdict(cell))) == one["cell"])
+        changed.append({**one, "command": "again"})
+        (home / cell.key).mkdir(parents=True)
+        (home / cell.key / "result.json").write_text(json.dumps(changed[-1]), encoding="utf-8")
+    (tmp_path / "reports" / "duel").mkdir(parents=True)
+    (tmp_path / "reports" / "duel" / "sizes.json").write_text(json.dumps(measured[:1]), encoding="utf-8")
+    monkeypatch.setitem(DUEL["collect"].__globals__, "DOCS", tmp_path / "docs")
+    DUEL["collect"](tmp_path)
+    assert json.loads(report.read_text(encoding="utf-8")) == [*changed, *old[3:]]
+    assert json.loads(sizes.read_text(encoding="utf-8")) == measured
+    assert sorted(path.name for path in report.parent.glob("*.json")) == ["duel.json"]
+    other = [{**measured[0], "pictures": 7}]
+    (tmp_path / "reports" / "duel" / "sizes.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(ValueError, match="another number of pictures"):
+        DUEL["collect"](tmp_path)

@@ -62,6 +62,13 @@ def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None
     assert cells == expected
 
 
+def test_rows_without_a_common_seed_are_not_compared() -> None:
+    results = json.loads((ROOT / "docs" / "reports" / "duel.json").read_text(encoding="utf-8"))[:2]
+    assert "Points more than" in markdown(results)
+    results[1]["cell"]["seed"] = 1
+    assert "Points more than" not in markdown(results)
+
+
 @pytest.mark.slow
 def test_figures_are_drawn_of_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = ROOT / "docs" / "images" / "reports.py"
@@ -75,4 +82,7 @@ def test_figures_are_drawn_of_the_reports(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
 def test_a_report_has_its_figure(report: Path) -> None:
     longer = runpy.run_path(str(ROOT / "docs" / "images" / "reports.py"))["LONGER"]
-    assert (report.stem in longer) != (ROOT / "docs" / "images" / "lab" / f"{report.stem}.png").is_file()
+    drawn = ROOT / "docs" / "images" / "lab"
+    assert (report.stem in longer) != (drawn / f"{report.stem}.png").is_file()
+    curved = all("curve" in result for result in json.loads(report.read_text(encoding="utf-8")))
+    assert (curved and report.stem not in longer) == (drawn / f"{report.stem}_curves.png").is_file()

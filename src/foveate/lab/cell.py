@@ -142,9 +142,8 @@ class Bench:
     tell: Tell = silent
 
     def cells(self, scale: str) -> Path:
-        """The folder of results; it depends on the parts."""
-        parts = self.parts
-        return self.folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
+        """The folder of results."""
+        return cells_of(self.folder, scale, self.parts)
 
     @cached_property
     def samples(self) -> dict[tuple[str, str], Sample]:
@@ -156,6 +155,11 @@ class Bench:
     def guesses(self) -> dict[str, dict[str, float]]:
         """Per kind of question, the baselines to compare accuracy with."""
         return {"chance": chance(self.test.asked), "in-scene guess": in_scene_guess(self.test.asked)}
+
+
+def cells_of(folder: Path, scale: str, parts: Parts) -> Path:
+    """The folder of results; it depends on the parts."""
+    return folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
 
 
 def make_bench(level: str, scale: str, folder: Path, parts: Parts, tell: Tell = silent) -> Bench:

@@ -143,9 +143,14 @@ def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
     if not others or not all("marks" in cell for row in groups.values() for cell in row):
         return []
     rows = []
+    seeds = {cell["cell"]["seed"] for cell in baseline}
     for other, cells in others:
+        if seeds.isdisjoint(cell["cell"]["seed"] for cell in cells):
+            continue
         found = [difference(cells, baseline, kinds) for kinds in (FINE, ("attr", "count"))]
         rows.append([other, *map(_signed, found), f"{len(found[0].seeds)}"])
+    if not rows:
+        return []
     return [
         f"Points more than {name} on the same pictures, mean over common seeds, with 95 % intervals over the "
         "pictures:",

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from foveate.errors import FoveateError
-from foveate.files import explained, read_json, write
-from foveate.lab.cell import Bench, Cell, bench_of
+from foveate.files import LOCK, explained, read_json, write
+from foveate.lab.cell import Bench, Cell, bench_of, cells_of
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student
 from foveate.lab.data import Tell, silent
 from foveate.lab.experiment import Experiment
-from foveate.lab.levels import Level, level_named
+from foveate.lab.levels import FINE, Level, level_named
 from foveate.lab.parts import load_parts
 from foveate.lab.report import LINES, MARKERS, Result, by_method, spread, table
 from foveate.lab.run import report_folder
@@ -30,9 +31,12 @@ PICTURES = 200  # of each size
 
 
 def level_at(level: Level, glyph: int) -> Level:
-    """The level with glyphs of one size. Objects are at least twice as large, as no glyph is larger than half
-    of its object; so a picture has room for fewer of them."""
-    low, high = (max(side, 2 * glyph) for side in level.side)
+    """The level with glyphs of one size.
+
+    Objects are at least twice as large, as no glyph is larger than half of its object, and three times if two
+    glyphs stand side by side. So a picture has room for fewer of them.
+    """
+    low, high = (max(side, (3 if level.both else 2) * glyph) for side in level.side)
     return replace(level, glyph=(glyph, glyph), side=(low, high))
 
 
@@ -62,7 +66,8 @@ def measure_sizes(
         The Markdown file, and how many cells are not trained.
 
     Raises:
-        FoveateError: no cell is trained, a size or number of pictures below 1, or no space on the disk.
+        FoveateError: no cell is trained, a cell is named twice, a size or number of pictures is below 1, a
+            size leaves no room for objects, or the disk has no space.
     """
     if not glyphs or min(*glyphs, pictures) < 1:
         raise FoveateError("name at least one size of glyphs and one picture, each 1 or more")
@@ -70,13 +75,21 @@ def measure_sizes(
     few = replace(scale_named(experiment.scale), scenes=1, test_scenes=pictures)
     with controls():
         cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
+        if len({cell.key for cell in cells}) < len(cells):
+            raise FoveateError("two variants, or two seeds, are the same")
         parts = load_parts(experiment.scale, folder)
+        home = cells_of(folder, experiment.scale, parts)
+        trained = [cell for cell in cells if (home / cell.key / "weights.pt").is_file()]
+        if not trained:
+            raise FoveateError(
+                f"none of these {len(cells)} cells is trained in {folder}: `foveate lab run` does"
+            )
         drawn = {g: bench_of(level_at(level, g), few, folder, parts, tell) for g in sorted({*glyphs})}
+        for glyph, bench in drawn.items():
+            if not any(question.kind in FINE for question in bench.test.asked):
+                raise FoveateError(f"glyphs of {glyph} pixels leave no room for objects: name smaller ones")
         benches = {glyph: replace(bench, train=bench.test) for glyph, bench in drawn.items()}  # no training
-        found = [_measured(cell, benches, commands(cell)) for cell in cells]
-    done = [one for one in found if one is not None]
-    if not done:
-        raise FoveateError(f"none of these {len(cells)} cells is trained in {folder}: `foveate lab run` does")
+        done = [_measured(cell, home / cell.key, benches, commands(cell)) for cell in trained]
     place = report_folder(experiment, folder, name)
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -84,24 +97,25 @@ def measure_sizes(
     with explained(place / "sizes.png"):
         plot_sizes(done, place / "sizes.png")
     write(place / "sizes.md", markdown(done))
-    return place / "sizes.md", len(cells) - len(done)
+    return place / "sizes.md", len(cells) - len(trained)
 
 
-def _measured(cell: Cell, benches: Mapping[int, Bench], command: str) -> dict[str, Any] | None:
-    """Fine accuracy at every size, and what guesses get; None if the cell is not trained."""
-    place = next(iter(benches.values())).cells(cell.scale) / cell.key
-    if not (place / "weights.pt").is_file():
-        return None
+def _measured(cell: Cell, place: Path, benches: Mapping[int, Bench], command: str) -> dict[str, Any]:
+    """Fine accuracy of a trained cell at every size, and what guesses get."""
     kept = place / "sizes.json"
-    known = read_json(kept, f"delete {kept}, and it is measured anew") if kept.is_file() else {}
-    for bench in benches.values():
-        if bench.test.key not in known:
-            student = make_student(cell, bench)
-            student.ready()
-            student.model.load_state_dict(torch.load(place / "weights.pt", weights_only=True), strict=False)
-            lines = {name: grouped(line, bench.test.asked)["fine"] for name, line in bench.guesses.items()}
-            known[bench.test.key] = {"fine": measure(student, bench.test).accuracy["fine"], **lines}
-            write(kept, json.dumps(known, indent=1) + "\n")
+    with FileLock(place / LOCK):  # another run may be measuring it: it is waited for
+        known = read_json(kept, f"delete {kept}, and it is measured anew") if kept.is_file() else {}
+        for bench in benches.values():
+            if bench.test.key not in known:
+                student = make_student(cell, bench)
+                student.ready()
+                weights = torch.load(place / "weights.pt", weights_only=True)
+                student.model.load_state_dict(weights, strict=False)
+                lines = {
+                    name: grouped(line, bench.test.asked)["fine"] for name, line in bench.guesses.items()
+                }
+                known[bench.test.key] = {"fine": measure(student, bench.test).accuracy["fine"], **lines}
+                write(kept, json.dumps(known, indent=1) + "\n")
     return {
         "cell": asdict(cell) | {"options": dict(cell.options)},
         "label": cell.label,
@@ -117,6 +131,7 @@ def markdown(results: Sequence[Result]) -> str:
     first = results[0]
     level = level_named(first["cell"]["level"])
     glyphs = list(first["sizes"])
+    larger = scale_named(first["cell"]["scale"]).magnify
     rows = [
         [
             name,
@@ -128,7 +143,7 @@ def markdown(results: Sequence[Result]) -> str:
     rows += [
         [f"*{line}*", "", *(f"{100 * first['sizes'][glyph][line]:.1f}" for glyph in glyphs)] for line in LINES
     ]
-    low, high = level.glyph
+    low, high = (round(glyph * larger) for glyph in level.glyph)
     return "\n".join(
         [
             f"# Lab: level {first['cell']['level']} at other sizes of glyphs",
@@ -138,7 +153,7 @@ def markdown(results: Sequence[Result]) -> str:
             "about 0.73 of it. Objects are at least twice as large as their glyphs, so there are fewer in "
             "pictures of large ones.",
             "",
-            *table(["", "seeds", *(f"{glyph} pixels" for glyph in glyphs)], rows),
+            *table(["", "seeds", *(f"{round(int(glyph) * larger)} pixels" for glyph in glyphs)], rows),
             "",
             "![accuracy against size of glyphs](sizes.png)",
             "",
@@ -168,14 +183,16 @@ def plot_sizes(results: Sequence[Result], path: Path) -> None:
         guessed = [100 * results[0]["sizes"][glyph][name] for glyph in glyphs]
         axes.plot(range(len(glyphs)), guessed, color="grey", linestyle=dashes, linewidth=1, label=name)
     low, high = level_named(results[0]["cell"]["level"]).glyph
+    larger = scale_named(results[0]["cell"]["scale"]).magnify
     known = [n for n, glyph in enumerate(glyphs) if low <= int(glyph) <= high]
     for n in known:
         axes.axvline(n, color="grey", linewidth=8, alpha=0.15, zorder=0)
     axes.set(
-        xlabel=f"font size of the glyphs, pixels; trained with {low} to {high}",
+        xlabel="font size of the glyphs, pixels; "
+        f"trained with {round(low * larger)} to {round(high * larger)}",
         ylabel="fine questions, % right",
         ylim=(0, 100),
     )
-    axes.set_xticks(range(len(glyphs)), glyphs)
+    axes.set_xticks(range(len(glyphs)), [f"{round(int(glyph) * larger)}" for glyph in glyphs])
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=120)
