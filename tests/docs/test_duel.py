@@ -27,6 +27,14 @@ def test_the_results_are_those_of_the_reports() -> None:
     assert page[page.index(DUEL["BEGIN"]) : page.index(DUEL["END"])] == made, "run tools/duel.py"
 
 
+def test_rows_that_are_not_measured_at_other_sizes_are_named() -> None:
+    reports = DUEL["committed"](ROOT / "docs" / "reports")
+    sizes = DUEL["committed"](ROOT / "docs" / "reports" / "sizes")
+    page = DUEL["page"](reports, sizes | {"duel": sizes["duel"][:1]})
+    named = [f"{one['label'] or one['title']}, seed {one['cell']['seed']}" for one in reports["duel"][1:]]
+    assert f"Not measured yet: {'; '.join(named)}.\n" in page
+
+
 @pytest.mark.parametrize(
     ("found", "verdict"),
     [

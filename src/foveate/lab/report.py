@@ -206,6 +206,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) ->
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def marker(row: int) -> str:
+    """matplotlib's colour and marker of a row."""
+    return f"C{row % 10}{MARKERS[row // 10 % len(MARKERS)]}"
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
     """Fine accuracy of every cell against its visual tokens, its GFLOP and its training."""
     from matplotlib.figure import Figure
@@ -217,7 +222,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         tokens = _tokens(cells)
         place = tokens * APART ** beside.setdefault(tokens, 0)
         beside[tokens] += 1
-        style = f"C{row % 10}{MARKERS[row // 10 % len(MARKERS)]}"
+        style = marker(row)
         accuracy = [100 * cell["accuracy"]["fine"] for cell in cells]
         panels[0].plot([place] * len(cells), accuracy, style, label=name)
         panels[1].plot([1e3 * cell["tflop"] for cell in cells], accuracy, style)

@@ -20,7 +20,7 @@ from foveate.lab.data import Tell, silent
 from foveate.lab.experiment import Experiment
 from foveate.lab.levels import FINE, Level, level_named
 from foveate.lab.parts import load_parts
-from foveate.lab.report import LINES, MARKERS, Result, by_method, spread, table
+from foveate.lab.report import LINES, Result, by_method, marker, spread, table
 from foveate.lab.run import report_folder
 from foveate.lab.scales import scale_named
 from foveate.lab.training import grouped, measure
@@ -150,8 +150,7 @@ def markdown(results: Sequence[Result]) -> str:
             "",
             f"Fine questions about {first['pictures']} held-out pictures of each size, percent right. Rows "
             f"have learnt from glyphs of {low} to {high} pixels, the font's size: a capital's height is "
-            "about 0.73 of it. Objects are at least twice as large as their glyphs, so there are fewer in "
-            "pictures of large ones.",
+            "about 0.73 of it. Objects grow with their glyphs, so there are fewer in pictures of large ones.",
             "",
             *table(["", "seeds", *(f"{round(int(glyph) * larger)} pixels" for glyph in glyphs)], rows),
             "",
@@ -175,7 +174,7 @@ def plot_sizes(results: Sequence[Result], path: Path) -> None:
         axes.plot(
             range(len(glyphs)),
             accuracy,
-            f"C{row % 10}{MARKERS[row // 10 % len(MARKERS)]}-",
+            f"{marker(row)}-",
             label=name,
             linewidth=1.2,
         )
@@ -184,9 +183,9 @@ def plot_sizes(results: Sequence[Result], path: Path) -> None:
         axes.plot(range(len(glyphs)), guessed, color="grey", linestyle=dashes, linewidth=1, label=name)
     low, high = level_named(results[0]["cell"]["level"]).glyph
     larger = scale_named(results[0]["cell"]["scale"]).magnify
-    known = [n for n, glyph in enumerate(glyphs) if low <= int(glyph) <= high]
-    for n in known:
-        axes.axvline(n, color="grey", linewidth=8, alpha=0.15, zorder=0)
+    for n, glyph in enumerate(glyphs):
+        if low <= int(glyph) <= high:
+            axes.axvline(n, color="grey", linewidth=8, alpha=0.15, zorder=0)
     axes.set(
         xlabel="font size of the glyphs, pixels; "
         f"trained with {round(low * larger)} to {round(high * larger)}",
