@@ -11,6 +11,7 @@ transformers looks them up by name in our classes; they are tested there too:
     gradient_checkpointing, _gradient_checkpointing_func              a tower that checkpoints by itself
     torch's formulas for FLOPs, and its dispatch mode                 `model.cost.FlopCounter`
     the fingerprint of a data set                                     `data.questions`
+    the parts of LlamaDecoderLayer                                    `lab.reading`
     Pillow's Image._new, the same pixels in a plain image             `picture.reading`
 """
 

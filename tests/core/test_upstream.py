@@ -26,6 +26,9 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from foveate import upstream
+from foveate.lab.packing import Sample, pack
+from foveate.lab.reading import read as read_in_parts
+from foveate.lab.reading import seen
 from foveate.model import registration
 from foveate.model.cost import FlopCounter
 from foveate.model.modeling import EncodedPictures, FoveateOutput
@@ -145,6 +148,25 @@ def test_cache_rows_are_selected_in_place(llm: LlamaForCausalLM) -> None:
 def test_decoder_layers(llm: LlamaForCausalLM) -> None:
     assert upstream.decoder_layers(llm.get_decoder()) is llm.model.layers
     assert upstream.decoder_layers(nn.Linear(1, 1)) is None
+
+
+@torch.no_grad()
+def test_a_layer_of_llama_is_its_parts() -> None:
+    """`lab.reading` takes layers apart: its answers about one picture are those of the whole LLM."""
+    torch.manual_seed(0)
+    config = tiny_text(num_key_value_heads=4, rms_norm_eps=1e-2)
+    llm = LlamaForCausalLM(config).eval()
+    for name, parameter in llm.named_parameters():
+        if "norm" in name:
+            parameter.uniform_(0.5, 2)
+    visual = torch.randn(5, llm.config.hidden_size)
+    texts = [[10, 11, 12, 13], [20, 21, 22]]
+    packed = pack([[Sample(ids, 1)] for ids in texts], 0, 0, 3)
+    found = read_in_parts(llm, seen([visual], None, torch.tensor([0, 0])), packed)
+    embed = llm.get_input_embeddings()
+    wholes = [llm(inputs_embeds=torch.cat([visual, embed(torch.tensor(ids))])[None]).logits for ids in texts]
+    assert found.labels.tolist() == [11, 12, 13, 21, 22]
+    assert gap(found.logits, torch.cat([whole[0, 5:-1] for whole in wholes])) < 1e-4
 
 
 def test_attn_implementation_is_known_and_set(llm: LlamaForCausalLM) -> None:
