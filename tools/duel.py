@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -337,7 +336,7 @@ def collect(lab: Path) -> None:
                 for cell, file in zip(cells, files, strict=True)
                 if file.is_file()
             ]
-            order = [json.loads(json.dumps(asdict(cell))) for cell in cells]
+            order = [json.loads(json.dumps(cell.record)) for cell in cells]
             if any({**one["cell"], "label": None} not in known for one in found):  # more than another report
                 _merge(DOCS / "reports" / f"{name}.json", found, order, 2)
             known += [{**one["cell"], "label": None} for one in found]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def test_trained_cells_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyP
         cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
     changed = []
     for one in old[:3]:
-        cell = next(cell for cell in cells if json.loads(json.dumps(asdict(cell))) == one["cell"])
+        cell = next(cell for cell in cells if json.loads(json.dumps(cell.record)) == one["cell"])
         changed.append({**one, "command": "again"})
         (home / cell.key).mkdir(parents=True)
         (home / cell.key / "result.json").write_text(json.dumps(changed[-1]), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_other_sizes_are_of_the_cells_in_the_report(report: Path) -> None:
 def test_a_report_has_every_row_and_seed_of_its_experiment(report: Path) -> None:
     experiment = read_experiment(report.stem)
     expected = [
-        asdict(Cell.of(experiment, variant, seed))
+        Cell.of(experiment, variant, seed).record
         for variant in experiment.variants
         for seed in experiment.seeds
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from foveate.lab.student import Student
 from foveate.lab.training import train_cell
 from foveate.methods import METHODS, method_class
 from foveate.methods.base import TowerGeometry, Widths
-from foveate.picture.geometry import Box, Size
+from foveate.picture.geometry import Box, Size, whole
 from foveate.picture.source import Source, view_of, views_of
 from tests.support import gap
 
@@ -486,6 +487,32 @@ def test_a_method_may_be_told_where_to_look(prepared: Path) -> None:
     assert told["looked"]["found"] > 0.9 > free["looked"]["found"]
     with pytest.raises(FoveateError, match=r"told: LLaVA-1\.5 does not look again at the original picture"):
         run(Experiment((Variant("llava", told=True),), "easy", "nano", steps=2), prepared)
+
+
+def test_taught_boxes_are_said_in_tenths(bench: Bench) -> None:
+    """Outwards, so each holds its object; in lessons, in the stage that teaches boxes, and when told."""
+    student = make_student(replace(cell("chain_of_spot"), grid=10), bench)
+    question = next(q for q in bench.train.questions[0] if q.region is not None)
+    (lesson, *_) = student._lessons(Image.fromarray(bench.train.pictures[0]), [question])
+    pointed = student.pointing(bench.train, False).captions[0]
+    for said in (lesson[1]["content"][0]["text"], *(q.answer for q in pointed)):
+        assert all(int(number) % 100 == 0 for number in re.findall(r"\d+", said)), said
+    side, size = bench.train.size.width / 10, bench.train.size
+    for row in bench.train.questions:
+        for box in (q.region for q in row if q.region is not None):
+            taught = student._taught(box, size)
+            assert taught.contains(box) and student._taught(taught, size) == taught
+            assert taught.width < box.width + 2 * side and taught.height < box.height + 2 * side
+    assert student._taught(whole(size), size) == whole(size)
+
+
+def test_a_grid_is_for_methods_that_say_where_to_look(bench: Bench) -> None:
+    with pytest.raises(FoveateError, match=r"grid: LLaVA-1\.5 does not say where to look"):
+        make_student(replace(cell("llava"), grid=10), bench)
+    with pytest.raises(FoveateError, match="grid must be from 2 to 1000, not 1"):
+        Variant("chain_of_spot", grid=1)
+    exact, tenths = cell("chain_of_spot"), replace(cell("chain_of_spot"), grid=10)
+    assert tenths.key != exact.key and "grid" not in exact.record and tenths.record["grid"] == 10
 
 
 def test_tokens_that_a_router_dropped_are_not_counted(prepared: Path) -> None:

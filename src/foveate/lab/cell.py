@@ -45,6 +45,7 @@ class Cell:
         converge: stops training early.
         points: how often it is measured on the way; names ignore them, as they change no weight unless it
             trains until it converges.
+        grid: places a side to which taught boxes are rounded outwards; None: exact.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Cell:
     batch: int | None = None
     converge: Converge | None = None
     points: int = POINTS
+    grid: int | None = None
 
     @classmethod
     def of(cls, experiment: Experiment, variant: Variant, seed: int) -> Cell:
@@ -79,7 +81,14 @@ class Cell:
             e.batch,
             e.converge,
             e.points,
+            v.grid,
         )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As results name it: without what came later and is not set."""
+        made = asdict(self) | {"options": dict(self.options)}
+        return {key: value for key, value in made.items() if key != "grid" or value is not None}
 
     @property
     def key(self) -> str:
@@ -88,6 +97,8 @@ class Cell:
         if self.batch:
             name += f"-batch{self.batch}"
         stages = [{k: v for k, v in asdict(stage).items() if v or k not in LATER} for stage in self.stages]
+        if self.grid:
+            name += f"-grid{self.grid}"
         if self.told:
             name += "-told"
         until = [] if self.converge is None else [{**asdict(self.converge), "points": self.points}]
@@ -99,7 +110,7 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """The command that makes this cell again, if it is not `told` and has no stages of its own."""
+        """The command that makes this cell again, if it is not `told`, without grid and stages of its own."""
         words = ["foveate", "lab", "run", "--methods", self.method, "--seeds", str(self.seed)]
         words += ["--level", self.level, "--scale", self.scale, "--steps", str(self.steps)]
         if self.batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -35,9 +36,10 @@ LONGEST_ANSWER = 8  # tokens; words have five letters
 class ConversingStudent(Student):
     """Trains on the method's lessons, and is measured in its own conversations.
 
-    The region that is taught is the box of the object that a question is about; for questions about the whole
-    picture, all of it. The region of the picture alone, without a question, is its largest such object. A
-    student that is told the region gets it as the model's own reply: it is measured on its lessons.
+    The region that is taught is the box of the object that a question is about, rounded outwards to the
+    cell's `grid`; for questions about the whole picture, all of it. The region of the picture alone, without
+    a question, is its largest such object. A student that is told the region gets it as the model's own
+    reply: it is measured on its lessons.
     """
 
     template = "bare"
@@ -63,7 +65,9 @@ class ConversingStudent(Student):
         for questions, captioned in zip(data.questions, data.captions, strict=True):
             about = [(q.text, q.answer, q.region) for q in questions if q.region is not None]
             asked = _dialogue(nothing, [(text, answer) for text, answer, _ in about])
-            regions: dict[int | None, Box] = {k: region for k, (*_, region) in enumerate(about)}
+            regions: dict[int | None, Box] = {
+                k: self._taught(region, data.size) for k, (*_, region) in enumerate(about)
+            }
             lessons = method.lessons(asked, lambda: data.size, regions) if about else []
             first = [Question(REGION, _text(lesson[0]), _text(lesson[1]), None, ()) for lesson in lessons]
             said.append([*(captioned if captions else []), *first])
@@ -144,13 +148,25 @@ class ConversingStudent(Student):
         pictures = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
         return messages, pictures[1:]
 
+    def _taught(self, region: Box, size: Size) -> Box:
+        """A region as the LLM is to say it."""
+        grid = self.cell.grid
+        if grid is None:
+            return region
+        across, down = size.width / grid, size.height / grid
+        return Box(
+            math.floor(region.left / across) * across,
+            math.floor(region.top / down) * down,
+            math.ceil(region.right / across) * across,
+            math.ceil(region.bottom / down) * down,
+        )
+
     def _lessons(self, picture: Image.Image, questions: Sequence[Any]) -> list[list[dict[str, Any]]]:
         size = Size(picture.height, picture.width)
-        objects = [question.region for question in questions if question.region is not None]
         regions: dict[int | None, Box] = {
-            k: whole(size) if question.region is None else question.region
-            for k, question in enumerate(questions)
+            k: self._taught(question.region or whole(size), size) for k, question in enumerate(questions)
         }
+        objects = [regions[k] for k, question in enumerate(questions) if question.region is not None]
         regions[None] = max(objects, key=lambda box: box.width * box.height, default=whole(size))
         asked = [(question.text, question.answer) for question in questions]
         return self.method.lessons(_dialogue(picture, asked), lambda: size, regions)
@@ -254,6 +270,8 @@ def make_student(cell: Cell, bench: Bench) -> Student:
     student = _student(cell, bench)
     if cell.told and not (student.method.reads_source or _converses(cell.method)):
         raise FoveateError(f"told: {student.method.title} does not look again at the original picture")
+    if cell.grid is not None and not _converses(cell.method):
+        raise FoveateError(f"grid: {student.method.title} does not say where to look")
     return student
 
 
@@ -272,7 +290,7 @@ def under(student: Student, stage: Stage, fresh: bool = False) -> Student:
         bench = replace(bench, train=student.pointing(bench.train, stage.captions))
     cell = replace(student.cell, options={**student.cell.options, **stage.options})
     if stage.method is not None:
-        cell = replace(student.cell, method=stage.method, options=stage.options, told=False)
+        cell = replace(student.cell, method=stage.method, options=stage.options, told=False, grid=None)
         if _converses(cell.method) and not _converses(student.cell.method):
             raise FoveateError(f"stages: {student.method.title} cannot start from {stage.method}")
     other = _student(cell, bench)

@@ -15,6 +15,8 @@ from foveate.options import build_options
 from foveate.shipped import find
 from foveate.written import read_yaml
 
+FINEST_GRID = 1000  # places a side: boxes are said in thousandths
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -56,6 +58,8 @@ class Variant:
         stages: instead of the lab's: the connector with captions, then connector and LLM.
         told: whether it is given the region that a question is about: an upper bound, for methods that look
             again at the original picture, or ask where to look.
+        grid: taught boxes are rounded outwards to so many places a side, for methods that ask where to look;
+            None: they are exact. Digits that one view is too coarse for are noise to learn from.
     """
 
     method: str
@@ -63,8 +67,11 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     stages: tuple[StageSpec, ...] = ()
     told: bool = False
+    grid: int | None = None
 
     def __post_init__(self) -> None:
+        if self.grid is not None and not 2 <= self.grid <= FINEST_GRID:
+            raise FoveateError(f"grid must be from 2 to {FINEST_GRID}, not {self.grid}")
         if self.stages and abs(sum(stage.part for stage in self.stages) - 1) > 1e-6:
             raise FoveateError("the parts of stages must add up to 1")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def _measured(cell: Cell, place: Path, benches: Mapping[int, Bench], command: st
                 known[bench.test.key] = {"fine": measure(student, bench.test).accuracy["fine"], **lines}
                 write(kept, json.dumps(known, indent=1) + "\n")
     return {
-        "cell": asdict(cell) | {"options": dict(cell.options)},
+        "cell": cell.record,
         "label": cell.label,
         "title": method_class(cell.method).title,
         "command": command,

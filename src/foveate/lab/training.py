@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -101,7 +101,7 @@ def _train_cell(
     price = shared_pricer(student.model.config, torch.float32).price(Size(*bench.test.size), text_tokens=8)
     asked = bench.test.asked
     result = {
-        "cell": asdict(cell) | {"options": dict(cell.options)},
+        "cell": cell.record,
         "command": command,
         "title": student.method.title,
         "accuracy": measured.accuracy,
