@@ -48,3 +48,8 @@ def usable_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise FoveateError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def device_name(device: torch.device) -> str:
+    """Its kind, or what a GPU is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

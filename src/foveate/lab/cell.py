@@ -11,10 +11,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foveate.errors import FoveateError
 from foveate.lab.controls import controls
 from foveate.lab.curve import POINTS, Converge
-from foveate.lab.data import Examples, Tell, examples, silent
+from foveate.lab.data import CPU, Examples, Tell, examples, silent
 from foveate.lab.experiment import Experiment, StageSpec, Variant
 from foveate.lab.levels import Level, level_named
 from foveate.lab.materials import Split
@@ -143,6 +145,7 @@ class Bench:
         parts: tower, LLM and tokenizer that every method starts from.
         train, test: the pictures and questions.
         tell: is told how far drawing and encoding are.
+        device: where methods train. Pictures and features stay in main memory.
     """
 
     folder: Path
@@ -151,6 +154,7 @@ class Bench:
     train: Examples
     test: Examples
     tell: Tell = silent
+    device: torch.device = CPU
 
     def cells(self, scale: str) -> Path:
         """The folder of results."""
@@ -173,18 +177,22 @@ def cells_of(folder: Path, scale: str, parts: Parts) -> Path:
     return folder / "cells" / "-".join([scale, parts.tower_key, parts.reader_key, parts.convnet_key])
 
 
-def make_bench(level: str, scale: str, folder: Path, parts: Parts, tell: Tell = silent) -> Bench:
+def make_bench(
+    level: str, scale: str, folder: Path, parts: Parts, tell: Tell = silent, device: torch.device = CPU
+) -> Bench:
     """Raises `FoveateError` for unknown names, or if the disk is full."""
-    return bench_of(level_named(level), scale_named(scale), folder, parts, tell)
+    return bench_of(level_named(level), scale_named(scale), folder, parts, tell, device)
 
 
-def bench_of(level: Level, sizes: Scale, folder: Path, parts: Parts, tell: Tell = silent) -> Bench:
+def bench_of(
+    level: Level, sizes: Scale, folder: Path, parts: Parts, tell: Tell = silent, device: torch.device = CPU
+) -> Bench:
     """Draws what is missing. Raises `FoveateError` if the disk is full."""
     train, test = (
         examples(folder, level, sizes.view, sizes.magnify, split, count, tell=tell)
         for split, count in sets(sizes)
     )
-    return Bench(folder, sizes, parts, train, test, tell)
+    return Bench(folder, sizes, parts, train, test, tell, device)
 
 
 def sets(sizes: Scale) -> list[tuple[Split, int]]:

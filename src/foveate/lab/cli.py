@@ -29,6 +29,7 @@ LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, n
 Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights and reports.")]
 Background = Annotated[Path | None, typer.Option(help="A photograph as background, instead of the lab's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps: where methods train and are measured.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
 
@@ -118,6 +119,7 @@ def run(
         str | None,
         typer.Option(help="Processor time after which it stops, as 90s, 20m or 3h; run again, it goes on."),
     ] = None,
+    device: Device = "cpu",
     threads: Threads = 1,
 ) -> None:
     """Train and measure methods with equal data and steps; started again, it resumes."""
@@ -146,6 +148,7 @@ def run(
         wanted = Experiment(added, level, scale, (0,) if numbers is None else numbers, steps, batch)
     import torch
 
+    from foveate.devices import usable_device
     from foveate.lab.run import room
     from foveate.lab.run import run as run_all
 
@@ -173,6 +176,7 @@ def run(
             tell,
             takes,
             seconds,
+            torch.device(usable_device(device)),
         )
     if done.report is not None:
         console.print(f"report written to {done.report}", soft_wrap=True)
@@ -195,6 +199,7 @@ def sizes(
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures of each size.")] = 200,
     folder: Folder = Path("lab"),
+    device: Device = "cpu",
     threads: Threads = 1,
 ) -> None:
     """Measure trained rows on glyphs smaller and larger than those that they learnt from."""
@@ -209,6 +214,7 @@ def sizes(
     asked = None if glyphs is None else _numbers("glyphs", glyphs)
     import torch
 
+    from foveate.devices import usable_device
     from foveate.lab.sizes import GLYPHS, measure_sizes
 
     torch.set_num_threads(threads)
@@ -222,6 +228,7 @@ def sizes(
             experiment.stem,
             partial(_command, experiment),
             tell,
+            torch.device(usable_device(device)),
         )
     console.print(f"report written to {path}", soft_wrap=True)
     if missing:

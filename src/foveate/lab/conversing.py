@@ -78,7 +78,7 @@ class ConversingStudent(Student):
         if self.builds_tower or self.method.uses_query:  # nothing that a picture's lessons could share
             lessons = [lesson for i in indices for lesson in self._of_picture(data, i, captions)]
             batch = self.collate([encode(self.processor, cut_out(lesson, read_one)) for lesson in lessons])
-            return self.model(**batch, use_cache=False).loss
+            return self.model(**{k: v.to(self.bench.device) for k, v in batch.items()}, use_cache=False).loss
         return self.told(data, indices, captions).loss
 
     def _of_picture(self, data: Examples, i: int, captions: bool) -> list[list[dict[str, Any]]]:
@@ -100,10 +100,10 @@ class ConversingStudent(Student):
         first = self.model.connect(self._seen(data, indices), torch.tensor([data.size] * len(indices)))
         if first.kept is not None or first.injection is not None:
             raise FoveateError(f"{self.method.title}: the lab trains it in turns only if all tokens are read")
-        visual = seen(first.pooler_output, None, torch.tensor(owners))
+        visual = seen(first.pooler_output, None, torch.tensor(owners, device=self.bench.device))
         later = None
         if shown:
-            features = torch.cat([part.features for part in shown]).float()
+            features = torch.cat([part.features for part in shown]).to(self.bench.device).float()
             connected = self.model.connect(features, torch.tensor([part.size for part in shown]))
             later = torch.cat(connected.pooler_output)
         return read(self.model.language_model, visual, packed, later, self.model.config.image_token_id)
@@ -125,7 +125,8 @@ class ConversingStudent(Student):
                         views[key] = self.processor.image_processor.views(picture, plan)
         shown: dict[tuple[int, bytes], Shown] = {}
         if views:
-            features = self._encode_frozen(np.concatenate(list(views.values()))).to(torch.bfloat16)
+            together = torch.from_numpy(np.concatenate(list(views.values())))
+            features = self._encode_frozen(together).to(torch.bfloat16)
             parts = features.split([len(some) for some in views.values()])
             for (key, size), part in zip(sizes.items(), parts, strict=True):
                 shown[key] = Shown(size, self.method.plan(*size).tokens, part.clone())

@@ -29,6 +29,7 @@ from foveate.picture.source import Look, views_of
 
 GENERATION = 3  # part of the names of data: raised whenever the same seed draws other pictures or questions
 SPARE = 200 * 2**20  # bytes left free on the disk
+CPU = torch.device("cpu")
 T = TypeVar("T")
 Tell = Callable[[str, int, int], None]  # what, done, in all
 
@@ -37,7 +38,7 @@ def silent(what: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
-Encode = Callable[[np.ndarray], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
+Encode = Callable[[Tensor], Tensor]  # normalised views (V, 3, h, w) -> features (V, N, C)
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class Features:
         norms: (2, 3) mean and standard deviation, for parts of pictures.
         memory: bytes that may be kept in memory.
         tell: is told how far it is.
+        device: where parts of pictures are cut out. Features are kept in main memory.
     """
 
     def __init__(
@@ -148,10 +150,11 @@ class Features:
         norms: np.ndarray,
         memory: int = 4 * 2**30,
         tell: Tell = silent,
+        device: torch.device = CPU,
     ) -> None:
         self.folder, self.data, self.tower = folder / "features" / f"{data.key}-{tower}", data, tower
         self.encode, self.prepare, self.memory, self.tell = encode, prepare, memory, tell
-        self.norms = torch.from_numpy(np.asarray(norms))
+        self.device, self.norms = device, torch.from_numpy(np.asarray(norms)).to(device)
         self.kept: dict[str, Tensor] = {}
         self.fallback: str | None = None  # says why features are not on disk
 
@@ -215,11 +218,11 @@ class Features:
 
     def _look(self, plan: ViewPlan, looks: Sequence[Look], some: range) -> Tensor:
         """(n, V, N, C) bfloat16"""
-        pictures = torch.from_numpy(np.array(self.data.pictures[some.start : some.stop]))  # (n, H, W, 3)
+        pictures = torch.from_numpy(np.array(self.data.pictures[some.start : some.stop])).to(self.device)
         found = []
         for look in looks:
             views = views_of(pictures, self.norms, look, plan.views[0].size)
-            found.append(self.encode(views.numpy()).to("cpu", torch.bfloat16))
+            found.append(self.encode(views).to("cpu", torch.bfloat16))
         return torch.stack(found, 1)
 
     def gather_looks(self, plan: ViewPlan, wanted: Sequence[tuple[int, Look]]) -> Tensor | None:
@@ -237,11 +240,11 @@ class Features:
     def _encode(self, plan: ViewPlan, indices: Iterable[int]) -> Tensor:
         """(n, V, N, C) bfloat16"""
         views = [self.prepare(self.data.pictures[i], plan) for i in indices]
-        features = self.encode(np.concatenate(views)).to("cpu", torch.bfloat16)
+        features = self.encode(torch.from_numpy(np.concatenate(views))).to("cpu", torch.bfloat16)
         return features.unflatten(0, (len(views), len(plan.views)))
 
     def _shape(self, plan: ViewPlan) -> tuple[int, ...]:
-        blank = np.zeros((1, 3, *plan.views[0].size), dtype=np.float32)
+        blank = torch.zeros(1, 3, *plan.views[0].size)
         return (len(self.data.pictures), *self.encode(blank).shape[1:])
 
     def _unfinished(self, key: str) -> Path:

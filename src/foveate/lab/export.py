@@ -42,7 +42,7 @@ def export(
     if not weights.is_file():
         raise FoveateError(f"{weights} is missing: run `{command or cell.command}` first")
     student = make_student(cell, bench)
-    student.model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
+    student.model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
     Foveate(student.model.half(), student.processor).save(out)
     if options:
         load(out, dtype="float16", device="cpu", options=options).save(out)

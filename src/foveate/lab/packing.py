@@ -132,7 +132,7 @@ def portions(lengths: Sequence[int], most: int) -> list[range]:
 
 def visible(blocks: Tensor) -> Tensor:
     """(B, T) block numbers -> (B, 1, T, T): a token sees earlier ones of its block, and visual ones."""
-    causal = torch.ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()
+    causal = blocks.new_ones(blocks.shape[1], blocks.shape[1], dtype=torch.bool).tril()
     own = blocks[:, :, None] == blocks[:, None, :]
     return (causal & (own | (blocks == VISUAL)[:, None, :]))[:, None]
 

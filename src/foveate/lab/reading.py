@@ -54,11 +54,12 @@ def seen(
     """
     rows = torch.stack(list(tokens))  # (R, n, D)
     if len(rows) < len(owners):
-        empty = torch.ones(len(owners), 0, dtype=torch.bool)
+        empty = torch.ones(len(owners), 0, dtype=torch.bool, device=rows.device)
         return Seen(rows, owners, rows[owners, :0], empty)
-    there = torch.ones(rows.shape[:2], dtype=torch.bool) if kept is None else torch.stack(list(kept))
-    pictures, first = int(owners.max()) + 1, torch.zeros(int(owners.max()) + 1, dtype=torch.long)
-    first[owners.flip(0)] = torch.arange(len(owners)).flip(0)  # a picture's first row
+    there = torch.ones_like(rows[..., 0], dtype=torch.bool) if kept is None else torch.stack(list(kept))
+    pictures = int(owners.max()) + 1
+    first = owners.new_zeros(pictures)
+    first[owners.flip(0)] = torch.arange(len(owners), device=rows.device).flip(0)  # a picture's first row
     with torch.no_grad():
         same = there.clone()
         if pictures < len(owners):
@@ -98,8 +99,8 @@ class Answers(NamedTuple):
         `second`: token that ends each answer, if a text has several: only the second one counts.
         """
         rows, blocks = 1 + int(self.row.max()), int(self.block.max())
-        missed = torch.zeros(rows, blocks, dtype=torch.bool)
-        there = torch.zeros(rows, blocks, dtype=torch.bool)
+        missed = torch.zeros(rows, blocks, dtype=torch.bool, device=self.row.device)
+        there = torch.zeros_like(missed)
         there[self.row, self.block - 1] = True
         wrong = self.logits.argmax(-1).ne(self.labels)
         if second is not None:
@@ -130,11 +131,12 @@ def read(
         changes: decoder layer -> what changes the visual tokens of all rows behind it.
     """
     stem, owners, branch, kept = visual
+    packed = packed.to(stem.device)
     texts = llm.get_input_embeddings()(packed.input_ids)  # (R, T, D)
     if shown is not None:
         texts = texts.masked_scatter((packed.input_ids == placeholder)[..., None], shown)
     rest = torch.cat([branch, texts], 1)  # (R, B + T, D)
-    stem_places = torch.arange(stem.shape[1])[None]
+    stem_places = torch.arange(stem.shape[1], device=stem.device)[None]
     places = (stem.shape[1] + kept.long().cumsum(1) - 1).clamp(min=0)
     places = torch.cat([places, visual.tokens[:, None] + packed.position_ids], 1)
     turns, of_stem = (llm.model.rotary_emb(rest, where) for where in (places, stem_places))
@@ -191,7 +193,7 @@ def _asked(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _visible(stem: int, kept: Tensor, blocks: Tensor) -> Tensor:
     """(R, 1, B + T, S + B + T): what the tokens after the stem see."""
-    before = torch.full((len(blocks), stem), VISUAL)
+    before = torch.full((len(blocks), stem), VISUAL, device=blocks.device)
     branch = torch.where(kept, VISUAL, PADDING)
     return visible(torch.cat([before, branch, blocks], 1))[:, :, stem:]
 

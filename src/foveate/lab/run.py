@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foveate.errors import FoveateError
 from foveate.files import explained
 from foveate.lab.cell import Bench, Cell, bench_of, check_methods, make_bench, sets
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student, under
-from foveate.lab.data import SPARE, Tell, examples_key, silent
+from foveate.lab.data import CPU, SPARE, Tell, examples_key, silent
 from foveate.lab.experiment import Experiment
 from foveate.lab.levels import level_named
 from foveate.lab.materials import check_packages
@@ -47,6 +49,7 @@ def run(
     tell: Tell = silent,
     takes: Callable[[int], None] = lambda size: None,
     budget: float | None = None,
+    device: torch.device = CPU,
 ) -> Ran:
     """Trains what is missing of all variants and seeds, seed by seed, and writes the report after each cell.
 
@@ -61,6 +64,7 @@ def run(
         tell: is told how far drawing and encoding are.
         takes: is told the bytes of pictures and features that the disk will hold in addition.
         budget: seconds of processor time after which it stops, within a cell, to go on when run again.
+        device: where the methods train.
 
     Raises:
         FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
@@ -82,7 +86,7 @@ def run(
         size = needed([row[0] for row in cells], folder, parts)
         if size:
             takes(size)
-        bench = make_bench(level, scale, folder, parts, tell)
+        bench = make_bench(level, scale, folder, parts, tell, device)
         place = report_folder(experiment, folder, name)
         found: dict[str, dict[str, Any]] = {}
         path: Path | None = None

@@ -16,7 +16,7 @@ from foveate.files import LOCK, explained, read_json, write
 from foveate.lab.cell import Bench, Cell, bench_of, cells_of
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student
-from foveate.lab.data import Tell, silent
+from foveate.lab.data import CPU, Tell, silent
 from foveate.lab.experiment import Experiment
 from foveate.lab.levels import FINE, Level, level_named
 from foveate.lab.parts import load_parts
@@ -48,6 +48,7 @@ def measure_sizes(
     name: str | None = None,
     commands: Callable[[Cell], str] = lambda cell: cell.command,
     tell: Tell = silent,
+    device: torch.device = CPU,
 ) -> tuple[Path, int]:
     """Measures every trained cell of an experiment at every size, and writes `sizes.json`, `.md` and `.png`.
 
@@ -61,6 +62,7 @@ def measure_sizes(
         name: of the report's folder, as `run` names it.
         commands: the command that makes a cell again.
         tell: is told how far drawing and encoding are.
+        device: where the rows are measured.
 
     Returns:
         The Markdown file, and how many cells are not trained.
@@ -84,7 +86,7 @@ def measure_sizes(
             raise FoveateError(
                 f"none of these {len(cells)} cells is trained in {folder}: `foveate lab run` does"
             )
-        drawn = {g: bench_of(level_at(level, g), few, folder, parts, tell) for g in sorted({*glyphs})}
+        drawn = {g: bench_of(level_at(level, g), few, folder, parts, tell, device) for g in sorted({*glyphs})}
         for glyph, bench in drawn.items():
             if not any(question.kind in FINE for question in bench.test.asked):
                 raise FoveateError(f"glyphs of {glyph} pixels leave no room for objects: name smaller ones")
@@ -109,7 +111,7 @@ def _measured(cell: Cell, place: Path, benches: Mapping[int, Bench], command: st
             if bench.test.key not in known:
                 student = make_student(cell, bench)
                 student.ready()
-                weights = torch.load(place / "weights.pt", weights_only=True)
+                weights = torch.load(place / "weights.pt", map_location="cpu", weights_only=True)
                 student.model.load_state_dict(weights, strict=False)
                 lines = {
                     name: grouped(line, bench.test.asked)["fine"] for name, line in bench.guesses.items()

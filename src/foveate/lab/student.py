@@ -130,7 +130,7 @@ class Student:
             template=self.template,
             vision_feature_layer=-1,
         )
-        self.model, self.processor = made.model, made.processor
+        self.model, self.processor = made.model.to(bench.device), made.processor
         self.method = self.model.method
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)
@@ -154,14 +154,15 @@ class Student:
             self._views,
             self.processor.image_processor.norms,
             tell=self.bench.tell,
+            device=self.bench.device,
         )
 
     def _views(self, picture: np.ndarray, plan: ViewPlan) -> np.ndarray:
         return self.processor.image_processor.views(Image.fromarray(picture), plan)
 
     @torch.no_grad()
-    def _encode_frozen(self, views: np.ndarray) -> Tensor:
-        return self.model.encode_views(torch.from_numpy(views))
+    def _encode_frozen(self, views: Tensor) -> Tensor:
+        return self.model.encode_views(views.to(self.bench.device))
 
     def ready(self) -> str | None:
         """Caches the views' features if they are frozen; returns a sentence if there is no room for them."""
@@ -217,9 +218,8 @@ class Student:
         owners = [pictures.index(row.picture) for row in rows]
         encoded = self._connect(data, rows, samples, pictures, owners)
         packed = pack(samples, 0, self.model.config.image_token_id, self.bench.parts.tokenizer.pad_token_id)
-        visual = seen(
-            encoded.pooler_output, encoded.kept, torch.tensor(owners), closed=encoded.injection is None
-        )
+        of = torch.tensor(owners, device=self.bench.device)
+        visual = seen(encoded.pooler_output, encoded.kept, of, closed=encoded.injection is None)
         answers = read(self.model.language_model, visual, packed, changes=self._changes(encoded, visual))
         accounts = encoded.accounts
         if accounts is not None and len(accounts) < len(rows):  # of pictures
@@ -231,7 +231,7 @@ class Student:
         """What the method injects behind the LLM's layers."""
         if encoded.injection is None:
             return {}
-        there = torch.ones(len(visual.owners), self.plan.tokens, dtype=torch.bool)
+        there = torch.ones(len(visual.owners), self.plan.tokens, dtype=torch.bool, device=self.bench.device)
         return {
             layer: partial(injector, injection=encoded.injection, visual=there)
             for layer, injector in self.model.connector.injectors().items()
@@ -254,9 +254,9 @@ class Student:
         if not self.method.uses_query:
             return self.model.connect(features, sizes)
         asked = [torch.tensor(row[0].ids[: row[0].answer]) for row in samples]  # one question a row
-        ids = nn.utils.rnn.pad_sequence(asked, batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(asked, batch_first=True).to(self.bench.device)
         lengths = torch.tensor([[len(text)] for text in asked])
-        mask = (torch.arange(ids.shape[1]) < lengths).long()
+        mask = (torch.arange(ids.shape[1]) < lengths).long().to(self.bench.device)
         if not self.method.reads_source:
             return self.model.connect(features, sizes, ids, mask, owners=owners)
         source = self._source(data, pictures)
@@ -272,7 +272,7 @@ class Student:
         return KeptSource(
             [torch.from_numpy(np.array(data.pictures[i])) for i in pictures],
             torch.from_numpy(np.stack([self.processor.image_processor.norms] * len(pictures))),
-            torch.no_grad()(self.model.encode_views),
+            self._encode_frozen,
             [memory.setdefault(i, {}) for i in pictures],
             lambda wanted: self.features[data.key].gather_looks(
                 self.plan, [(pictures[p], look) for p, look in wanted]
@@ -284,7 +284,8 @@ class Student:
         told = [n for n, row in enumerate(rows) if row.region is not None]
         untold = [n for n, row in enumerate(rows) if row.region is None]
         width = self.model.config.vision_config.hidden_size
-        features = torch.empty(len(rows), len(self.plan.views), method.tower.tokens, width)
+        shape = (len(rows), len(self.plan.views), method.tower.tokens, width)
+        features = torch.empty(shape, device=self.bench.device)
         if untold:
             features[untold] = self._seen(data, [rows[n].picture for n in untold]).view_as(features[untold])
         if told:
@@ -292,15 +293,16 @@ class Student:
             pixels = [
                 self._views(data.pictures[rows[n].picture], plan) for n, plan in zip(told, plans, strict=True)
             ]
-            features[told] = self._encode_frozen(np.concatenate(pixels)).view_as(features[told])
+            encoded = self._encode_frozen(torch.from_numpy(np.concatenate(pixels)))
+            features[told] = encoded.view_as(features[told])
         return features.flatten(0, 1)
 
     def _seen(self, data: Examples, indices: Sequence[int]) -> Tensor:
         """Features of the plan's views, (B V, N, C)."""
         if not self.builds_tower:
-            return self.features[data.key].gather(self.plan, indices)
+            return self.features[data.key].gather(self.plan, indices).to(self.bench.device)
         pixels = np.concatenate([self._views(data.pictures[i], self.plan) for i in indices])
-        return self.model.encode_views(torch.from_numpy(pixels))
+        return self.model.encode_views(torch.from_numpy(pixels).to(self.bench.device))
 
     def stages(self) -> list[Stage]:
         """The cell's own stages; or first the connector alone, with captions, then also the LLM."""

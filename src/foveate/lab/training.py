@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from foveate.devices import device_name
 from foveate.errors import FoveateError
 from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
@@ -120,6 +121,7 @@ def _train_cell(
         "steps": trained.steps,
         "converged": has_converged(trained.curve),
         "features": fallback,
+        "device": device_name(bench.device),
     }
     text = json.dumps(result, indent=2) + "\n"
     with new_file(place / "weights.pt") as part:
@@ -149,7 +151,7 @@ def _sibling(
     result = train_cell(own, student.bench, report, command, budget)
     if result is None:
         raise OutOfTime
-    weights = torch.load(place.parent / own.key / "weights.pt", weights_only=True)
+    weights = torch.load(place.parent / own.key / "weights.pt", map_location="cpu", weights_only=True)
     student.model.load_state_dict(weights, strict=False)
     curve = [_point(values) for values in result["curve"]]
     return Trained(result["seconds"]["training"], result["losses"], curve, result["steps"])
@@ -305,7 +307,7 @@ def _save(
 def _saved(path: Path) -> dict[str, Any]:
     """A checkpoint of `_save`."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError, OSError, KeyError) as error:
         raise FoveateError(f"{path} is broken: delete it, and that training starts anew") from error
 
