@@ -323,23 +323,29 @@ def committed(folder: Path) -> dict[str, Results]:
 
 
 def collect(lab: Path) -> None:
-    """Adds all cells that are trained, and their sizes, to the reports; a cell that is there is replaced."""
-    known: list[Mapping[str, Any]] = []
+    """Adds all cells that are trained, and their sizes, to the reports; a cell that is there is replaced.
+
+    A row that two experiments share is found in either's report.
+    """
+    known: dict[str, Mapping[str, Any]] = {}
+    for results in committed(DOCS / "reports").values():
+        known |= {_name(one["cell"]): one for one in results}
+    added: set[str] = set()
     with controls():
         for name in REPORTS:
             experiment = read_experiment(name)
             home = cells_of(lab, experiment.scale, load_parts(experiment.scale, lab))
             cells = [Cell.of(experiment, v, seed) for v in experiment.variants for seed in experiment.seeds]
-            files = [home / cell.key / "result.json" for cell in cells]
-            found = [
-                {**json.loads(file.read_text(encoding="utf-8")), "label": cell.label}
-                for cell, file in zip(cells, files, strict=True)
-                if file.is_file()
-            ]
             order = [json.loads(json.dumps(cell.record)) for cell in cells]
-            if any({**one["cell"], "label": None} not in known for one in found):  # more than another report
+            for cell, record in zip(cells, order, strict=True):
+                file = home / cell.key / "result.json"
+                if file.is_file():
+                    known[_name(record)] = json.loads(file.read_text(encoding="utf-8"))
+            found = [{**known[_name(one)], "label": one["label"]} for one in order if _name(one) in known]
+            names = {_name(one["cell"]) for one in found}
+            if not names <= added:  # more than the reports before it
                 _merge(DOCS / "reports" / f"{name}.json", found, order, 2)
-            known += [{**one["cell"], "label": None} for one in found]
+            added |= names
             measured = lab / "reports" / name / "sizes.json"
             if measured.is_file():
                 kept = DOCS / "reports" / "sizes" / f"{name}.json"
@@ -349,7 +355,7 @@ def collect(lab: Path) -> None:
 def _merge(path: Path, found: Results, order: Sequence[Mapping[str, Any]], indent: int) -> None:
     """Adds results to a report, in the order of its cells. Raises `ValueError` for unlike sizes."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    new = {_name({**one["cell"], "label": one["label"]}): one for one in (*old, *found)}
+    new = {_name(one["cell"]): one for one in (*old, *found)}
     if len({(tuple(one["sizes"]), one["pictures"]) for one in new.values() if "sizes" in one}) > 1:
         raise ValueError(f"{path} has other sizes of glyphs, or another number of pictures")
     wanted = [_name(cell) for cell in order]
@@ -359,7 +365,8 @@ def _merge(path: Path, found: Results, order: Sequence[Mapping[str, Any]], inden
 
 
 def _name(cell: Mapping[str, Any]) -> str:
-    return json.dumps(cell, sort_keys=True)
+    """The same for a cell of two experiments that label it otherwise."""
+    return json.dumps({**cell, "label": None}, sort_keys=True)
 
 
 def main() -> None:
