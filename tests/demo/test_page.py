@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 
 import foveate
+import foveate.demo.page
 from foveate import Limits
 from foveate.demo.app import application, listening, server
 from foveate.tiny import tiny_model
@@ -125,6 +126,36 @@ def test_upload_ask_and_look(browser: Any, address: str) -> None:
         assert "without the most relevant part" in page.inner_text("#column-0 .notes")
         assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
         assert problems == []
+
+
+def test_a_late_look_leaves_an_answer(browser: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question may be answered before the picture has been looked at. A new picture empties the page."""
+    begun, answered, read = Event(), Event(), foveate.demo.page.read
+
+    def waiting(*given: Any) -> Any:
+        if not begun.is_set():  # the look at the new picture, not the question
+            begun.set()
+            answered.wait(PATIENCE / 1000)
+        return read(*given)
+
+    with opened(browser, address) as page:
+        monkeypatch.setattr("foveate.demo.page.read", waiting)
+        with page.expect_response(re.compile("/run/|/api/")) as looked:
+            upload(page, SIGNS)
+            assert begun.wait(PATIENCE / 1000)
+            ask(page, "what word is on the sign?")
+            page.wait_for_selector("#column-0 .seen img")
+            answered.set()
+        looked.value.finished()
+        page.wait_for_timeout(500)
+        assert page.query_selector("#column-0 .seen img") and answers(page) == ["open"]
+        page.click("#picture button[aria-label='Remove Image'], #picture button[aria-label='Clear']")
+        page.wait_for_selector("#column-0 .seen img", state="detached")
+        upload(page, SIGNS)  # the same picture again is a new beginning
+        assert answers(page) == []
+        ask(page, "what digit is on the red shape?")
+        page.wait_for_selector("#column-0 .seen img")
+        assert answers(page) == ["9"]
 
 
 def test_errors_are_shown_as_errors(browser: Any, address: str, tmp_path: Path) -> None:

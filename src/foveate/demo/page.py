@@ -46,6 +46,14 @@ STYLE = """
 #status .wrong { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
 footer { display: none !important; }
 """
+EMPTY = """() => Array(2).fill([
+  [],
+  {choices: [], value: [], visible: false, __type__: "update"},
+  {value: null, visible: false, __type__: "update"},
+  null, "", "",
+  {visible: false, __type__: "update"},
+  {value: null, visible: false, __type__: "update"},
+]).flat()"""
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,15 @@ class Column:
 
     @property
     def shown(self) -> list[Any]:
-        """What an answer changes, in the order of `_empty` and `_full`."""
+        """What an answer changes, in the order of `_full`."""
+        return [*self.emptied, self.talk]
+
+    @property
+    def emptied(self) -> list[Any]:
+        """What is empty before the first answer about a picture, in the order of `EMPTY`."""
         return [
             *(self.said, self.layers, self.seen, self.views, self.costs, self.notes, self.why),
-            *(self.explained, self.talk),
+            self.explained,
         ]
 
 
@@ -149,7 +162,7 @@ class Page:
             outputs = [part for column in columns for part in column.shown]
             question.submit(
                 self.ask,
-                [*asked, *(column.talk for column in columns)],
+                [*asked, *(part for column in columns for part in (column.talk, column.said))],
                 [
                     question,
                     *(column.box for column in columns),
@@ -159,10 +172,13 @@ class Page:
                 api_visibility="private",
                 show_progress_on=status,  # it would cover the answers
             )
+            # In the browser itself: an answer that came at once would be wiped away by a late reply.
+            emptied = [part for column in columns for part in column.emptied]
+            picture.change(None, None, emptied, js=EMPTY, show_progress="hidden", api_visibility="private")
             picture.change(
                 self.look,
                 [picture, first],
-                [status, *outputs],
+                status,
                 api_visibility="private",
                 show_progress_on=status,
                 queue=False,  # at the end of a queued event, Gradio's page may miss one that has just begun
@@ -243,15 +259,15 @@ class Page:
             talk = gr.State(None)
         return Column(box, title, said, switches, seen, views, table, notes, why, explained, talk)
 
-    def look(self, path: str | None, model: str) -> list[Any]:
-        """A new picture: nothing was said about it yet. What cannot be read is an error at once."""
+    def look(self, path: str | None, model: str) -> str:
+        """Reads a new picture, so that one that cannot be read is an error at once."""
         said = ""
         try:
             if path is not None:
                 read(path, self.limits, self.models[model])
         except FoveateError as error:
             said = f'<p role="alert" class="wrong">{escape(str(error))}</p>'
-        return [said, *_empty(), *_empty()]
+        return said
 
     def ask(
         self,
@@ -262,16 +278,19 @@ class Page:
         tokens: float,
         temperature: float,
         remember: bool,
-        *before: Talk | None,
+        *before: Any,
     ) -> Iterator[list[Any]]:
-        """Answers a question by one model or two, piece by piece."""
+        """Answers a question by one model or two, piece by piece; `before`: each column's talk, and what it
+        still shows of it."""
         with _shown_errors():
             if path is None:
                 raise FoveateError("there is no picture: upload or paste one")
             names = [first] if second == ALONE else [first, second]
             settings = Settings(int(tokens), temperature, remember)
+            columns = zip(before[::2], before[1::2], strict=True)
             talks = [
-                self._talk(path, name, talk, remember) for name, talk in zip(names, before, strict=False)
+                self._talk(path, name, talk if said else None)
+                for name, (talk, said) in zip(names, columns, strict=False)
             ]
             for talk in talks:
                 talk.chat.check(question)
@@ -302,7 +321,7 @@ class Page:
                 raise
             yield [gr.update(value=""), *[gr.skip()] * 4, *nothing[0], *nothing[1]]
 
-    def _talk(self, path: str, name: str, before: Talk | None, remember: bool) -> Talk:
+    def _talk(self, path: str, name: str, before: Talk | None) -> Talk:
         """What was said so far, where it was about the same picture by the same model."""
         model = self.models[name]
         if before is not None and (before.model, before.path) == (name, path):
@@ -354,21 +373,6 @@ class _shown_errors:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FoveateError):
             raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
-
-
-def _empty() -> list[Any]:
-    """A column before its first answer."""
-    return [
-        [],
-        gr.update(choices=[], value=[], visible=False),
-        gr.update(value=None, visible=False),
-        None,
-        "",
-        "",
-        gr.update(visible=False),
-        gr.update(value=None, visible=False),
-        None,
-    ]
 
 
 def _path_of(payload: Any) -> str | None:
