@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from typer.testing import CliRunner
 from foveate.errors import FoveateError
 from foveate.lab import progress
 from foveate.lab import run as lab_run
+from foveate.lab.cell import Bench, Cell, cells_of
 from foveate.lab.cli import app, several
-from foveate.lab.experiment import Experiment, StageSpec, Variant
+from foveate.lab.controls import controls
+from foveate.lab.experiment import Experiment, StageSpec, Variant, read_experiment
+from foveate.lab.parallel import chains
 from foveate.lab.parts import load_parts, prepare
 from foveate.lab.run import clean, run
 from foveate.lab.scales import SCALES
@@ -129,3 +134,55 @@ def test_the_smallest_scale_needs_no_preparation(tmp_path: Path, monkeypatch: py
     assert load_parts("nano", tmp_path).tower_key == load_parts("tiny", tmp_path).tower_key
     with pytest.raises(FoveateError, match="scale 'nano' has the networks of 'tiny'"):
         prepare("nano", REAL, tmp_path)
+
+
+def test_cells_that_train_at_once_are_those_that_train_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "nano", REAL)  # which other processes have
+    experiment = Experiment((Variant("llava"), Variant("anyres")), "near", "nano", steps=4, points=2)
+    told: list[tuple[str, int]] = []
+    drawn: list[str] = []
+    found = []
+    for jobs in (1, 2):
+        done = run(
+            experiment,
+            tmp_path / str(jobs),
+            lambda cell, step, steps, loss: told.append((cell.method, step)),
+            tell=lambda what, done, total: drawn.append(what.split()[0]),
+            jobs=jobs,
+        )
+        assert done.report is not None and done.missing == 0
+        cells = json.loads(done.report.with_suffix(".json").read_text(encoding="utf-8"))
+        found.append([(cell["title"], cell["losses"], cell["marks"], cell["steps"]) for cell in cells])
+        assert sorted(told) == sorted((m, n) for m in ("llava", "anyres") for n in range(1, 5))
+        assert {*drawn} == {"drawing", "encoding"}
+        told.clear()
+        drawn.clear()
+    assert found[0] == found[1]
+    other = replace(experiment, variants=experiment.variants[1:], seeds=(1,))
+    with controls():
+        cell = Cell.of(other, other.variants[0], 1)
+        place = cells_of(tmp_path / "2", "nano", load_parts("nano", tmp_path)) / cell.key
+    place.mkdir(parents=True)
+    (place / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(FoveateError, match="is broken: delete it"):
+        run(other, tmp_path / "2", jobs=2)
+    (place / "checkpoint.pt").unlink()
+    with pytest.raises(FoveateError, match=r"ended with exit code -9.* run again, it goes on"):
+        run(other, tmp_path / "2", lambda *step: multiprocessing.active_children()[0].kill(), jobs=2)
+    assert not multiprocessing.active_children()
+    assert run(other, tmp_path / "2").missing == 0
+
+
+def test_rows_that_share_weights_train_in_turn(bench: Bench) -> None:
+    experiment = read_experiment("duel_tables")
+    with controls():
+        cells = [Cell.of(experiment, row, seed) for row in experiment.variants for seed in (0, 1)]
+        told = [replace(cell, told=True) for cell in cells if cell.label == "CoRoI"]
+        found = chains([(cell, "") for cell in (*cells, *told)], bench)
+    several = [[(cell.label, cell.seed, cell.told) for cell, _ in chain] for chain in found if len(chain) > 1]
+    assert several == [
+        *([("CoRoI", seed, False), ("CoRoI", seed, True)] for seed in (0, 1)),
+        *([("Chain-of-Spot", seed, False), ("centre crop", seed, False)] for seed in (0, 1)),
+    ]

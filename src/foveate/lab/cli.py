@@ -117,9 +117,14 @@ def run(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Processor time after which it stops, as 90s, 20m or 3h; run again, it goes on."),
+        typer.Option(
+            help="Processor time of each job after which it stops, as 90s, 20m or 3h; run again, it goes on."
+        ),
     ] = None,
     device: Device = "cpu",
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Cells that train at once, each in a process of its own.")
+    ] = 1,
     threads: Threads = 1,
 ) -> None:
     """Train and measure methods with equal data and steps; started again, it resumes."""
@@ -177,6 +182,7 @@ def run(
             takes,
             seconds,
             torch.device(usable_device(device)),
+            jobs,
         )
     if done.report is not None:
         console.print(f"report written to {done.report}", soft_wrap=True)
@@ -233,6 +239,38 @@ def sizes(
     console.print(f"report written to {path}", soft_wrap=True)
     if missing:
         console.print(f"{missing} cells are not trained yet, and not in it")
+
+
+@app.command()
+def pace(
+    experiment: Annotated[Path, typer.Argument(help="The experiment, a file or a name.")],
+    rows: Annotated[
+        list[str] | None, typer.Option(help=f"Labels of the file's variants, by default all. {SEVERAL}")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each row is timed.")] = 7,
+    folder: Folder = Path("lab"),
+    device: Device = "cpu",
+    threads: Threads = 1,
+) -> None:
+    """Time a training step of every row, in turn: what rows cost, wherever they have trained."""
+    from foveate.lab.experiment import only, read_experiment
+
+    wanted = read_experiment(experiment)
+    if rows is not None:
+        labels = [variant.label or variant.method for variant in wanted.variants]
+        wanted = replace(wanted, variants=only(wanted, several(rows, labels)))
+    import torch
+
+    from foveate.devices import usable_device
+    from foveate.lab.pace import measure_pace
+
+    torch.set_num_threads(threads)
+    console = Console()
+    with telling(console) as tell:
+        path = measure_pace(
+            wanted, folder, rounds, experiment.stem, tell, torch.device(usable_device(device))
+        )
+    console.print(f"report written to {path}", soft_wrap=True)
 
 
 @app.command()

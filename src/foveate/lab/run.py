@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from foveate.lab.data import CPU, SPARE, Tell, examples_key, silent
 from foveate.lab.experiment import Experiment
 from foveate.lab.levels import level_named
 from foveate.lab.materials import check_packages
+from foveate.lab.parallel import train_at_once
 from foveate.lab.parts import Parts, load_parts
 from foveate.lab.report import write_report
 from foveate.lab.scales import scale_named
@@ -50,6 +51,7 @@ def run(
     takes: Callable[[int], None] = lambda size: None,
     budget: float | None = None,
     device: torch.device = CPU,
+    jobs: int = 1,
 ) -> Ran:
     """Trains what is missing of all variants and seeds, seed by seed, and writes the report after each cell.
 
@@ -63,8 +65,10 @@ def run(
         commands: the command that makes a cell again.
         tell: is told how far drawing and encoding are.
         takes: is told the bytes of pictures and features that the disk will hold in addition.
-        budget: seconds of processor time after which it stops, within a cell, to go on when run again.
+        budget: seconds of processor time after which it stops, within a cell, to go on when run again; with
+            several jobs, of every cell's process.
         device: where the methods train.
+        jobs: cells that train at once, each in a process of its own.
 
     Raises:
         FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
@@ -90,11 +94,15 @@ def run(
         place = report_folder(experiment, folder, name)
         found: dict[str, dict[str, Any]] = {}
         path: Path | None = None
-        for cell in (row[i] for i in range(len(experiment.seeds)) for row in cells):
+        order = [(row[i], commands(row[i])) for i in range(len(experiment.seeds)) for row in cells]
+        if jobs == 1:
             left = None if budget is None else budget - (time.process_time() - start)
-            result = train_cell(cell, bench, _telling(report, cell), commands(cell), left)
+            trained = _one_by_one(order, bench, report, left)
+        else:
+            trained = train_at_once(order, jobs, bench, report, tell, budget)
+        for cell, result in trained:
             if result is None:
-                break
+                continue
             found[cell.key] = result
             done = [one for row in cells for one in row if one.key in found]
             path = write_report([{**found[one.key], "label": one.label} for one in done], place)
@@ -156,6 +164,19 @@ def room(folder: Path) -> int:
     """Bytes that a run may fill on the disk of a folder, which need not exist yet."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     return max(0, shutil.disk_usage(there).free - SPARE)
+
+
+def _one_by_one(
+    cells: Sequence[tuple[Cell, str]], bench: Bench, report: Report | None, budget: float | None
+) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
+    """Cells in order, up to the one that uses up the budget."""
+    start = time.process_time()
+    for cell, command in cells:
+        left = None if budget is None else budget - (time.process_time() - start)
+        result = train_cell(cell, bench, _telling(report, cell), command, left)
+        yield cell, result
+        if result is None:
+            return
 
 
 def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from foveate.devices import device_name
@@ -27,7 +27,7 @@ from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
 from foveate.lab.optimise import Trapezoid, warm_cosine
 from foveate.lab.questions import Question
-from foveate.lab.student import Student
+from foveate.lab.student import Stage, Student
 from foveate.model.cost import shared_pricer
 from foveate.picture.geometry import Size
 
@@ -167,7 +167,7 @@ def _train(
 ) -> Trained:
     """Trains through all stages, the last one until it converges if the cell says so."""
     cell, bench = student.cell, student.bench
-    start, shared = _start(cell, bench)
+    start, shared = shared_start(cell, bench)
     kept = next((path for path in (checkpoint, start) if path.is_file()), None)
     saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
@@ -203,12 +203,7 @@ def _train(
         step = max(first, begin)
         while step < end:
             step += 1
-            captions = stage.captions or stage.regions
-            loss = learner.loss(learner.bench.train, next(order), captions)
-            optimise.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
-            optimise.step()
+            loss = learn(learner, optimise, stage, next(order))
             rates.step()
             recent.append(loss.item())
             if report:
@@ -241,6 +236,16 @@ def _train(
     return Trained(seconds(), losses, curve, end)
 
 
+def learn(learner: Student, optimise: torch.optim.Optimizer, stage: Stage, indices: Sequence[int]) -> Tensor:
+    """One step on these training pictures; returns their loss."""
+    loss = learner.loss(learner.bench.train, indices, stage.captions or stage.regions)
+    optimise.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimise.param_groups for p in g["params"]], 1.0)
+    optimise.step()
+    return loss
+
+
 @torch.inference_mode()
 def _measured(student: Student) -> Measured:
     """On some of the held-out pictures, for a point of the learning curve."""
@@ -269,7 +274,7 @@ def _compared(
     return Point(*where, (fine[0], coarse[0]), (fine[1], coarse[1]), (fine[2], coarse[2]), turned)
 
 
-def _start(cell: Cell, bench: Bench) -> tuple[Path, int]:
+def shared_start(cell: Cell, bench: Bench) -> tuple[Path, int]:
     """The folder of the method that a cell starts from, shared by rows with the same start, and its steps."""
     stages = tuple(itertools.takewhile(lambda stage: stage.method is not None, cell.stages))
     shared = replace(cell, options={}, told=False, stages=stages)
