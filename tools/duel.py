@@ -9,6 +9,7 @@ Cells that LAB lacks stay as they are. docs/images/reports.py draws the figures.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from foveate.lab.comparing import Difference, difference
 from foveate.lab.controls import controls
 from foveate.lab.experiment import read_experiment
 from foveate.lab.levels import FINE
+from foveate.lab.pace import with_pace
 from foveate.lab.parts import load_parts
 from foveate.lab.report import by_method, markdown, table
 
@@ -208,14 +210,16 @@ def tables(results: Results) -> list[list[str]]:
     return [lines for lines in found if lines]
 
 
-def page(reports: Mapping[str, Results], measured: Mapping[str, Results]) -> str:
+def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces: Path) -> str:
     """The section of results.
 
     Args:
         reports: by experiment, its results.
         measured: by experiment, what `foveate lab sizes` has measured.
+        paces: folder with what `foveate lab pace` has measured, a file an experiment.
     """
     parts = [BEGIN, _trained(reports), _claims(reports)]
+    reports = {name: with_pace(results, paces / f"{name}.json") for name, results in reports.items()}
     for name in ("duel", "duel_dense"):
         if reports[name]:
             parts += [_level(name, reports[name], measured.get(name, ()))]
@@ -346,10 +350,12 @@ def collect(lab: Path) -> None:
             if not names <= added:  # more than the reports before it
                 _merge(DOCS / "reports" / f"{name}.json", found, order, 2)
             added |= names
-            measured = lab / "reports" / name / "sizes.json"
+            measured, pace = (lab / "reports" / name / f"{what}.json" for what in ("sizes", "pace"))
             if measured.is_file():
                 kept = DOCS / "reports" / "sizes" / f"{name}.json"
                 _merge(kept, json.loads(measured.read_text(encoding="utf-8")), order, 1)
+            if pace.is_file():
+                shutil.copy(pace, DOCS / "reports" / "pace" / f"{name}.json")
 
 
 def _merge(path: Path, found: Results, order: Sequence[Mapping[str, Any]], indent: int) -> None:
@@ -372,7 +378,7 @@ def _name(cell: Mapping[str, Any]) -> str:
 def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    made = page(committed(DOCS / "reports"), committed(DOCS / "reports" / "sizes"))
+    made = page(committed(DOCS / "reports"), committed(DOCS / "reports" / "sizes"), DOCS / "reports" / "pace")
     path = DOCS / "duel.md"
     text = path.read_text(encoding="utf-8")
     path.write_text(text[: text.index(BEGIN)] + made + text[text.index(END) :], encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from foveate.lab.pace import with_pace
 from foveate.lab.report import plot, plot_curves
 from foveate.lab.sizes import plot_sizes
 
@@ -20,7 +21,8 @@ def main(folder: Path) -> None:
     for report in sorted((HERE.parent / "reports").glob("*.json")):
         if report.stem in LONGER:
             continue
-        results = json.loads(report.read_text(encoding="utf-8"))
+        whole = json.loads(report.read_text(encoding="utf-8"))
+        results = with_pace(whole, report.parent / "pace" / report.name)
         plot(results, folder / f"{report.stem}.png")
         if all("curve" in result for result in results):
             plot_curves(results, folder / f"{report.stem}_curves.png")

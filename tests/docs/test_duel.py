@@ -21,7 +21,7 @@ DUEL = runpy.run_path(str(ROOT / "tools" / "duel.py"))
 
 def test_the_results_are_those_of_the_reports() -> None:
     reports = ROOT / "docs" / "reports"
-    made = DUEL["page"](DUEL["committed"](reports), DUEL["committed"](reports / "sizes"))
+    made = DUEL["page"](DUEL["committed"](reports), DUEL["committed"](reports / "sizes"), reports / "pace")
     page = (ROOT / "docs" / "duel.md").read_text(encoding="utf-8")
     assert page[page.index(DUEL["BEGIN"]) : page.index(DUEL["END"])] == made, "run tools/duel.py"
 
@@ -29,7 +29,7 @@ def test_the_results_are_those_of_the_reports() -> None:
 def test_rows_that_are_not_measured_at_other_sizes_are_named() -> None:
     reports = DUEL["committed"](ROOT / "docs" / "reports")
     sizes = DUEL["committed"](ROOT / "docs" / "reports" / "sizes")
-    page = DUEL["page"](reports, sizes | {"duel": sizes["duel"][:1]})
+    page = DUEL["page"](reports, sizes | {"duel": sizes["duel"][:1]}, ROOT / "docs" / "reports" / "pace")
     named = [f"{one['label'] or one['title']}, seed {one['cell']['seed']}" for one in reports["duel"][1:]]
     assert f"Not measured yet: {'; '.join(named)}.\n" in page
 

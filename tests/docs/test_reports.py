@@ -13,6 +13,7 @@ from foveate.lab import sizes
 from foveate.lab.cell import Cell
 from foveate.lab.curve import POINTS
 from foveate.lab.experiment import read_experiment
+from foveate.lab.pace import with_pace
 from foveate.lab.report import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ SIZES = sorted((ROOT / "docs" / "reports" / "sizes").glob("*.json"))
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_report(report: Path) -> None:
-    results = json.loads(report.read_text(encoding="utf-8"))
+    results = with_pace(json.loads(report.read_text(encoding="utf-8")), report.parent / "pace" / report.name)
     pages = [page.read_text(encoding="utf-8").splitlines() for page in (ROOT / "docs").rglob("*.md")]
     rows = [line for line in markdown(results).splitlines() if line.startswith("|")]
     assert len(rows) > 6

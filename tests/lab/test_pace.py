@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from foveate.errors import FoveateError
 from foveate.lab.cli import app
 from foveate.lab.experiment import Experiment, Variant
-from foveate.lab.pace import measure_pace, seconds_at, timed
+from foveate.lab.pace import measure_pace, seconds_at, timed, with_pace
 from foveate.lab.run import run
 
 
@@ -36,6 +36,8 @@ def test_a_report_gets_the_seconds_of_steps_that_were_timed(prepared: Path, tmp_
             seconds_at(pace, p["step"]) for p in before["curve"]
         ]
         assert {**after, "seconds": 0, "curve": 0} == {**before, "seconds": 0, "curve": 0}
+    assert with_pace(results, path.with_suffix(".json")) == new
+    assert with_pace(results, tmp_path / "none.json") == results
     with pytest.raises(FoveateError, match="CoRoI has no pace: `foveate lab pace`"):
         timed(results, paces[:1])
     with pytest.raises(FoveateError, match="rounds must be at least 1, not 0"):

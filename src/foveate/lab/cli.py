@@ -29,7 +29,7 @@ LevelName = Annotated[str, typer.Option(help="How hard the pictures are: easy, n
 Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights and reports.")]
 Background = Annotated[Path | None, typer.Option(help="A photograph as background, instead of the lab's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps: where methods train and are measured.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps: where networks train and are measured.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
 
@@ -38,6 +38,7 @@ def prepare(
     scale: ScaleName = "tiny",
     folder: Folder = Path("lab"),
     seed: Seed = 0,
+    device: Device = "cpu",
     threads: Threads = 1,
     parts: Annotated[list[str] | None, typer.Option(help=f"Which parts, by default all. {SEVERAL}")] = None,
 ) -> None:
@@ -47,6 +48,7 @@ def prepare(
     sizes = scale_named(scale)
     import torch
 
+    from foveate.devices import usable_device
     from foveate.lab.parts import PARTS
     from foveate.lab.parts import prepare as make
 
@@ -60,6 +62,7 @@ def prepare(
             seed,
             lambda what, step, steps, loss: tell(what, step, steps, f"loss {loss:.3f}"),
             PARTS if parts is None else several(parts, PARTS),
+            torch.device(usable_device(device)),
         )
     console.print(f"written to {place}")
 

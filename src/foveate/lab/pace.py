@@ -14,7 +14,7 @@ import torch
 
 from foveate.devices import device_name
 from foveate.errors import FoveateError
-from foveate.files import explained, write
+from foveate.files import explained, read_json, write
 from foveate.lab.cell import Cell, bench_of
 from foveate.lab.controls import controls
 from foveate.lab.conversing import make_student, under
@@ -136,8 +136,16 @@ def timed(results: Sequence[Result], paces: Sequence[Result]) -> list[dict[str, 
             )
         curve = [{**p, "seconds": seconds_at(pace, p["step"])} for p in result["curve"]]
         training = seconds_at(pace, result["steps"])
-        made.append({**result, "curve": curve, "seconds": {**result["seconds"], "training": training}})
+        seconds = {**result["seconds"], "training": training}
+        made.append({**result, "curve": curve, "seconds": seconds, "device": pace["device"]})
     return made
+
+
+def with_pace(results: Sequence[Result], file: Path) -> Sequence[Result]:
+    """`timed` by the paces in a file, if there is one."""
+    if not file.is_file():
+        return results
+    return timed(results, read_json(file, f"delete {file}, and seconds are where rows have trained"))
 
 
 def _row(cell: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from transformers import (
 
 from foveate.errors import FoveateError
 from foveate.files import explained, write
+from foveate.lab.data import CPU
 from foveate.lab.reader import comprehension, train_reader
 from foveate.lab.scales import Scale, scale_named
 from foveate.lab.tower import legibility, tower_scenes, train_tower
@@ -70,6 +71,7 @@ def prepare(
     seed: int = 0,
     report: Report | None = None,
     parts: Sequence[str] = PARTS,
+    device: torch.device = CPU,
 ) -> Path:
     """Pre-trains and writes those of `parts` that a scale lacks.
 
@@ -99,7 +101,7 @@ def prepare(
                 report(part, step, steps[part], loss)
 
         start = time.process_time()
-        made = makers[part](seed, tell)
+        made = makers[part](seed, tell, device)
         notes = {"seconds": round(time.process_time() - start), "accuracy": made.accuracy}
         with explained(place):
             made.model.to(torch.bfloat16).save_pretrained(place)
@@ -110,17 +112,19 @@ def prepare(
 
 
 def _prepare_tower(
-    scale: Scale, convolutional: bool, seed: int, tell: Callable[[int, float], None]
+    scale: Scale, convolutional: bool, seed: int, tell: Callable[[int, float], None], device: torch.device
 ) -> Prepared:
-    tower, head = train_tower(scale, convolutional, seed, tell)
+    tower, head = train_tower(scale, convolutional, seed, tell, device)
     return Prepared(
         tower, legibility(tower, head, scale, tower_scenes(scale, "test", scale.tower_test_scenes))
     )
 
 
-def _prepare_reader(scale: Scale, seed: int, tell: Callable[[int, float], None]) -> Prepared:
+def _prepare_reader(
+    scale: Scale, seed: int, tell: Callable[[int, float], None], device: torch.device
+) -> Prepared:
     tokenizer = lab_tokenizer()
-    reader = train_reader(scale, tokenizer, seed, tell)
+    reader = train_reader(scale, tokenizer, seed, tell, device)
     return Prepared(reader, comprehension(reader, tokenizer, scale.levels), tokenizer)
 
 

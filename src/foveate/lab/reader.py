@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from foveate.lab.data import CPU
 from foveate.lab.levels import LEVELS, Level
 from foveate.lab.materials import DIGITS, LETTERS, materials
 from foveate.lab.objects import COLOURS, PLAIN, SIGN, Thing
@@ -181,9 +182,9 @@ def read(
     if model.training:
         for row, scene in zip(samples, scenes, strict=True):
             row += [encode(said, source.tokenizer) for said in caption(scene, source.rng)]
-    packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions)
+    packed = pack(samples, ids.shape[1], 0, model.config.pad_token_id, positions).to(model.device)
     embedding = model.get_input_embeddings()
-    described = bag_embeddings(ids, embedding, NOISE)
+    described = bag_embeddings(ids.to(model.device), embedding, NOISE)
     output = model(
         inputs_embeds=torch.cat([described, embedding(packed.input_ids[:, ids.shape[1] :])], dim=1),
         attention_mask=packed.attention_mask,
@@ -199,11 +200,12 @@ def train_reader(
     tokenizer: PreTrainedTokenizerFast,
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    device: torch.device = CPU,
 ) -> LlamaForCausalLM:
     """Pre-trains the LLM; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
     schedule = scale.reader
-    model = LlamaForCausalLM(scale.text_config(len(tokenizer)))
+    model = LlamaForCausalLM(scale.text_config(len(tokenizer))).to(device)
     source = Descriptions(tokenizer, scale.levels, seed)
     optimise = optimiser([(model, schedule.lr)])
     rates = warm_cosine(optimise, schedule.steps)

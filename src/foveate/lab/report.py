@@ -29,7 +29,7 @@ CURVES = (
     "![accuracy on held-out pictures over steps and over seconds of training](curves.png)",
     "",
 )
-COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters", "training, CPU s")
+COLUMNS = ("", "seeds", *GROUPS, "views", "visual tokens", "GFLOP", "parameters")
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
@@ -70,7 +70,9 @@ def markdown(results: Sequence[Result]) -> str:
     groups = by_method(results)
     looked = ["found", "overlap"] if any(result["looked"] for result in results) else []
     curved = _curved(results)
-    head = [*COLUMNS, *(("steps", "converged") if curved else ())]
+    elsewhere = sorted({result["device"] for result in results if "device" in result} - {"cpu"})
+    head = [*COLUMNS, "training, s" if elsewhere else "training, CPU s"]
+    head += ["steps", "converged"] if curved else []
     kind_head = ["", *(f"{kind} ({counts[kind]})" for kind in kinds)]
     kind_head += [f"region: {what}" for what in looked]
     lines: Mapping[str, Mapping[str, float]] = results[0]["lines"]
@@ -105,8 +107,8 @@ def markdown(results: Sequence[Result]) -> str:
         "",
         *_against_first(groups),
         "Visual tokens: the mean number that the LLM reads for a question. GFLOP: tower, connector and LLM "
-        "prefill of one question, counted on the lab's own small networks. Training time is for one thread "
-        "and leaves out the frozen tower's features, which are encoded once.",
+        "prefill of one question, counted on the lab's own small networks. Training time is "
+        f"{_whose_time(elsewhere)} and leaves out the frozen tower's features, which are encoded once.",
         "",
         "![accuracy against visual tokens, GFLOP and training seconds](report.png)",
         "",
@@ -163,6 +165,16 @@ def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
 def _signed(found: Difference) -> str:
     mean, low, high = (100 * value for value in found[:3])
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _whose_time(devices: Sequence[str]) -> str:
+    """`devices`: other than the processor."""
+    if not devices:
+        return "for one thread"
+    return (
+        f"processor time of a cell's own process, also while it waits for {' or '.join(devices)}, longer "
+        "beside other cells (`foveate lab pace` times rows in turn),"
+    )
 
 
 def _curved(results: Sequence[Result]) -> bool:

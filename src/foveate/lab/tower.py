@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, ConvNextModel, PreTrainedModel
 
+from foveate.lab.data import CPU
 from foveate.lab.levels import LEVELS
 from foveate.lab.materials import DIGITS, LETTERS, Split, materials
 from foveate.lab.objects import COLOURS, SHAPES
@@ -223,6 +224,7 @@ def train_tower(
     convolutional: bool = False,
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    device: torch.device = CPU,
 ) -> tuple[PreTrainedModel, PatchHead]:
     """Pre-trains a ViT, or a ConvNeXt; `report` gets step and loss after each step."""
     torch.manual_seed(seed)
@@ -231,7 +233,8 @@ def train_tower(
         schedule, model = scale.convnet, ConvNextModel(scale.convnet_config())
     else:
         schedule, model = scale.tower, CLIPVisionModel(scale.vision_config())
-    head = PatchHead(scale.vision_width)
+    model.to(device)
+    head = PatchHead(scale.vision_width).to(device)
     sampler = CropSampler(
         tower_scenes(scale, "tower", scale.tower_scenes), scale, scale.grid(convolutional), seed
     )
@@ -239,7 +242,7 @@ def train_tower(
     rates = warm_cosine(optimise, schedule.steps)
     for step in range(1, schedule.steps + 1):
         pixels, labels = sampler.batch(schedule.batch, (step - 1) / schedule.steps)
-        loss = patch_loss(head(patch_tokens(model, pixels)), labels)
+        loss = patch_loss(head(patch_tokens(model, pixels.to(device))), labels.to(device))
         optimise.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
