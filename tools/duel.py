@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from foveate.lab import sizes
 from foveate.lab.cell import Cell, cells_of
 from foveate.lab.comparing import Difference, difference
 from foveate.lab.controls import controls
+from foveate.lab.curve import last_gains, point_of
 from foveate.lab.experiment import read_experiment
 from foveate.lab.levels import FINE
 from foveate.lab.pace import with_pace
@@ -249,18 +252,36 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
 
 
 def _trained(reports: Mapping[str, Results]) -> str:
+    """How many cells are trained, where, and how far they were from having learnt all."""
     counts, whole = [], True
     for name, results in reports.items():
         experiment = read_experiment(name)
         cells = len(experiment.variants) * len(experiment.seeds)
         whole = whole and len(results) == cells
         counts.append(f"`{name}`: {len(results)} of {cells} cells are trained.")
-    if whole:
-        return "All cells are trained, from three seeds each.\n"
+    said = "All cells are trained, from three seeds each."
+    if not whole:
+        said = "Some cells have not been trained yet. " + " ".join(counts)
+    return f"{said}\n{_where(reports)}\n{' '.join(filter(None, map(_still, reports, reports.values())))}\n"
+
+
+def _where(reports: Mapping[str, Results]) -> str:
+    cells = {_name(one["cell"]): one for results in reports.values() for one in results}
+    on = Counter(one.get("device", "cpu") for one in cells.values())
+    places = [f"{count} on {'one CPU core' if name == 'cpu' else name}" for name, count in on.most_common()]
+    return f"Of {len(cells)} different cells, {' and '.join(places)}."
+
+
+def _still(name: str, results: Results) -> str:
+    """What the last quarter of training has gained in the cells that have not converged."""
+    gains = [last_gains([point_of(p) for p in one["curve"]]) for one in results if not one["converged"]]
+    fine = [100 * gain[0].gained for gain in gains if gain is not None]
+    if not fine:
+        return ""
+    gained = f"{statistics.median(fine):.1f} points of fine questions, at most {max(fine):.1f}"
     return (
-        "The cells are being trained, cheap rows first; rows that are missing have not been trained yet.\n"
-        + " ".join(counts)
-        + "\n"
+        f"`{name}`: {len(gains)} of {len(results)} cells still learnt: the last quarter of their steps "
+        f"before the fall of the rate gained {gained}."
     )
 
 

@@ -51,6 +51,8 @@ ELSEWHERE = {
     ".venv/bin/python docs/images/draw.py": "writes into the repository; test_claims.py draws elsewhere",
     ".venv/bin/python docs/images/reports.py": "writes into the repository; test_reports.py draws elsewhere",
     ".venv/bin/python tools/duel.py lab": "writes into the repository; test_duel.py compares with it",
+    "nvidia-cuda-mps-control -d": "needs a GPU",
+    "foveate lab run duel --device cuda --jobs 16": "needs a GPU",
     ".venv/bin/python docs/images/screenshots.py": "writes into the repository, and needs Chromium",
     "pip install -e '.[lmms-eval]'": "installs into the environment of the tests",
     "pip install --no-deps lmms-eval": "asks the package index",

@@ -17,7 +17,7 @@ from foveate.lab.run import run
 
 def test_a_report_gets_the_seconds_of_steps_that_were_timed(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "parts").symlink_to(prepared / "parts")
-    rows = (Variant("llava"), Variant("coroi", options={"layers": [0]}))
+    rows = (Variant("pooled"), Variant("coroi", options={"layers": [0]}))
     experiment = Experiment(rows, "near", "nano", seeds=(1,), steps=8, batch=4, points=2)
     path = measure_pace(experiment, tmp_path, rounds=2)
     paces = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -25,7 +25,7 @@ def test_a_report_gets_the_seconds_of_steps_that_were_timed(prepared: Path, tmp_
     seconds = [stage["seconds"] for pace in paces for stage in pace["stages"]]
     assert all(len(some) == 2 and min(some) > 0 and max(some) < 30 for some in seconds)
     text = path.read_text(encoding="utf-8")
-    assert "Device: cpu; threads:" in text and "| LLaVA-1.5 |" in text and "CoRoI" in text
+    assert "Device: cpu; threads:" in text and "| pooled tiles |" in text and "CoRoI" in text
     done = run(experiment, tmp_path)
     assert done.report is not None
     results = json.loads(done.report.with_suffix(".json").read_text(encoding="utf-8"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from foveate.errors import FoveateError
 
@@ -34,6 +34,12 @@ class Point(NamedTuple):
     questions: tuple[int, int]
     changed: tuple[float, float]
     turned: bool = False
+
+
+def point_of(values: Mapping[str, Any]) -> Point:
+    """A point of a curve in a result's JSON."""
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Point(**given)
 
 
 @dataclass(frozen=True)
@@ -66,27 +72,42 @@ def noise(changed: float, questions: int) -> float:
     return math.sqrt(changed / questions) if questions else 0.0
 
 
-def has_converged(curve: Sequence[Point]) -> bool:
-    """Whether a curve shows no gain beyond noise in its last quarter.
+class Gain(NamedTuple):
+    """What the last quarter of a cell's steps has gained in accuracy, and its `noise`."""
+
+    gained: float
+    noise: float
+
+
+def last_gains(curve: Sequence[Point]) -> tuple[Gain, Gain] | None:
+    """Of fine and of coarse questions; None for a curve without a point in one of the last two quarters.
 
     Only the last stage counts, up to where the learning rate begins to fall, with which accuracy rises. Gain:
     the mean accuracy over the points in the last quarter of these steps, less that over the points of the
-    quarter before. Neither the gain of fine nor that of coarse questions may be above `noise`.
-
-    Returns:
-        False also for a curve without a point in one of the two quarters.
+    quarter before.
     """
     points = [point for point in curve if point.stage == curve[-1].stage and not point.turned]
     last = max((point.since for point in points), default=0)
     late = [point for point in points if 0.75 * last < point.since]
     before = [point for point in points if 0.5 * last < point.since <= 0.75 * last]
     if not late or not before:
-        return False
-    for kind in range(2):
+        return None
+
+    def gain(kind: int) -> Gain:
         now, then = (sum(p.accuracy[kind] for p in some) / len(some) for some in (late, before))
-        if now - then > noise(max(p.changed[kind] for p in late), late[-1].questions[kind]):
-            return False
-    return True
+        return Gain(now - then, noise(max(p.changed[kind] for p in late), late[-1].questions[kind]))
+
+    return gain(0), gain(1)
+
+
+def has_converged(curve: Sequence[Point]) -> bool:
+    """Whether a curve shows no gain beyond noise in its last quarter, of fine questions or coarse ones.
+
+    Returns:
+        False also for a curve whose gains are unknown.
+    """
+    gains = last_gains(curve)
+    return gains is not None and all(gained <= noise for gained, noise in gains)
 
 
 def stays_converged(curve: Sequence[Point]) -> bool:

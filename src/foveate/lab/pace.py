@@ -90,20 +90,20 @@ def measure_pace(
                         learn(learner, optimise, stage, next(order)).item()
                     times[row][place].append((clock() - start) / STEPS)
             tell("timing steps", number, rounds)
-    done = [
-        {
-            "cell": cell.record,
-            "label": cell.label,
-            "title": method_class(cell.method).title,
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "stages": [
-                {"steps": stage.steps, "seconds": seconds}
-                for (stage, _), seconds in zip(stages, some, strict=True)
-            ],
-        }
-        for cell, stages, some in zip(cells, ways, times, strict=True)
-    ]
+        done = [
+            {
+                "cell": cell.record,
+                "label": cell.label,
+                "title": method_class(cell.method).title,
+                "device": device_name(device),
+                "threads": torch.get_num_threads(),
+                "stages": [
+                    {"steps": stage.steps, "seconds": seconds}
+                    for (stage, _), seconds in zip(stages, some, strict=True)
+                ],
+            }
+            for cell, stages, some in zip(cells, ways, times, strict=True)
+        ]
     home = report_folder(experiment, folder, name)
     with explained(home):
         home.mkdir(parents=True, exist_ok=True)

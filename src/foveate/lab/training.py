@@ -22,7 +22,7 @@ from foveate.files import alone, new_file, read_json, write
 from foveate.lab.cell import Bench, Cell
 from foveate.lab.comparing import marks
 from foveate.lab.conversing import make_student, under
-from foveate.lab.curve import Point, has_converged, stays_converged
+from foveate.lab.curve import Point, has_converged, point_of, stays_converged
 from foveate.lab.data import Examples
 from foveate.lab.levels import FINE
 from foveate.lab.optimise import Trapezoid, warm_cosine
@@ -153,13 +153,8 @@ def _sibling(
         raise OutOfTime
     weights = torch.load(place.parent / own.key / "weights.pt", map_location="cpu", weights_only=True)
     student.model.load_state_dict(weights, strict=False)
-    curve = [_point(values) for values in result["curve"]]
+    curve = [point_of(values) for values in result["curve"]]
     return Trained(result["seconds"]["training"], result["losses"], curve, result["steps"])
-
-
-def _point(values: Mapping[str, Any]) -> Point:
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Point(**given)
 
 
 def _train(
@@ -172,7 +167,7 @@ def _train(
     saved = _saved(kept) if kept else None
     first = saved["step"] if saved else 0
     spent, losses = (saved["seconds"], saved["losses"]) if saved else (0.0, [])
-    curve = [_point(values) for values in saved.get("curve", [])] if saved else []
+    curve = [point_of(values) for values in saved.get("curve", [])] if saved else []
     hits: list[bool] | None = saved.get("hits") if saved else None
     if saved:
         student.model.load_state_dict(saved["weights"], strict=False)
