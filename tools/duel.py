@@ -227,7 +227,7 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
         if reports[name]:
             parts += [_level(name, reports[name], measured.get(name, ()))]
     if reports["duel_tables"]:
-        summary, kinds, *_ = tables(reports["duel_tables"])
+        summary, kinds, *against = tables(reports["duel_tables"])
         parts += [
             "### The papers' tables\n",
             "The main contrasts of the papers' ablations, level `words`, trained as above.\n",
@@ -246,7 +246,9 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
             )
             + "\n",
             "\n".join(summary) + "\n",
+            "Per kind of question:\n",
             "\n".join(kinds) + "\n",
+            *_against(reports["duel_tables"], against),
         ]
     return "\n".join(parts) + "\n"
 
@@ -307,8 +309,7 @@ def _level(name: str, results: Results, measured: Results) -> str:
         "Per kind of question:\n",
         "\n".join(kinds) + "\n",
     ]
-    if against:
-        parts += ["Points more than LLaVA-1.5 on the same pictures:\n", "\n".join(against[0]) + "\n"]
+    parts += _against(results, against)
     if measured:
         lines = [line for line in sizes.markdown(measured).splitlines() if line.startswith("|")]
         parts += [
@@ -326,6 +327,14 @@ def _level(name: str, results: Results, measured: Results) -> str:
         f"`docs/reports/{name}.json` has every cell with its own command, and a mark for every question.\n",
     ]
     return "\n".join(parts)
+
+
+def _against(results: Results, found: Sequence[Sequence[str]]) -> list[str]:
+    """The table of differences, if there is one."""
+    if not found:
+        return []
+    first = results[0]["label"] or results[0]["title"]
+    return [f"Points more than {first} on the same pictures:\n", "\n".join(found[0]) + "\n"]
 
 
 def _unmeasured(results: Results, measured: Results) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ class Line:
     Attributes:
         folder, device: of the bench.
         threads: of torch.
-        budget: seconds of processor time of a cell; None: no bound.
+        budget: seconds of its processor time; None: no bound.
         todo: gives it chains of cells; None: there are no more.
         news: takes `step`, `tell`, `done` or `failed`, and what belongs to it.
         stop: an event that ends it.
@@ -61,14 +62,14 @@ def train_at_once(
     tell: Tell,
     budget: float | None,
 ) -> Iterator[tuple[Cell, Result | None]]:
-    """Cells as they are trained, in any order; None for those that have used up their budget.
+    """Cells as they are trained, in any order; None for those for which the budget was too small.
 
     Args:
         cells: each with the command that makes it again.
         jobs: processes, at most.
         bench: its pictures are drawn; every process opens them itself.
         report, tell: are told in this process what the others do.
-        budget: seconds of processor time of each cell.
+        budget: seconds of processor time of each process.
 
     Raises whatever a process raised, or `FoveateError` if one ended without a word; the others stop at their
     next step, as they do when this process ends.
@@ -166,4 +167,5 @@ def _train(cell: Cell, command: str, line: Line) -> Result | None:
 
     parts = load_parts(cell.scale, line.folder)
     bench = make_bench(cell.level, cell.scale, line.folder, parts, tell, line.device)
-    return train_cell(cell, bench, report, command, line.budget)
+    left = None if line.budget is None else line.budget - time.process_time()
+    return train_cell(cell, bench, report, command, left)

@@ -66,7 +66,7 @@ def run(
         tell: is told how far drawing and encoding are.
         takes: is told the bytes of pictures and features that the disk will hold in addition.
         budget: seconds of processor time after which it stops, within a cell, to go on when run again; with
-            several jobs, of every cell's process.
+            several jobs, of each of their processes.
         device: where the methods train.
         jobs: cells that train at once, each in a process of its own.
 
@@ -169,14 +169,11 @@ def room(folder: Path) -> int:
 def _one_by_one(
     cells: Sequence[tuple[Cell, str]], bench: Bench, report: Report | None, budget: float | None
 ) -> Iterator[tuple[Cell, dict[str, Any] | None]]:
-    """Cells in order, up to the one that uses up the budget."""
+    """Cells in order, and None for those for which the budget is too small."""
     start = time.process_time()
     for cell, command in cells:
         left = None if budget is None else budget - (time.process_time() - start)
-        result = train_cell(cell, bench, _telling(report, cell), command, left)
-        yield cell, result
-        if result is None:
-            return
+        yield cell, train_cell(cell, bench, _telling(report, cell), command, left)
 
 
 def _telling(report: Report | None, cell: Cell) -> Callable[[int, int, float], None] | None:

@@ -69,6 +69,8 @@ def train_cell(
     place = bench.cells(cell.scale) / cell.key
     result_file = place / "result.json"
     if not result_file.is_file():
+        if budget is not None and budget <= 0:
+            return None
         with alone(place):
             if not result_file.is_file():
                 deadline = None if budget is None else time.process_time() + budget
