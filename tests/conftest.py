@@ -132,6 +132,12 @@ def _nothing_deprecated() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers on every machine: on processors that multiply it, models load in it by default."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+
+
+@pytest.fixture(autouse=True)
 def _short_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models never end the reply that should be a box: they would write up to the bound each time."""
     monkeypatch.setattr("foveate.methods.chain_of_spot.REGION_TOKENS", 12)

@@ -1,4 +1,4 @@
-"""Private or little documented parts of transformers, torch and peft that Foveate relies on.
+"""Private or little documented parts of transformers, torch, peft and bitsandbytes that Foveate relies on.
 
 Such parts change between minor versions. Each is here once, with a comment that says what is relied on, and
 `tests/core/test_upstream.py` has one test for each that fails by its name. Some cannot be here, because
@@ -236,6 +236,16 @@ def attention_maps(layer: nn.Module) -> Iterator[list[Tensor]]:
 def changes(tensor: Tensor) -> int:
     """A number that rises whenever a tensor is changed in place; 0 for inference tensors."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+# bitsandbytes' Linear4bit packs its weights anew on processors with AVX512-BF16, when it is first run without
+# gradients: it has none from then on, and widths that 32 does not divide are refused. It packs nothing while
+# `support_avx512bf16_for_cpu` is False.
+def keep_packing(model: nn.Module) -> None:
+    """Keeps the layout in which 4-bit layers were loaded, on every processor."""
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 # A processor checks every part that its `__init__` names by `check_argument_for_proper_class`;

@@ -195,6 +195,16 @@ def test_version_of_a_tensor_counts_changes() -> None:
         assert upstream.changes(torch.zeros(2)) == 0
 
 
+def test_linear4bit_packs_nothing_without_support_avx512bf16_for_cpu() -> None:
+    layers = pytest.importorskip("bitsandbytes").nn
+    made = nn.Sequential(layers.Linear4bit(64, 48, bias=False, compute_dtype=torch.float32)).to("cpu").eval()
+    assert "support_avx512bf16_for_cpu" in vars(made[0])
+    upstream.keep_packing(made)
+    with torch.inference_mode():
+        made(torch.ones(1, 64))
+    assert not made[0].support_avx512bf16_for_cpu and not made[0].weight.is_inference()
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_takes_mm_encoder_outputs_and_repeats_pooler_output(beams: int) -> None:
     made = tiny_model("llava")

@@ -201,6 +201,7 @@ class FoveatePreTrainedModel(Shared, PreTrainedModel):
             if (folder / "generation_config.json").is_file():  # mainly for the tokens that end an answer
                 with one_sentence(f"{folder / 'generation_config.json'} cannot be read"):
                     model.generation_config = GenerationConfig.from_pretrained(folder)
+        upstream.keep_packing(model)
         model.config.note_sources(model=hub_id(folder))
         if released is not None and released.vision_tower is not None:
             model.config.note_sources(vision_tower=hub_id(released.vision_tower))

@@ -27,7 +27,7 @@ from foveate.model.rendering import check_template
 from foveate.picture.boxes import BOX_FORMATS
 from foveate.picture.geometry import Size
 from foveate.picture.reading import Transparency
-from foveate.upstream import generation_arguments, template_variables
+from foveate.upstream import generation_arguments, keep_packing, template_variables
 from foveate.versions import names_versions
 from foveate.zoom.asking import Messages, Said, Tool, message
 from foveate.zoom.tools import CONVENTIONS, with_tools
@@ -63,6 +63,7 @@ class VLM:
                 f"{name} has no chat template: set processor.chat_template, or put chat_template.jinja into "
                 "the model's folder"
             )
+        keep_packing(model)  # regions may need gradients
         self.model, self.processor = model, processor
         own = isinstance(model.config, FoveateConfig)  # whose methods may drop tokens: it counts itself
         if own and max_positions is not None:
