@@ -32,14 +32,14 @@ NANO = replace(
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def nano() -> Iterator[None]:
     SCALES["nano"] = NANO
     yield
     SCALES["nano"] = REAL
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def prepared(nano: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the nano scale's parts."""
     folder = tmp_path_factory.mktemp("lab")
@@ -47,12 +47,12 @@ def prepared(nano: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def parts(prepared: Path) -> Parts:
     return load_parts("nano", prepared)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_bench(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A bench whose features are kept for other tests."""
     return make_bench("words", "nano", tmp_path_factory.mktemp("bench"), parts)
