@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from foveate.errors import FoveateError
 from foveate.files import explained
 from foveate.lab.progress import telling
 from foveate.shipped import shipped
+
+if TYPE_CHECKING:
+    from foveate.lab.experiment import Experiment, Variant
 
 SEVERAL = "Several: separated by commas, or the option again."
 
@@ -131,7 +134,7 @@ def run(
     threads: Threads = 1,
 ) -> None:
     """Train and measure methods with equal data and steps; started again, it resumes."""
-    from foveate.lab.experiment import Experiment, Variant, only, read_experiment
+    from foveate.lab.experiment import Experiment, Variant, read_experiment
 
     if experiment is None and methods is None:
         raise FoveateError("give a file with an experiment, or --methods, or both")
@@ -146,12 +149,7 @@ def run(
     if experiment is not None:
         _the_file_says(context, "level", "scale", "steps", "batch")
         wanted = read_experiment(experiment)
-        if rows is not None:
-            labels = [variant.label or variant.method for variant in wanted.variants]
-            kept = only(wanted, several(rows, labels))
-        else:
-            kept = wanted.variants
-        wanted = replace(wanted, variants=(*kept, *added))
+        wanted = replace(wanted, variants=(*_variants(wanted, rows), *added))
     else:
         wanted = Experiment(added, level, scale, (0,) if numbers is None else numbers, steps, batch)
     import torch
@@ -212,12 +210,10 @@ def sizes(
     threads: Threads = 1,
 ) -> None:
     """Measure trained rows on glyphs smaller and larger than those that they learnt from."""
-    from foveate.lab.experiment import only, read_experiment
+    from foveate.lab.experiment import read_experiment
 
     wanted = read_experiment(experiment)
-    if rows is not None:
-        labels = [variant.label or variant.method for variant in wanted.variants]
-        wanted = replace(wanted, variants=only(wanted, several(rows, labels)))
+    wanted = replace(wanted, variants=_variants(wanted, rows))
     if seeds is not None:
         wanted = replace(wanted, seeds=_numbers("seeds", seeds))
     asked = None if glyphs is None else _numbers("glyphs", glyphs)
@@ -256,12 +252,10 @@ def pace(
     threads: Threads = 1,
 ) -> None:
     """Time a training step of every row, in turn: what rows cost, wherever they have trained."""
-    from foveate.lab.experiment import only, read_experiment
+    from foveate.lab.experiment import read_experiment
 
     wanted = read_experiment(experiment)
-    if rows is not None:
-        labels = [variant.label or variant.method for variant in wanted.variants]
-        wanted = replace(wanted, variants=only(wanted, several(rows, labels)))
+    wanted = replace(wanted, variants=_variants(wanted, rows))
     import torch
 
     from foveate.devices import usable_device
@@ -412,6 +406,16 @@ def _the_file_says(context: typer.Context, *names: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise FoveateError(f"--{name} is for --methods: set it in the experiment's file")
+
+
+def _variants(experiment: Experiment, rows: Sequence[str] | None) -> tuple[Variant, ...]:
+    """Those that `--rows` names; without it, all."""
+    from foveate.lab.experiment import only
+
+    if rows is None:
+        return experiment.variants
+    labels = [variant.label or variant.method for variant in experiment.variants]
+    return only(experiment, several(rows, labels))
 
 
 def _command(experiment: Path | None, cell: Any, added: Sequence[str] = ()) -> str:
