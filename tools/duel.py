@@ -29,7 +29,8 @@ from foveate.lab.parts import load_parts
 from foveate.lab.report import by_method, markdown, table
 
 DOCS = Path(__file__).parents[1] / "docs"
-REPORTS = {"duel": "words", "duel_dense": "dense", "duel_tables": "words"}  # and their levels
+LEVELS = {"duel": "words", "duel_dense": "dense"}
+REPORTS = (*LEVELS, "duel_tables", "duel_long")
 BEGIN, END = "## Results\n", "## What to conclude\n"
 SEEDS = 3  # below, another seed may say the opposite
 CLAIMED = """\
@@ -223,7 +224,7 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
     """
     parts = [BEGIN, _trained(reports), _claims(reports)]
     reports = {name: with_pace(results, paces / f"{name}.json") for name, results in reports.items()}
-    for name in ("duel", "duel_dense"):
+    for name in LEVELS:
         if reports[name]:
             parts += [_level(name, reports[name], measured.get(name, ()))]
     if reports["duel_tables"]:
@@ -250,6 +251,8 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
             "\n".join(kinds) + "\n",
             *_against(reports["duel_tables"], against),
         ]
+    if reports["duel_long"]:
+        parts += _longer(reports["duel"], reports["duel_long"])
     return "\n".join(parts) + "\n"
 
 
@@ -290,7 +293,7 @@ def _still(name: str, results: Results) -> str:
 def _claims(reports: Mapping[str, Results]) -> str:
     rows = []
     for claim in CLAIMS:
-        found = [seen(claim, reports[name]) for name in ("duel", "duel_dense")]
+        found = [seen(claim, reports[name]) for name in LEVELS]
         rows.append(
             [f"{claim.where}: {claim.says}", f"{claim.first} against {claim.second}", *found[0], *found[1]]
         )
@@ -299,7 +302,7 @@ def _claims(reports: Mapping[str, Results]) -> str:
 
 
 def _level(name: str, results: Results, measured: Results) -> str:
-    level = REPORTS[name]
+    level = LEVELS[name]
     summary, kinds, *against = tables(results)
     parts = [
         f"### Level {level}\n",
@@ -327,6 +330,33 @@ def _level(name: str, results: Results, measured: Results) -> str:
         f"`docs/reports/{name}.json` has every cell with its own command, and a mark for every question.\n",
     ]
     return "\n".join(parts)
+
+
+def _longer(duel: Results, longer: Results) -> list[str]:
+    """The rows with more steps, and the claims about them with few steps and with many."""
+    summary, kinds, *against = tables(longer)
+    rows = by_method(longer)
+    claims = [
+        [f"{c.where}: {c.says}", f"{c.first} against {c.second}", *seen(c, duel), *seen(c, longer)]
+        for c in CLAIMS
+        if {c.first, c.second} <= {*rows}
+    ]
+    few, many = (f"{results[0]['cell']['steps']:,}" for results in (duel, longer))
+    head = [f"{steps}: {what}" for steps in (few, many) for what in ("points", "seeds", "seen")]
+    return [
+        "### Three times the steps\n",
+        f"Rows of level `words` with 36 tokens and close places, trained for at most {many} steps instead of "
+        f"{few}; nothing else differs.\n",
+        f"![Fine accuracy against visual tokens, GFLOP and seconds of training, at most {many} "
+        "steps](images/lab/duel_long.png)\n",
+        "\n".join(summary) + "\n",
+        "\n".join(table(["What is claimed", "Here", *head], claims, words=2)) + "\n",
+        "Per kind of question:\n",
+        "\n".join(kinds) + "\n",
+        *_against(longer, against),
+        f"![Accuracy on held-out pictures over steps and over seconds of training, at most {many} "
+        "steps](images/lab/duel_long_curves.png)\n",
+    ]
 
 
 def _against(results: Results, found: Sequence[Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from foveate.errors import FoveateError
 from foveate.lab import training
 from foveate.lab.cell import Bench, Cell
-from foveate.lab.curve import Converge, Point, has_converged, noise, stays_converged
+from foveate.lab.curve import Converge, Point, has_begun, has_converged, noise, stays_converged
 from foveate.lab.experiment import Experiment, Variant
 from foveate.lab.optimise import Trapezoid
 from foveate.lab.training import train_cell
@@ -44,6 +44,17 @@ def test_a_dip_is_not_the_end() -> None:
     dips = [*RISES[:7], 0.3]
     assert has_converged(curve(dips)) and not stays_converged(curve(dips))
     assert stays_converged(curve([*STAYS, 0.6]))
+
+
+def test_a_cell_whose_fine_accuracy_has_not_left_its_beginning_does_not_stop() -> None:
+    """A row that takes off late looks, before it does, like one that has learnt all it will."""
+    flat = [0.132, 0.130, 0.129, 0.127, 0.125, 0.120, 0.121, 0.119, 0.118]
+    assert has_converged(curve(flat)) and not has_begun(curve(flat)) and not stays_converged(curve(flat))
+    one, three = (curve([0.5, *[0.5 + noises * noise(0.1, 1000)] * 9]) for noises in (1, 3))
+    assert all(has_converged(some) and has_converged(some[:-1]) for some in (one, three))
+    assert stays_converged(three) and not stays_converged(one)
+    later = [p._replace(stage=1, step=1000 + p.step) for p in three[1:]]
+    assert stays_converged([three[0], *later])
 
 
 def test_coarse_questions_count_too() -> None:

@@ -110,6 +110,21 @@ def has_converged(curve: Sequence[Point]) -> bool:
     return gains is not None and all(gained <= noise for gained, noise in gains)
 
 
+def has_begun(curve: Sequence[Point]) -> bool:
+    """Whether fine accuracy, as a mean over the last quarter, has left that of the curve's first point.
+
+    By more than twice its noise. CoRoI reads nothing for 2,500 steps of level `dense`, and then takes off: a
+    curve that has not begun is as flat as one that has converged.
+    """
+    first, last = curve[0], curve[-1]
+    late = [point for point in curve if 0.75 * last.step < point.step]
+    gained = sum(point.accuracy[0] for point in late) / len(late) - first.accuracy[0]
+    return gained > 2 * noise(max(point.changed[0] for point in late), last.questions[0])
+
+
 def stays_converged(curve: Sequence[Point]) -> bool:
-    """Whether a curve `has_converged` at its last two points: while the learning rate stays, one may dip."""
-    return has_converged(curve) and has_converged(curve[:-1])
+    """Whether a cell may stop: its curve `has_begun`, and `has_converged` at its last two points.
+
+    At two, because one may dip while the learning rate stays.
+    """
+    return has_converged(curve) and has_converged(curve[:-1]) and has_begun(curve)
