@@ -50,6 +50,12 @@ def usable_dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def check_bfloat16(device: torch.device) -> None:
+    """Raises `FoveateError` for a device on which bfloat16 is no faster than float32."""
+    if choose_dtype(str(device)) is not torch.bfloat16:
+        raise FoveateError(f"{device_name(device)} does not multiply bfloat16 here: leave out --bf16")
+
+
 def device_name(device: torch.device) -> str:
     """Its kind, or what a GPU is called."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

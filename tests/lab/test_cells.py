@@ -55,6 +55,20 @@ def cell(method: str, steps: int = 4, seed: int = 0, **options: object) -> Cell:
     return Cell(method, seed, "words", "nano", steps, options, points=1)
 
 
+@pytest.mark.parametrize("method", ["llava", "llava_hr", "coroi", "chain_of_spot", "slime", "inf_llava"])
+def test_rows_train_in_bfloat16_to_the_same_loss(bench: Bench, tmp_path: Path, method: str) -> None:
+    losses: list[list[float]] = []
+    for bf16 in (False, True):
+        losses.append([])
+        result = train_cell(
+            cell(method),
+            replace(bench, folder=tmp_path / str(bf16), bf16=bf16),
+            lambda step, steps, loss: losses[-1].append(loss),
+        )
+        assert result["bf16"] == bf16
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 def test_controls_are_known_only_where_they_are_asked_for() -> None:
     before = dict(METHODS)
     with controls():

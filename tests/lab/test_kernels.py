@@ -1,12 +1,16 @@
-"""Parts of a decoder layer: values of transformers' own, gradients of finite differences."""
+"""Parts of a decoder layer: values of transformers' own, gradients of finite differences; linear layers in
+bfloat16."""
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from foveate.lab.kernels import gated, normed, turned
+from foveate.lab.kernels import Bfloat16Linear, gated, multiply_in_bfloat16, normed, turned
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -39,3 +43,23 @@ def test_the_turn_is_that_of_transformers() -> None:
     x, (cosine, sine) = drawn(2, 3, 5, 8), angles(2, 1, 5, 8)
     torch.testing.assert_close(turned(x, cosine, sine), x * cosine + rotate_half(x) * sine)
     assert torch.autograd.gradcheck(lambda x: turned(x, cosine, sine), (x,))
+
+
+def test_linear_layers_multiply_in_bfloat16_while_they_train_and_only_then() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 8, bias=False))
+    halves = deepcopy(plain)
+    multiply_in_bfloat16(halves)
+    kinds = [type(layer) for layer in halves]
+    assert kinds == [Bfloat16Linear, nn.LayerNorm, Bfloat16Linear]
+    assert {*halves.state_dict()} == {*plain.state_dict()}
+    x = torch.randn(5, 64)
+    assert torch.equal(halves.eval()(x), plain.eval()(x))
+    found = []
+    for network in (plain.train(), halves.train()):
+        made = network(x)
+        made.square().sum().backward()
+        found.append([made.detach(), *(weight.grad for weight in network.parameters())])
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.02

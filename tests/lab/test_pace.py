@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from foveate.lab.pace import measure_pace, seconds_at, timed, with_pace
 from foveate.lab.run import run
 
 
-def test_a_report_gets_the_seconds_of_steps_that_were_timed(prepared: Path, tmp_path: Path) -> None:
+def test_a_report_gets_the_seconds_of_steps_that_were_timed(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "parts").symlink_to(prepared / "parts")
     rows = (Variant("pooled"), Variant("coroi", options={"layers": [0]}))
     experiment = Experiment(rows, "near", "nano", seeds=(1,), steps=8, batch=4, points=2)
@@ -40,6 +43,9 @@ def test_a_report_gets_the_seconds_of_steps_that_were_timed(prepared: Path, tmp_
     assert with_pace(results, tmp_path / "none.json") == results
     with pytest.raises(FoveateError, match="CoRoI has no pace: `foveate lab pace`"):
         timed(results, paces[:1])
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    halves = measure_pace(replace(experiment, variants=rows[:1]), tmp_path, rounds=1, name="b", bf16=True)
+    assert "Device: cpu, bfloat16; threads:" in halves.read_text(encoding="utf-8")
     with pytest.raises(FoveateError, match="rounds must be at least 1, not 0"):
         measure_pace(experiment, tmp_path, rounds=0)
 

@@ -140,6 +140,7 @@ def test_cells_that_train_at_once_are_those_that_train_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SCALES, "nano", REAL)  # which other processes have
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
     experiment = Experiment((Variant("llava"), Variant("anyres")), "near", "nano", steps=4, points=2)
     told: list[tuple[str, int]] = []
     drawn: list[str] = []
@@ -151,9 +152,12 @@ def test_cells_that_train_at_once_are_those_that_train_in_turn(
             lambda cell, step, steps, loss: told.append((cell.method, step)),
             tell=lambda what, done, total: drawn.append(what.split()[0]),
             jobs=jobs,
+            bf16=True,
         )
         assert done.report is not None and done.missing == 0
         cells = json.loads(done.report.with_suffix(".json").read_text(encoding="utf-8"))
+        assert all(cell["bf16"] for cell in cells)
+        assert "trained in bfloat16 in 2 of 2 cells" in done.report.read_text(encoding="utf-8")
         found.append([(cell["title"], cell["losses"], cell["marks"], cell["steps"]) for cell in cells])
         assert sorted(told) == sorted((m, n) for m in ("llava", "anyres") for n in range(1, 5))
         assert {*drawn} == {"drawing", "encoding"}
@@ -173,6 +177,13 @@ def test_cells_that_train_at_once_are_those_that_train_in_turn(
         run(other, tmp_path / "2", lambda *step: multiprocessing.active_children()[0].kill(), jobs=2)
     assert not multiprocessing.active_children()
     assert run(other, tmp_path / "2").missing == 0
+
+
+@pytest.mark.parametrize("words", [["run", "--methods", "llava", "--scale", "nano"], ["pace", "duel"]])
+def test_bfloat16_is_refused_where_nothing_multiplies_it(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="cpu does not multiply bfloat16 here: leave out --bf16"):
+        CliRunner().invoke(app, [*words, "--bf16", "--folder", str(tmp_path)], catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_share_weights_train_in_turn(bench: Bench) -> None:

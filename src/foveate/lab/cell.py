@@ -146,6 +146,7 @@ class Bench:
         train, test: the pictures and questions.
         tell: is told how far drawing and encoding are.
         device: where methods train. Pictures and features stay in main memory.
+        bf16: whether linear layers of what trains multiply in bfloat16; what is measured does not.
     """
 
     folder: Path
@@ -155,6 +156,7 @@ class Bench:
     test: Examples
     tell: Tell = silent
     device: torch.device = CPU
+    bf16: bool = False
 
     def cells(self, scale: str) -> Path:
         """The folder of results."""

@@ -33,6 +33,10 @@ Folder = Annotated[Path, typer.Option(help="Folder for data, features, weights a
 Background = Annotated[Path | None, typer.Option(help="A photograph as background, instead of the lab's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all that is drawn at random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps: where networks train and are measured.")]
+Bf16 = Annotated[
+    bool,
+    typer.Option("--bf16", help="Multiply in bfloat16 while training, on devices that do; not in measuring."),
+]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; one suits networks this small.")]
 
 
@@ -131,6 +135,7 @@ def run(
     jobs: Annotated[
         int, typer.Option(min=1, help="Cells that train at once, each in a process of its own.")
     ] = 1,
+    bf16: Bf16 = False,
     threads: Threads = 1,
 ) -> None:
     """Train and measure methods with equal data and steps; started again, it resumes."""
@@ -184,6 +189,7 @@ def run(
             seconds,
             torch.device(usable_device(device)),
             jobs,
+            bf16,
         )
     if done.report is not None:
         console.print(f"report written to {done.report}", soft_wrap=True)
@@ -249,6 +255,7 @@ def pace(
     rounds: Annotated[int, typer.Option(min=1, help="How often each row is timed.")] = 7,
     folder: Folder = Path("lab"),
     device: Device = "cpu",
+    bf16: Bf16 = False,
     threads: Threads = 1,
 ) -> None:
     """Time a training step of every row, in turn: what rows cost, wherever they have trained."""
@@ -265,7 +272,7 @@ def pace(
     console = Console()
     with telling(console) as tell:
         path = measure_pace(
-            wanted, folder, rounds, experiment.stem, tell, torch.device(usable_device(device))
+            wanted, folder, rounds, experiment.stem, tell, torch.device(usable_device(device)), bf16
         )
     console.print(f"report written to {path}", soft_wrap=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from foveate.devices import device_name
+from foveate.devices import check_bfloat16, device_name
 from foveate.errors import FoveateError
 from foveate.files import explained, read_json, write
 from foveate.lab.cell import Cell, bench_of
@@ -40,6 +40,7 @@ def measure_pace(
     name: str | None = None,
     tell: Tell = silent,
     device: torch.device = CPU,
+    bf16: bool = False,
 ) -> Path:
     """Times steps of every row in all of its stages, row after row and round after round.
 
@@ -53,15 +54,18 @@ def measure_pace(
         name: of the report's folder, as `run` names it.
         tell: is told how far it is.
         device: where the steps run.
+        bf16: whether linear layers multiply in bfloat16.
 
     Returns:
         The Markdown file, with `pace.json` beside it.
 
     Raises:
-        FoveateError: unknown names or wrong options.
+        FoveateError: unknown names, wrong options, or a device without bfloat16 if that is wanted.
     """
     if rounds < 1:
         raise FoveateError(f"rounds must be at least 1, not {rounds}")
+    if bf16:
+        check_bfloat16(device)
     level, scale = level_named(experiment.level), scale_named(experiment.scale)
     batch = experiment.batch or scale.cell.batch
     few = replace(scale, scenes=EPOCH * batch, test_scenes=1)
@@ -69,7 +73,7 @@ def measure_pace(
     with controls():
         cells = [Cell.of(experiment, variant, experiment.seeds[0]) for variant in experiment.variants]
         parts = load_parts(experiment.scale, folder)
-        bench = bench_of(level, few, folder, parts, tell, device)
+        bench = replace(bench_of(level, few, folder, parts, tell, device), bf16=bf16)
         students = [make_student(cell, bench) for cell in cells]
         ways = [[(stage, under(student, stage)) for stage in student.stages()] for student in students]
         order = batches(few.scenes, batch, 0)
@@ -96,6 +100,7 @@ def measure_pace(
                 "label": cell.label,
                 "title": method_class(cell.method).title,
                 "device": device_name(device),
+                "bf16": bf16,
                 "threads": torch.get_num_threads(),
                 "stages": [
                     {"steps": stage.steps, "seconds": seconds}
@@ -169,7 +174,8 @@ def markdown(paces: Sequence[Result]) -> str:
         [
             f"# Lab: level {first['cell']['level']}, what a step takes",
             "",
-            f"Device: {first['device']}; threads: {first['threads']}. Rows in turn, median and range of "
+            f"Device: {first['device']}{', bfloat16' if first['bf16'] else ''}; "
+            f"threads: {first['threads']}. Rows in turn, median and range of "
             f"{len(first['stages'][0]['seconds'])} rounds of {STEPS} steps.",
             "",
             *table(head, rows),

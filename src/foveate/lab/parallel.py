@@ -33,7 +33,7 @@ class Line:
     """Where a process works, and how it is heard and stopped.
 
     Attributes:
-        folder, device: of the bench.
+        folder, device, bf16: of the bench.
         threads: of torch.
         budget: seconds of its processor time; None: no bound.
         todo: gives it chains of cells; None: there are no more.
@@ -43,6 +43,7 @@ class Line:
 
     folder: Path
     device: torch.device
+    bf16: bool
     threads: int
     budget: float | None
     todo: Any
@@ -76,7 +77,7 @@ def train_at_once(
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use a GPU that its parent has used
     todo, news, stop = context.Queue(), context.Queue(), context.Event()
-    line = Line(bench.folder, bench.device, torch.get_num_threads(), budget, todo, news, stop)
+    line = Line(bench.folder, bench.device, bench.bf16, torch.get_num_threads(), budget, todo, news, stop)
     wanted = chains(cells, bench)
     processes = [context.Process(target=_work, args=(line,)) for _ in range(min(jobs, len(wanted)))]
     todo.cancel_join_thread()  # what nobody takes any more is not waited for
@@ -167,5 +168,6 @@ def _train(cell: Cell, command: str, line: Line) -> Result | None:
 
     parts = load_parts(cell.scale, line.folder)
     bench = make_bench(cell.level, cell.scale, line.folder, parts, tell, line.device)
+    bench = replace(bench, bf16=line.bf16)
     left = None if line.budget is None else line.budget - time.process_time()
     return train_cell(cell, bench, report, command, left)

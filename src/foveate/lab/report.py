@@ -122,6 +122,8 @@ def markdown(results: Sequence[Result]) -> str:
         "",
     ]
     notes = sorted({result["features"] for result in results if result["features"]})
+    if halves := sum(result.get("bf16", False) for result in results):
+        notes.append(f"Linear layers trained in bfloat16 in {halves} of {len(results)} cells (`--bf16`).")
     return "\n".join([*text, *notes])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from foveate.devices import check_bfloat16
 from foveate.errors import FoveateError
 from foveate.files import explained
 from foveate.lab.cell import Bench, Cell, bench_of, check_methods, make_bench, sets
@@ -52,6 +53,7 @@ def run(
     budget: float | None = None,
     device: torch.device = CPU,
     jobs: int = 1,
+    bf16: bool = False,
 ) -> Ran:
     """Trains what is missing of all variants and seeds, seed by seed, and writes the report after each cell.
 
@@ -69,13 +71,16 @@ def run(
             several jobs, of each of their processes.
         device: where the methods train.
         jobs: cells that train at once, each in a process of its own.
+        bf16: whether linear layers multiply in bfloat16 while they train.
 
     Raises:
-        FoveateError: unknown names, wrong options, parts that are not prepared, no space on the disk, or
-            missing packages.
+        FoveateError: unknown names, wrong options, a device without bfloat16 if that is wanted, parts that
+            are not prepared, no space on the disk, or missing packages.
     """
     start = time.process_time()
     check_packages()  # now, not only for the report's plot
+    if bf16:
+        check_bfloat16(device)
     level, scale = experiment.level, experiment.scale
     with controls():
         check_methods([variant.method for variant in experiment.variants])
@@ -90,7 +95,7 @@ def run(
         size = needed([row[0] for row in cells], folder, parts)
         if size:
             takes(size)
-        bench = make_bench(level, scale, folder, parts, tell, device)
+        bench = replace(make_bench(level, scale, folder, parts, tell, device), bf16=bf16)
         place = report_folder(experiment, folder, name)
         found: dict[str, dict[str, Any]] = {}
         path: Path | None = None

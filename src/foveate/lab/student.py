@@ -18,6 +18,7 @@ from foveate.lab.cell import Bench, Cell
 from foveate.lab.controls import ConvNetOnly, GivenRegion
 from foveate.lab.data import Examples, Features
 from foveate.lab.experiment import StageSpec
+from foveate.lab.kernels import multiply_in_bfloat16
 from foveate.lab.levels import level_named
 from foveate.lab.optimise import optimiser
 from foveate.lab.packing import Sample, pack, portions
@@ -131,6 +132,10 @@ class Student:
             vision_feature_layer=-1,
         )
         self.model, self.processor = made.model.to(bench.device), made.processor
+        if bench.bf16:
+            own = (self.model.vision_tower,) if self.builds_tower else ()
+            for part in (self.model.connector, self.model.language_model, *own):
+                multiply_in_bfloat16(part)
         self.method = self.model.method
         self.model.requires_grad_(True)
         self.model.vision_tower.requires_grad_(self.builds_tower)

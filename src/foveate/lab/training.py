@@ -124,6 +124,7 @@ def _train_cell(
         "converged": has_converged(trained.curve),
         "features": fallback,
         "device": device_name(bench.device),
+        "bf16": bench.bf16,
     }
     text = json.dumps(result, indent=2) + "\n"
     with new_file(place / "weights.pt") as part:
