@@ -26,7 +26,7 @@ from foveate.lab.experiment import read_experiment
 from foveate.lab.levels import FINE
 from foveate.lab.pace import with_pace
 from foveate.lab.parts import load_parts
-from foveate.lab.report import by_method, markdown, table
+from foveate.lab.report import by_method, markdown, signed, spread, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 LEVELS = {"duel": "words", "duel_dense": "dense"}
@@ -197,10 +197,9 @@ def seen(claim: Claim, results: Results) -> list[str]:
     if not common:
         return ["", "0", "open"]
     found = difference(first, second, claim.kinds)
-    mean, low, high = (100 * value for value in found[:3])
     learns = any(not cell["converged"] for cell in (*first, *second))
     star = "*" if learns else ""
-    return [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", str(len(found.seeds)), f"{verdict(found)}{star}"]
+    return [signed(found), str(len(found.seeds)), f"{verdict(found)}{star}"]
 
 
 def tables(results: Results) -> list[list[str]]:
@@ -258,13 +257,14 @@ def page(reports: Mapping[str, Results], measured: Mapping[str, Results], paces:
 
 def _trained(reports: Mapping[str, Results]) -> str:
     """How many cells are trained, where, and how far they were from having learnt all."""
-    counts, whole = [], True
+    counts, seeds, whole = [], [], True
     for name, results in reports.items():
         experiment = read_experiment(name)
         cells = len(experiment.variants) * len(experiment.seeds)
         whole = whole and len(results) == cells
         counts.append(f"`{name}`: {len(results)} of {cells} cells are trained.")
-    said = "All cells are trained, from three seeds each."
+        seeds.append(f"{len(experiment.seeds)} of `{name}`")
+    said = f"All cells are trained. Seeds of each row: {', '.join(seeds)}."
     if not whole:
         said = "Some cells have not been trained yet. " + " ".join(counts)
     return f"{said}\n{_where(reports)}\n{' '.join(filter(None, map(_still, reports, reports.values())))}\n"
@@ -333,29 +333,44 @@ def _level(name: str, results: Results, measured: Results) -> str:
 
 
 def _longer(duel: Results, longer: Results) -> list[str]:
-    """The rows with more steps, and the claims about them with few steps and with many."""
+    """Rows with more steps: what they gained, and the claims about them with few steps and with many."""
     summary, kinds, *against = tables(longer)
-    rows = by_method(longer)
-    claims = [
-        [f"{c.where}: {c.says}", f"{c.first} against {c.second}", *seen(c, duel), *seen(c, longer)]
-        for c in CLAIMS
-        if {c.first, c.second} <= {*rows}
-    ]
+    seeds = {one["cell"]["seed"] for one in longer}
+    duel = [one for one in duel if one["cell"]["seed"] in seeds]
+    before, after = by_method(duel), by_method(longer)
     few, many = (f"{results[0]['cell']['steps']:,}" for results in (duel, longer))
-    head = [f"{steps}: {what}" for steps in (few, many) for what in ("points", "seeds", "seen")]
+    gains = [
+        [
+            name,
+            *(spread([cell["accuracy"]["fine"] for cell in rows[name]]) for rows in (before, after)),
+            signed(difference(cells, before[name])),
+        ]
+        for name, cells in after.items()
+    ]
+    claims = [
+        [
+            f"{claim.where}: {claim.says}",
+            f"{claim.first} against {claim.second}",
+            *(seen(claim, results)[0] for results in (duel, longer)),
+        ]
+        for claim in CLAIMS
+        if {claim.first, claim.second} <= {*after}
+    ]
+    heads = [f"{steps} steps: points" for steps in (few, many)]
     return [
         "### Three times the steps\n",
         f"Rows of level `words` with 36 tokens and close places, trained for at most {many} steps instead of "
-        f"{few}; nothing else differs.\n",
-        f"![Fine accuracy against visual tokens, GFLOP and seconds of training, at most {many} "
-        "steps](images/lab/duel_long.png)\n",
+        f"{few}; nothing else differs. All of seed {', '.join(map(str, sorted(seeds)))}.\n",
+        "\n".join(table(["", f"{few} steps: fine", f"{many} steps: fine", "points more"], gains)) + "\n",
+        "\n".join(table(["What is claimed", "Here", *heads], claims, words=2)) + "\n",
         "\n".join(summary) + "\n",
-        "\n".join(table(["What is claimed", "Here", *head], claims, words=2)) + "\n",
         "Per kind of question:\n",
         "\n".join(kinds) + "\n",
         *_against(longer, against),
-        f"![Accuracy on held-out pictures over steps and over seconds of training, at most {many} "
-        "steps](images/lab/duel_long_curves.png)\n",
+        f"![Fine accuracy against visual tokens, GFLOP and seconds of training, at most {many} steps]"
+        "(images/lab/duel_long.png)\n",
+        f"![Accuracy on held-out pictures over steps and over seconds of training, at most {many} steps]"
+        "(images/lab/duel_long_curves.png)\n",
     ]
 
 

@@ -152,7 +152,7 @@ def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
         if seeds.isdisjoint(cell["cell"]["seed"] for cell in cells):
             continue
         found = [difference(cells, baseline, kinds) for kinds in (FINE, ("attr", "count"))]
-        rows.append([other, *map(_signed, found), f"{len(found[0].seeds)}"])
+        rows.append([other, *map(signed, found), f"{len(found[0].seeds)}"])
     if not rows:
         return []
     return [
@@ -164,7 +164,8 @@ def _against_first(groups: Mapping[str, Sequence[Result]]) -> list[str]:
     ]
 
 
-def _signed(found: Difference) -> str:
+def signed(found: Difference) -> str:
+    """A difference in points, and its interval."""
     mean, low, high = (100 * value for value in found[:3])
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
