@@ -43,6 +43,8 @@ def test_a_report_gets_the_seconds_of_steps_that_were_timed(
     assert with_pace(results, tmp_path / "none.json") == results
     with pytest.raises(FoveateError, match="CoRoI has no pace: `foveate lab pace`"):
         timed(results, paces[:1])
+    with pytest.raises(FoveateError, match="pooled tiles has no pace"):
+        timed([{**results[0], "bf16": True}], paces)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
     halves = measure_pace(replace(experiment, variants=rows[:1]), tmp_path, rounds=1, name="b", bf16=True)
     assert "Device: cpu, bfloat16; threads:" in halves.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,10 @@ def timed(results: Sequence[Result], paces: Sequence[Result]) -> list[dict[str, 
 
     Raises `FoveateError` for a row without a pace.
     """
-    known = {_row(pace["cell"]): pace for pace in paces}
+    known = {_row(pace): pace for pace in paces}
     made = []
     for result in results:
-        if (pace := known.get(_row(result["cell"]))) is None:
+        if (pace := known.get(_row(result))) is None:
             raise FoveateError(
                 f"{result['label'] or result['title']} has no pace: `foveate lab pace` measures"
             )
@@ -153,8 +153,10 @@ def with_pace(results: Sequence[Result], file: Path) -> Sequence[Result]:
     return timed(results, read_json(file, f"delete {file}, and seconds are where rows have trained"))
 
 
-def _row(cell: Mapping[str, Any]) -> str:
-    return json.dumps({**cell, "seed": None, "label": None}, sort_keys=True)
+def _row(of: Result) -> str:
+    """What a pace and a result have in common: earlier ones of either are of float32."""
+    cell = {**of["cell"], "seed": None, "label": None, "bf16": of.get("bf16", False)}
+    return json.dumps(cell, sort_keys=True)
 
 
 def markdown(paces: Sequence[Result]) -> str:
