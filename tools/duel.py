@@ -360,8 +360,8 @@ def _longer(duel: Results, longer: Results) -> list[str]:
     return [
         "### Three times the steps\n",
         f"Rows of level `words` with 36 tokens and close places, trained for at most {many} steps instead of "
-        f"{few}; nothing else differs. All of seed {', '.join(map(str, sorted(seeds)))}. "
-        "Seconds are of cells that\ntrained beside another.\n",
+        f"{few}.\nNone stops before {longer[0]['cell']['converge']['least']:,}; nothing else differs. All of "
+        f"seed {', '.join(map(str, sorted(seeds)))}. Seconds are of cells that trained beside another.\n",
         "\n".join(table(["", f"{few} steps: fine", f"{many} steps: fine", "points more"], gains)) + "\n",
         "\n".join(table(["What is claimed", "Here", *heads], claims, words=2)) + "\n",
         "\n".join(summary) + "\n",
